@@ -1,0 +1,106 @@
+"""Adapter: what the rest of llmcomp knows of one Hugging Face model's structure. It holds no weights.
+
+Found by `llmcomp.adapters.discover.discover` on a model whose parameters live on the meta device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from llmcomp.errors import UnknownArchitecture
+
+
+@dataclass(frozen=True)
+class LinearRef:
+    """One compressible weight.
+
+    Attributes:
+        name: full module name in the model, such as 'model.layers.0.self_attn.q_proj'.
+        role: attention, mlp, embeddings or head.
+        block: index of the block it belongs to, None outside of the blocks.
+        out_features, in_features: of the weight as methods see it, [out, in].
+        transposed: the module stores [in, out] (GPT-2's Conv1D).
+    """
+
+    name: str
+    role: str
+    block: int | None
+    out_features: int
+    in_features: int
+    transposed: bool = False
+
+    @property
+    def weights(self) -> int:
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block. `stages`: its linears in the order of computation, those that read the same
+    input tensor together (q/k/v; gate/up)."""
+
+    index: int
+    name: str
+    stages: tuple[tuple[LinearRef, ...], ...]
+
+    @property
+    def linears(self) -> tuple[LinearRef, ...]:
+        return tuple(ref for stage in self.stages for ref in stage)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The structure of one model.
+
+    Attributes:
+        model: the transformers model, every parameter on the meta device.
+        config: its config.
+        task: 'causal-lm', 'masked-lm', 'sequence-classification', 'token-classification',
+            'question-answering', 'encoder' (no head) …
+        blocks: in the order of computation.
+        embeddings: the token embedding.
+        head: the output embedding of a language model, None where there is none.
+        ties: {parameter name: name of the parameter it shares storage with}, such as
+            {'lm_head.weight': 'model.embed_tokens.weight'}.
+        uncompressed: linears outside the blocks that no role claims (poolers, classifiers): name → why.
+    """
+
+    model: nn.Module
+    config: Any
+    task: str
+    blocks: tuple[Block, ...]
+    embeddings: LinearRef
+    head: LinearRef | None
+    ties: dict[str, str]
+    uncompressed: dict[str, str]
+
+    @property
+    def architecture(self) -> str:
+        return type(self.model).__name__
+
+    @property
+    def refs(self) -> tuple[LinearRef, ...]:
+        """Every compressible weight: embeddings, then blocks in order, then the head."""
+        inside = tuple(ref for block in self.blocks for ref in block.linears)
+        return (self.embeddings, *inside, *(() if self.head is None else (self.head,)))
+
+    def block_of(self, parameter: str) -> int | None:
+        """Index of the block that a parameter or buffer name belongs to, None outside of the blocks."""
+        for block in self.blocks:
+            if parameter.startswith(block.name + "."):
+                return block.index
+        return None
+
+    def ref(self, name: str) -> LinearRef:
+        """The compressible weight called `name`.
+
+        Raises:
+            UnknownArchitecture: there is none.
+        """
+        for ref in self.refs:
+            if ref.name == name:
+                return ref
+        raise UnknownArchitecture(f"{self.architecture} has no compressible module called {name}.")

@@ -1,0 +1,225 @@
+"""A recipe: the ordered steps of a run, as dataclasses; YAML in and out. Every CLI flag is sugar for one.
+
+    seed: 0
+    calibration: {source: default, samples: 128, sequence_length: 512}
+    steps:
+    - kind: quantize
+      method: gptq
+      bits: 4
+      group_size: 128          # a number, or 'channel'
+      symmetric: true
+      targets: [attention, mlp]
+      overrides:
+      - {target: down_proj, bits: 8}
+      - {target: 'blocks:0-1', skip: true}
+
+A *target* is a role (`attention`, `mlp`, `embeddings`, `head`), a block range (`blocks:0-1`), a regular
+expression over the full module name (`re:.*down_proj$`), or the last part(s) of a module name (`down_proj`,
+`self_attn.q_proj`). Of several overrides that match a linear, the later one wins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmcomp.errors import BadRecipe
+from llmcomp.schemes import Scheme
+
+ROLES = ("attention", "mlp", "embeddings", "head")
+
+
+@dataclass(frozen=True)
+class Override:
+    """What differs for the linears that `target` matches; None keeps the step's own value."""
+
+    target: str
+    bits: int | None = None
+    group_size: int | str | None = None
+    symmetric: bool | None = None
+    method: str | None = None
+    skip: bool = False
+
+
+@dataclass(frozen=True)
+class QuantizeStep:
+    """Weight-only quantization of the linears that `targets` match.
+
+    Attributes:
+        method: a name in `llmcomp.methods.METHODS`.
+        bits: 2, 3, 4 or 8.
+        group_size: weights that share a scale, or 'channel', or None for the default: 128 where the width
+            allows it, else the largest of 64 and 32 that divides it, else per channel (counted in the report).
+        symmetric: no zero points.
+        options: the method's own settings, such as {damping: 0.01}; unknown ones are errors.
+    """
+
+    method: str = "gptq"
+    bits: int = 4
+    group_size: int | str | None = None
+    symmetric: bool = True
+    targets: tuple[str, ...] = ("attention", "mlp")
+    overrides: tuple[Override, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+    kind = "quantize"
+
+
+Step = QuantizeStep
+STEPS: dict[str, type[Step]] = {"quantize": QuantizeStep}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which text, how much of it. `source` is 'default', 'sample', a file, or a Hub dataset `name[:config]`."""
+
+    source: str = "default"
+    samples: int = 128
+    sequence_length: int = 512
+    text_column: str | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The whole run but for model and output."""
+
+    steps: tuple[Step, ...] = (QuantizeStep(),)
+    calibration: Calibration = Calibration()
+    seed: int = 0
+    format: str = "compressed-tensors"
+
+    def to_yaml(self) -> str:
+        data = _plain(self)
+        data["steps"] = [{"kind": step.kind, **_plain(step)} for step in self.steps]
+        return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100)
+
+    @classmethod
+    def from_yaml(cls, text: str, where: str = "recipe") -> Recipe:
+        """Parse YAML; every unknown key is an error that names the nearest known one.
+
+        Raises:
+            BadRecipe: not YAML, not a mapping, unknown keys or impossible values.
+        """
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise BadRecipe(f"{where} is not YAML ({str(error).splitlines()[0]}).") from error
+        if not isinstance(data, dict):
+            raise BadRecipe(f"{where} must be a mapping with 'steps', not {type(data).__name__}.")
+        data = dict(data)
+        if "calibration" in data:
+            data["calibration"] = _build(Calibration, data["calibration"], f"{where}: calibration")
+        if "steps" in data:
+            if not isinstance(data["steps"], list) or not data["steps"]:
+                raise BadRecipe(f"{where}: 'steps' must be a non-empty list.")
+            data["steps"] = tuple(_step(step, f"{where}: step {n}") for n, step in enumerate(data["steps"]))
+        return _build(cls, data, where)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a recipe file.
+
+        Raises:
+            BadRecipe: unreadable file or content that is no recipe.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadRecipe(f"Recipe {path} cannot be read: {error}.") from error
+        return cls.from_yaml(text, str(path))
+
+
+def matches(target: str, name: str, role: str, block: int | None) -> bool:
+    """Whether `target` (grammar above) means the module `name` of `role` in block number `block`."""
+    if target in ROLES:
+        return role == target
+    if span := re.fullmatch(r"blocks:(\d+)(?:-(\d+))?", target):
+        first, last = int(span[1]), int(span[2] or span[1])
+        return block is not None and first <= block <= last
+    if target.startswith("re:"):
+        return re.search(target[3:], name) is not None
+    return name == target or name.endswith("." + target)
+
+
+def override_for(step: QuantizeStep, name: str, role: str, block: int | None) -> Override | None:
+    """The last override of `step` that matches, or None."""
+    found = None
+    for override in step.overrides:
+        if matches(override.target, name, role, block):
+            found = override
+    return found
+
+
+def scheme_for(step: QuantizeStep, override: Override | None, in_features: int) -> Scheme:
+    """The scheme of one linear, with the default group size's fallback applied.
+
+    An explicit group size that does not divide `in_features` is returned as it is: the caller decides.
+    """
+    def pick(name: str) -> Any:
+        value = getattr(override, name, None)
+        return getattr(step, name) if value is None else value
+
+    size = pick("group_size")
+    if size is None:
+        size = next((g for g in (128, 64, 32) if in_features % g == 0), "channel")
+    return Scheme(pick("bits"), None if size == "channel" else int(size), pick("symmetric"))
+
+
+def _step(data: Any, where: str) -> Step:
+    if not isinstance(data, dict) or data.get("kind") not in STEPS:
+        raise BadRecipe(f"{where} needs 'kind', one of {', '.join(STEPS)}; got {data!r}.")
+    data = dict(data)
+    kind = STEPS[data.pop("kind")]
+    overrides = data.get("overrides", [])
+    if not isinstance(overrides, list):
+        raise BadRecipe(f"{where}: 'overrides' must be a list.")
+    data["overrides"] = tuple(_build(Override, o, f"{where}: override {n}") for n, o in enumerate(overrides))
+    data["targets"] = tuple(data.get("targets", kind().targets))
+    return _build(kind, data, where)
+
+
+def _build(kind: Any, data: Any, where: str) -> Any:
+    """A dataclass from a mapping, with its scalar types checked."""
+    if not isinstance(data, dict):
+        raise BadRecipe(f"{where} must be a mapping, not {data!r}.")
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    for key in data:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}."
+            raise BadRecipe(f"{where}: unknown key '{key}'; {hint}")
+    for key, value in data.items():
+        _check_type(key, value, str(known[key].type), where)
+    try:
+        return kind(**data)
+    except TypeError as error:
+        raise BadRecipe(f"{where}: {error}.") from error
+
+
+_SCALARS = {"int": int, "str": str, "bool": bool, "None": type(None)}
+
+
+def _check_type(key: str, value: Any, annotation: str, where: str) -> None:
+    names = [part.strip() for part in annotation.split("|")]
+    if not all(name in _SCALARS for name in names):
+        return
+    allowed = tuple(_SCALARS[name] for name in names)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        raise BadRecipe(f"{where}: '{key}' must be {' or '.join(names)}, got {value!r}.")
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses and tuples as the dicts and lists that YAML writes; defaults of overrides left out."""
+    if isinstance(value, Override):
+        return {k: v for k, v in dataclasses.asdict(value).items() if v is not None and v is not False}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,66 @@
+"""Frozen value types that say *how* a weight is stored, apart from any weight.
+
+Integers are signed, as compressed-tensors stores them: b bits span [-2^(b-1), 2^(b-1) - 1], for symmetric
+and asymmetric schemes alike, so a zero_point is an int8 in the same range and decoding is always
+`(values - zero_point) * scale`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmcomp.errors import BadRecipe
+
+BITS = (2, 3, 4, 8)
+GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Bits, granularity and symmetry of one quantized weight [out, in].
+
+    `group_size=None` means per channel: one scale for each output row.
+
+    >>> Scheme(4, 128).groups(512)
+    4
+    >>> Scheme(4).groups(512), Scheme(4).label
+    (1, 'int4 channel')
+    >>> Scheme(4, 128).fits(100)
+    False
+
+    Raises:
+        BadRecipe: bits or group size that no format here can store.
+    """
+
+    bits: int = 4
+    group_size: int | None = None
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise BadRecipe(f"--bits {self.bits} cannot be: choose one of {', '.join(map(str, BITS))}.")
+        if self.group_size is not None and self.group_size not in GROUP_SIZES:
+            sizes = ", ".join(map(str, GROUP_SIZES))
+            raise BadRecipe(f"--group-size {self.group_size} cannot be: choose one of {sizes} or 'channel'.")
+
+    @property
+    def qmin(self) -> int:
+        return -(1 << (self.bits - 1))
+
+    @property
+    def qmax(self) -> int:
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def label(self) -> str:
+        """Short text for tables, such as 'int4 g128 asym'."""
+        granularity = "channel" if self.group_size is None else f"g{self.group_size}"
+        return f"int{self.bits} {granularity}" + ("" if self.symmetric else " asym")
+
+    def fits(self, in_features: int) -> bool:
+        """Whether groups divide a row of `in_features` weights."""
+        return self.group_size is None or in_features % self.group_size == 0
+
+    def groups(self, in_features: int) -> int:
+        """Number of scales in a row of `in_features` weights."""
+        return 1 if self.group_size is None else in_features // self.group_size
