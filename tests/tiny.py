@@ -52,7 +52,7 @@ def _distilbert() -> dict[str, Any]:
 
 
 def _modernbert() -> dict[str, Any]:
-    # Four blocks: global, local, local, global; a window shorter than the tests' sequences, so that it matters.
+    # Four blocks: global, local, local, global; the window is shorter than the tests' sequences.
     return _encoder(
         num_hidden_layers=4, local_attention=8, bos_token_id=BOS, eos_token_id=EOS, cls_token_id=BOS,
         sep_token_id=EOS,
@@ -140,10 +140,11 @@ def write_tokenizer(directory: Path, *, encoder: bool, text: list[str] | None = 
     """Train a byte-level BPE of at most VOCABULARY tokens on `text` (or on the standard library's own words)
     and save it into `directory`; with `encoder`, texts are wrapped in [CLS] … [SEP] as BERT's are.
 
-    Every byte is in the alphabet, so no text is unknown to it. Ids of the special tokens: PAD, UNK, BOS (which
-    is [CLS]), EOS (which is [SEP]) and MASK above.
+    Every byte is in the alphabet, so no text is unknown to it. Ids of the special tokens: PAD, UNK, BOS (also
+    [CLS]), EOS (also [SEP]) and MASK above.
     """
     import pydoc_data.topics
+
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -158,13 +159,19 @@ def write_tokenizer(directory: Path, *, encoder: bool, text: list[str] | None = 
     core.train_from_iterator(text or list(pydoc_data.topics.topics.values())[:20], trainer)
     if encoder:
         core.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", BOS), ("[SEP]", EOS)]
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B [SEP]",
+            special_tokens=[("[CLS]", BOS), ("[SEP]", EOS)],
         )
         names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
     else:
         names = {"bos_token": "<s>", "eos_token": "</s>"}
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=special[PAD], unk_token=special[UNK], model_max_length=POSITIONS, **names
+        tokenizer_object=core,
+        pad_token=special[PAD],
+        unk_token=special[UNK],
+        model_max_length=POSITIONS,
+        **names,
     )
     fast.save_pretrained(directory)
     return fast

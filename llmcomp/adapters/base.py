@@ -65,7 +65,10 @@ class Adapter:
         head: the output embedding of a language model, None where there is none.
         ties: {parameter name: name of the parameter it shares storage with}, such as
             {'lm_head.weight': 'model.embed_tokens.weight'}.
-        uncompressed: linears outside the blocks that no role claims (poolers, classifiers): name → why.
+        uncompressed: linears and other matrices that no role claims (poolers, classifiers, fused experts):
+            name → why.
+        trace_problem: why the model's forward could not be run on meta tensors, None when it could. Stages
+            are then one linear each, in the order of the modules.
     """
 
     model: nn.Module
@@ -76,6 +79,12 @@ class Adapter:
     head: LinearRef | None
     ties: dict[str, str]
     uncompressed: dict[str, str]
+    trace_problem: str | None = None
+
+    @property
+    def stages_known(self) -> bool:
+        """Whether stages come from the computation itself, not from the order of the modules."""
+        return self.trace_problem is None
 
     @property
     def architecture(self) -> str:

@@ -1,0 +1,320 @@
+"""Find a model's structure by looking at it: no list of families, no names of layers.
+
+`skeleton` builds the class that config.json names with its parameters on the meta device (shapes, no memory)
+and its buffers real, so that filling in parameters is all that a forward pass still needs. `discover` reads
+the rest off the skeleton: the blocks are the heaviest list of like modules, the linears in them are grouped
+by running the model's own forward on meta tensors and seeing which of them are handed the very same input.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers.core_model_loading import build_glob_alternation
+from transformers.modeling_utils import str_to_torch_dtype
+from transformers.pytorch_utils import Conv1D
+
+from llmcomp.adapters.base import Adapter, Block, LinearRef
+from llmcomp.errors import BadCheckpoint, UnknownArchitecture
+
+# The first suffix of the class name that fits tells the task; a class without one is a bare encoder.
+_TASKS = {
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForMaskedLM": "masked-lm",
+    "ForPreTraining": "pretraining",
+    "ForSequenceClassification": "sequence-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMultipleChoice": "multiple-choice",
+    "ForNextSentencePrediction": "next-sentence-prediction",
+}
+_TRACE_TOKENS = 8
+
+
+def skeleton(path: str | Path, *, trust_remote_code: bool = False) -> nn.Module:
+    """The model that `path`/config.json names: parameters on meta, buffers computed, eval mode, ties tied.
+
+    Its dtypes are those that plain `from_pretrained(path)` gives: the config's dtype (or, where the config
+    has none, that of the first floating tensor in the weights), and float32 where the class insists on it.
+
+    Args:
+        path: a directory with config.json; weights are not read.
+        trust_remote_code: run model code that lies in the directory.
+
+    Raises:
+        BadCheckpoint: a config that transformers refuses.
+        UnknownArchitecture: a model type or class that transformers does not have.
+    """
+    config = _config(Path(path), trust_remote_code)
+    kind = _model_class(config, Path(path), trust_remote_code)
+    dtype = config.dtype or _stored_dtype(Path(path))
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    with init_empty_weights(include_buffers=False):
+        model = kind._from_config(copy.deepcopy(config), dtype=dtype)
+    model.tie_weights()  # accelerate makes each registered parameter a new object, which undoes ties
+    _keep_in_float32(model, dtype)
+    return model.requires_grad_(False).eval()
+
+
+def discover(model: nn.Module) -> Adapter:
+    """The structure of a `skeleton`: blocks, stages, roles, embeddings, head, ties, task.
+
+    Raises:
+        UnknownArchitecture: no list of like modules with linears in it, no token embedding, or an
+            encoder-decoder; the message shows what was found.
+    """
+    architecture = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnknownArchitecture(
+            f"{architecture} is an encoder-decoder, whose two stacks llmcomp cannot compress yet; "
+            "it takes decoder-only and encoder-only models."
+        )
+    list_name, layers = _block_list(model)
+    calls, problem = _trace(model)
+    blocks = tuple(
+        _block(index, f"{list_name}.{index}", layer, None if problem else calls)
+        for index, layer in enumerate(layers)
+    )
+    embeddings, head = _embeddings(model), _head(model)
+    claimed = {ref.name for block in blocks for ref in block.linears} | {embeddings.name}
+    if head is not None:
+        claimed.add(head.name)
+    return Adapter(
+        model=model,
+        config=model.config,
+        task=next((task for suffix, task in _TASKS.items() if suffix in architecture), "encoder"),
+        blocks=blocks,
+        embeddings=embeddings,
+        head=head,
+        ties=_ties(model),
+        uncompressed=_uncompressed(model, claimed, list_name),
+        trace_problem=problem,
+    )
+
+
+# --- the skeleton ---
+
+
+def _config(path: Path, trust_remote_code: bool) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        if "does not recognize this architecture" in reason or "Unrecognized model" in reason:
+            raise UnknownArchitecture(
+                f"{path}/config.json names no model type that transformers {transformers.__version__} knows; "
+                "a newer transformers may know it."
+            ) from error
+        raise BadCheckpoint(f"transformers refuses {path}/config.json: {reason[:300]}") from error
+
+
+def _model_class(config: Any, path: Path, trust_remote_code: bool) -> Any:
+    """The class of config.architectures[0], or the bare model of the config's type where none is named."""
+    name = (config.architectures or [None])[0]
+    if name is None:
+        kinds: Any = transformers.MODEL_MAPPING
+        if type(config) in kinds:
+            return kinds[type(config)]
+        raise UnknownArchitecture(f"{path}/config.json names no architecture, nor a type with one.")
+    auto_map = getattr(config, "auto_map", None) or {}
+    for reference in auto_map.values() if trust_remote_code else ():
+        if str(reference).rsplit(".", 1)[-1] == name:
+            from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+            return get_class_from_dynamic_module(reference, str(path))
+    if (found := getattr(transformers, name, None)) is not None:
+        return found
+    raise UnknownArchitecture(
+        f"{path}/config.json names the architecture {name}, which transformers {transformers.__version__} "
+        "does not have; a newer transformers may, or the model brings its own code (--trust-remote-code)."
+    )
+
+
+def _stored_dtype(path: Path) -> torch.dtype:
+    """Dtype of the first floating tensor, as from_pretrained looks for it; float32 where there is none."""
+    from safetensors import safe_open
+
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, "pt") as handle:
+            for key in handle.keys():  # noqa: SIM118 - a safe_open handle is no mapping
+                dtype = str_to_torch_dtype.get(handle.get_slice(key).get_dtype())
+                if dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+                    return dtype
+    return torch.float32
+
+
+def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    wanted, _, _ = build_glob_alternation(list(plan))
+    for name, parameter in model.named_parameters():
+        if wanted.search(name):
+            parameter.data = parameter.data.to(torch.float32)
+
+
+# --- blocks ---
+
+
+def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The outermost ModuleList of modules of one class that holds the most linear weights."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    best: tuple[int, str, nn.ModuleList] | None = None
+    taken: list[str] = []
+    for name, module in lists:  # outer lists come before those inside them
+        inside = any(name.startswith(outer + ".") for outer in taken)
+        if inside or len({type(child) for child in module}) != 1:
+            continue
+        weights = sum(linear.weight.numel() for _, linear in _linears(module))
+        if weights:
+            taken.append(name)
+            if best is None or weights > best[0]:
+                best = weights, name, module
+    if best is None:
+        found = ", ".join(f"{name} ({_describe(module)})" for name, module in lists) or "none at all"
+        raise UnknownArchitecture(
+            f"The blocks of {type(model).__name__} could not be found: expected a list of like modules that "
+            f"contain linear layers, found these lists: {found}."
+        )
+    return best[1], best[2]
+
+
+def _describe(modules: nn.ModuleList) -> str:
+    kinds = sorted({type(child).__name__ for child in modules})
+    return f"{len(modules)} x {'/'.join(kinds)}" if len(modules) else "empty"
+
+
+def _linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, child in module.named_modules(prefix=prefix):
+        if isinstance(child, (nn.Linear, Conv1D)):
+            yield name, child
+
+
+def _block(index: int, name: str, layer: nn.Module, calls: dict[str, Tensor] | None) -> Block:
+    """Group the linears of one block by the identity of their input; one by one where `calls` is None."""
+    refs = {n: _ref(n, m, _role(layer, n[len(name) + 1 :]), index) for n, m in _linears(layer, name)}
+    if calls is None:
+        return Block(index, name, tuple((ref,) for ref in refs.values()))
+    stages: dict[int, list[LinearRef]] = {}
+    for called, tensor in calls.items():
+        if called in refs:
+            stages.setdefault(id(tensor), []).append(refs[called])
+    return Block(index, name, tuple(tuple(stage) for stage in stages.values()))
+
+
+def _ref(name: str, module: Any, role: str, block: int | None) -> LinearRef:
+    transposed = isinstance(module, Conv1D)
+    rows, columns = module.weight.shape[::-1] if transposed else module.weight.shape
+    return LinearRef(name, role, block, rows, columns, transposed)
+
+
+def _role(layer: nn.Module, path: str) -> str:
+    """attention where a module on the way to the linear is one, by its attribute or class; else mlp."""
+    parts = path.split(".")[:-1]
+    modules = (layer.get_submodule(".".join(parts[: i + 1])) for i in range(len(parts)))
+    for part, module in zip(parts, modules, strict=True):
+        if re.search(r"attn|attention", f"{part} {type(module).__name__}", re.IGNORECASE):
+            return "attention"
+    return "mlp"
+
+
+def _trace(model: nn.Module) -> tuple[dict[str, Tensor], str | None]:
+    """What each linear reads first in a forward pass on meta tensors, in the order of computation.
+
+    The tensors are kept, so that their ids stay their own. Second: why it failed, None when it did not. Any
+    exception counts, as any model code may run here; the adapter carries it on and `inspect` shows it.
+    """
+    twin: Any = copy.deepcopy(model).to("meta")
+    calls: dict[str, Tensor] = {}
+
+    def record(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.setdefault(name, args[0] if args else next(iter(kwargs.values())))
+
+        return hook
+
+    for name, module in _linears(twin):
+        module.register_forward_pre_hook(record(name), with_kwargs=True)
+    ids = torch.zeros(1, _TRACE_TOKENS, dtype=torch.long, device="meta")
+    try:
+        with torch.no_grad():
+            twin.base_model(input_ids=ids)  # heads hold no blocks, and some cannot run on meta
+    except Exception as error:
+        return {}, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return calls, None
+
+
+# --- around the blocks ---
+
+
+def _embeddings(model: Any) -> LinearRef:
+    try:
+        module = model.get_input_embeddings()
+    except NotImplementedError:
+        module = None
+    if not isinstance(module, nn.Embedding):
+        raise UnknownArchitecture(
+            f"{type(model).__name__} has no token embedding that llmcomp can read: expected an nn.Embedding, "
+            f"found {type(module).__name__}."
+        )
+    return LinearRef(
+        _name_of(model, module), "embeddings", None, module.num_embeddings, module.embedding_dim
+    )
+
+
+def _head(model: Any) -> LinearRef | None:
+    module = model.get_output_embeddings()
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        return None
+    return _ref(_name_of(model, module), module, "head", None)
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def _ties(model: Any) -> dict[str, str]:
+    """Ties in force: as the class names them, where this config and this instance have both ends."""
+    names = set(model.state_dict())
+    return {
+        target: source
+        for target, source in model.all_tied_weights_keys.items()
+        if target in names and source in names
+    }
+
+
+def _uncompressed(model: nn.Module, claimed: set[str], blocks: str) -> dict[str, str]:
+    """Matrices that nothing will compress: name → why. Embeddings of positions and types are left out."""
+    labels = getattr(model.config, "num_labels", None)
+    reasons: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if name in claimed or isinstance(module, nn.Embedding):
+            continue
+        if isinstance(module, (nn.Linear, Conv1D)):
+            reasons[name] = _why(name, module, blocks, labels)
+            continue
+        for key, parameter in module.named_parameters(prefix=name, recurse=False):
+            if parameter.dim() > 1:
+                shape = "x".join(map(str, parameter.shape))
+                reasons[key] = f"no linear layer: a {shape} parameter of {type(module).__name__}"
+    return reasons
+
+
+def _why(name: str, module: Any, blocks: str, labels: int | None) -> str:
+    if name.startswith(blocks + "."):
+        return "not used by a plain forward pass"
+    if "pool" in name:
+        return "pooler, outside of the blocks"
+    if isinstance(module, nn.Linear) and module.out_features == labels:
+        return "classifier: its outputs are the answer itself"
+    return "outside of the blocks"
