@@ -1,0 +1,256 @@
+"""What a report says, put in rows and groups: the one place where before meets after. Views draw these."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import yaml
+
+from llmcomp.report.schema import Cost, Interval, LayerReport, Measured, Report, Size
+from llmcomp.report.words import ABSENT, number, percent, ratio, seconds, signed, size, times
+
+ROLES = ("attention", "mlp", "embeddings", "head")
+PARTS = (*ROLES, "other")
+
+# name → (how a change is stated, whether a larger value is better)
+_METRICS = {
+    "perplexity": ("relative", False),
+    "loss": ("relative", False),
+    "accuracy": ("points", True),
+    "f1": ("points", True),
+    "precision": ("points", True),
+    "recall": ("points", True),
+    "exact_match": ("points", True),
+    "pearson": ("difference", True),
+    "spearman": ("difference", True),
+}
+_TITLES = {"f1": "F1", "pearson": "Pearson", "spearman": "Spearman"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison.
+
+    `verdict` is 'better', 'worse' or 'same'; of a metric 'same' means that before lies in after's interval.
+    """
+
+    label: str
+    before: str
+    after: str
+    change: str = ""
+    verdict: str = "same"
+    before_interval: str = ""
+    after_interval: str = ""
+
+
+@dataclass(frozen=True)
+class Role:
+    """What became of the linears of one role."""
+
+    role: str
+    layers: int
+    schemes: str
+    error_mean: float | None
+    error_worst: float | None
+    bytes_before: int
+    bytes_after: int
+    fallbacks: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Modules that share a reason."""
+
+    reason: str
+    names: tuple[str, ...]
+    bytes: int
+
+
+def metric_title(name: str) -> str:
+    return _TITLES.get(name, name.replace("_", " "))
+
+
+def interval(name: str, value: Interval | None) -> tuple[str, str]:
+    """(value, interval) of a metric as text; shares as percentages."""
+    if value is None:
+        return ABSENT, ""
+    shown = percent if _METRICS.get(name, ("", True))[0] == "points" else number
+    return shown(value.value), f"[{shown(value.low)}, {shown(value.high)}]"
+
+
+def sizes(report: Report) -> tuple[Size | None, Size | None]:
+    """Size before and after, from wherever the report has it."""
+    before = report.size_before or (report.before.size if report.before else None)
+    after = report.size_after or (report.after.size if report.after else None)
+    return before, after
+
+
+def comparison(report: Report) -> list[Row]:
+    """Every measurement, before against after; only rows of which at least one side was measured."""
+    rows = []
+    before, after = sizes(report)
+    if before or after:
+        change = ratio(before.bytes_on_disk, after.bytes_on_disk) if before and after else ""
+        verdict = "better" if "smaller" in change else "worse" if "larger" in change else "same"
+        rows.append(Row("size on disk", _bytes(before), _bytes(after), change, verdict))
+    rows += _quality_rows(report.before, report.after)
+    rows += _divergence_rows(report)
+    rows += _cost_rows(report.before, report.after)
+    return rows
+
+
+def quality_rows(report: Report) -> list[Row]:
+    """The rows of `comparison` on quality alone."""
+    return _quality_rows(report.before, report.after) + _divergence_rows(report)
+
+
+def _bytes(value: Size | None) -> str:
+    return ABSENT if value is None else size(value.bytes_on_disk)
+
+
+def _quality_rows(before: Measured | None, after: Measured | None) -> list[Row]:
+    old = before.quality.metrics if before and before.quality else {}
+    new = after.quality.metrics if after and after.quality else {}
+    rows = []
+    for name in dict.fromkeys([*old, *new]):
+        one, two = old.get(name), new.get(name)
+        (value, span), (value_after, span_after) = interval(name, one), interval(name, two)
+        change, verdict = _change(name, one, two)
+        rows.append(Row(metric_title(name), value, value_after, change, verdict, span, span_after))
+    return rows
+
+
+def _change(name: str, before: Interval | None, after: Interval | None) -> tuple[str, str]:
+    if before is None or after is None:
+        return "", "same"
+    kind, larger_is_better = _METRICS.get(name, ("difference", True))
+    delta = after.value - before.value
+    if kind == "points":
+        text = signed(delta, f"{abs(delta) * 100:.1f} points")
+    elif kind == "relative" and before.value != 0:
+        text = signed(delta, percent(abs(delta / before.value), 2))
+    else:
+        text = signed(delta, f"{abs(delta):.4f}")
+    if name not in _METRICS or after.low <= before.value <= after.high:
+        return text, "same"
+    return text, "better" if (delta > 0) == larger_is_better else "worse"
+
+
+def _divergence_rows(report: Report) -> list[Row]:
+    found = report.divergence
+    if found is None:
+        return []
+    mean, span = interval("kl", found.kl_mean)
+    agree, agree_span = interval("accuracy", found.top1_agreement)
+    return [
+        Row("KL mean (nats)", ABSENT, mean, after_interval=span),
+        Row("KL 99th percentile", ABSENT, number(found.kl_p99)),
+        Row("top-1 agreement", ABSENT, agree, after_interval=agree_span),
+    ]
+
+
+def _cost_rows(before: Measured | None, after: Measured | None) -> list[Row]:
+    rows = []
+    if any(side and side.sparsity > 0 for side in (before, after)):
+        shares = [ABSENT if side is None else percent(side.sparsity) for side in (before, after)]
+        rows.append(Row("zero weights", *shares))
+    old, new = before.cost if before else None, after.cost if after else None
+    some = new or old
+    if some is None:
+        return rows
+    faster, leaner = "", ""
+    if old and new:
+        faster = times(old.latency, new.latency, "faster", "slower")
+        leaner = times(old.peak_memory, new.peak_memory, "less", "more")
+    rows.append(
+        Row(
+            f"latency {some.batch}×{some.sequence}",
+            *(_latency(c) for c in (old, new)),
+            faster,
+            _verdict(faster),
+            _latency_span(old),
+            _latency_span(new),
+        )
+    )
+    memory = [ABSENT if cost is None else size(cost.peak_memory) for cost in (old, new)]
+    rows.append(Row("peak memory", *memory, leaner, _verdict(leaner)))
+    return rows
+
+
+def _verdict(change: str) -> str:
+    if change.endswith(("faster", "less")):
+        return "better"
+    return "worse" if change.endswith(("slower", "more")) else "same"
+
+
+def _latency(cost: Cost | None) -> str:
+    return ABSENT if cost is None else seconds(cost.latency)
+
+
+def _latency_span(cost: Cost | None) -> str:
+    return "" if cost is None else f"[{seconds(cost.latency_low)}, {seconds(cost.latency_high)}]"
+
+
+def roles(report: Report) -> list[Role]:
+    """One summary per role, in the order attention, mlp, embeddings, head, then any other."""
+    present = {layer.role for layer in report.layers}
+    names = [role for role in PARTS if role in present] + sorted(present.difference(PARTS))
+    return [_role(name, [layer for layer in report.layers if layer.role == name]) for name in names]
+
+
+def _role(role: str, layers: list[LayerReport]) -> Role:
+    errors = [layer.error for layer in layers if layer.error is not None]
+    return Role(
+        role,
+        len(layers),
+        ", ".join(dict.fromkeys(layer.scheme for layer in layers)),
+        sum(errors) / len(errors) if errors else None,
+        max(errors, default=None),
+        sum(layer.bytes_before for layer in layers),
+        sum(layer.bytes_after for layer in layers),
+        sum(layer.fallback is not None for layer in layers),
+    )
+
+
+def worst(report: Report, count: int = 10) -> list[LayerReport]:
+    """The layers of largest error, largest first."""
+    known = [layer for layer in report.layers if layer.error is not None]
+    return sorted(known, key=lambda layer: -(layer.error or 0.0))[:count]
+
+
+def fallbacks(report: Report) -> list[Group]:
+    """Layers that got something other than was asked, by reason."""
+    return _grouped((one.fallback, one.name, one.bytes_after) for one in report.layers if one.fallback)
+
+
+def left(report: Report) -> list[Group]:
+    """Modules left alone, by reason."""
+    return _grouped((item.reason, item.name, item.bytes) for item in report.left)
+
+
+def _grouped(items: Iterable[tuple[str | None, str, int]]) -> list[Group]:
+    found: dict[str, list[tuple[str, int]]] = {}
+    for reason, name, count in items:
+        found.setdefault(str(reason), []).append((name, count))
+    return [
+        Group(reason, tuple(n for n, _ in members), sum(b for _, b in members))
+        for reason, members in found.items()
+    ]
+
+
+def recipe_yaml(report: Report) -> str:
+    """The recipe as YAML, tuples and all."""
+    plain = json.loads(json.dumps(report.recipe))
+    return yaml.safe_dump(plain, sort_keys=False, default_flow_style=False, allow_unicode=True, width=88)
+
+
+def reproduce(report: Report) -> str:
+    """The shell command that does this run again, given the recipe beside it as recipe.yaml."""
+    if report.command == "evaluate":
+        against = f" --against {shlex.quote(report.source)}" if report.before else ""
+        return f"llmcomp evaluate {shlex.quote(report.output or report.model)}{against}"
+    output = f" --output {shlex.quote(report.output)}" if report.output else ""
+    return f"llmcomp {shlex.quote(report.command)} {shlex.quote(report.model)} --recipe recipe.yaml{output}"
