@@ -231,10 +231,10 @@ def _role(layer: nn.Module, path: str) -> str:
 def _trace(model: nn.Module) -> tuple[dict[str, Tensor], str | None]:
     """What each linear reads first in a forward pass on meta tensors, in the order of computation.
 
-    The tensors are kept, so that their ids stay their own. Second: why it failed, None when it did not. Any
-    exception counts, as any model code may run here; the adapter carries it on and `inspect` shows it.
+    The tensors are kept, so that their ids stay their own. Second: why it failed, None when it did not.
     """
     twin: Any = copy.deepcopy(model).to("meta")
+    twin.config.pad_token_id = None  # else some models look for padding among ids that have no values
     calls: dict[str, Tensor] = {}
 
     def record(name: str) -> Any:
@@ -246,12 +246,26 @@ def _trace(model: nn.Module) -> tuple[dict[str, Tensor], str | None]:
     for name, module in _linears(twin):
         module.register_forward_pre_hook(record(name), with_kwargs=True)
     ids = torch.zeros(1, _TRACE_TOKENS, dtype=torch.long, device="meta")
+    # Most models read a mask's values and must be given none; DeBERTa makes one where there is none.
+    problem = _attempt(twin, input_ids=ids)
+    if problem is not None:
+        calls.clear()
+        if _attempt(twin, input_ids=ids, attention_mask=torch.ones_like(ids)) is None:
+            problem = None
+    return (calls, None) if problem is None else ({}, problem)
+
+
+def _attempt(model: Any, **inputs: Tensor) -> str | None:
+    """Run the body (heads hold no blocks, and some cannot run on meta); what went wrong, or None.
+
+    Any exception counts, for any model code may run here; the adapter carries it on and `inspect` shows it.
+    """
     try:
         with torch.no_grad():
-            twin.base_model(input_ids=ids)  # heads hold no blocks, and some cannot run on meta
+            model.base_model(**inputs)
     except Exception as error:
-        return {}, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return calls, None
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return None
 
 
 # --- around the blocks ---
