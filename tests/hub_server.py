@@ -1,0 +1,199 @@
+"""The read half of a Hub on loopback, for a directory of repositories: <root>/org/name/… and <root>/datasets/org/name/…
+
+    with HubServer(root) as hub:
+        subprocess.run(command, env={**os.environ, **hub.environment(home)})
+
+It proves what the client does, not what huggingface.co answers. One commit per repository, which is the hash of its
+files. The environment reaches only processes that start with it: huggingface_hub reads it when imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+MODEL_API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
+RESOLVE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+
+
+class HubServer:
+    """Serves `root` until closed.
+
+    Attributes:
+        url: http://127.0.0.1:port.
+        requests: 'METHOD path' of everything asked so far.
+        gated: ids whose files are refused as those of a gated repository are.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.requests: list[str] = []
+        self.gated: set[str] = set()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+
+    def __enter__(self) -> HubServer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop listening; the port refuses connections afterwards."""
+        if self._thread.is_alive():
+            self._server.shutdown()
+            self._thread.join()
+        self._server.server_close()
+
+    def environment(self, home: Path, **more: str) -> dict[str, str]:
+        """Variables that send huggingface_hub (and what stands on it) here, with `home` for caches and tokens."""
+        return {**hub_environment(self.url, home), **more}
+
+    def folder(self, kind: str, repo: str) -> Path | None:
+        """The directory of a repository ('models' or 'datasets'), None where there is none."""
+        path = self.root / "datasets" / repo if kind == "datasets" else self.root / repo
+        return path if path.is_dir() else None
+
+
+def hub_environment(url: str, home: Path) -> dict[str, str]:
+    """A clean environment for subprocesses: Hub at `url`, everything cached under `home`, online."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
+    return {**kept, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+
+
+def commit_of(folder: Path) -> str:
+    """40 hexadecimal digits that change with any file's name, size or content."""
+    digest = hashlib.sha1()
+    for path in _files(folder):
+        digest.update(f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _entry(folder: Path, path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    entry = {"type": "file", "path": path.relative_to(folder).as_posix(), "size": len(content), "oid": oid}
+    if path.suffix in (".safetensors", ".parquet", ".bin"):
+        entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+    return entry
+
+
+def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            """The list of requests is the log."""
+
+        def do_HEAD(self) -> None:  # noqa: N802
+            self._answer()
+
+        def do_GET(self) -> None:  # noqa: N802
+            self._answer()
+
+        def do_POST(self) -> None:  # noqa: N802
+            self._answer()
+
+        def _answer(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            hub.requests.append(f"{self.command} {path}")
+            self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if match := MODEL_API.fullmatch(path):
+                self._describe(*match.groups())
+            elif match := RESOLVE.fullmatch(path):
+                self._file("datasets" if match[1] else "models", *match.groups()[1:])
+            else:
+                self._refuse(404, "RepoNotFound", "Repository not found")
+
+        def _found(self, kind: str, repo: str, revision: str | None) -> tuple[Path, str] | None:
+            folder = hub.folder(kind, repo)
+            if folder is None:
+                self._refuse(404, "RepoNotFound", "Repository not found")
+                return None
+            commit = commit_of(folder)
+            if revision not in (None, "main", commit):
+                self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+                return None
+            return folder, commit
+
+        def _describe(self, kind: str, repo: str, what: str | None, revision: str | None, below: str | None) -> None:
+            if (found := self._found(kind, repo, revision)) is None:
+                return
+            folder, commit = found
+            entries = [_entry(folder, path) for path in _files(folder)]
+            if what == "paths-info":
+                self._json([e for e in entries if e["path"] in _paths(self.body)])
+            elif what == "tree":
+                inside = [e for e in entries if e["path"].startswith(f"{below}/" if below else "")]
+                known = {e["path"].rsplit("/", 1)[0] for e in entries if "/" in e["path"]}
+                if below and not inside:
+                    self._refuse(404, "EntryNotFound", f"{below} does not exist")
+                    return
+                self._json(inside + [{"type": "directory", "path": d, "oid": "0" * 40, "size": 0} for d in known])
+            else:
+                siblings = [{"rfilename": e["path"], "size": e["size"], "blobId": e["oid"]} for e in entries]
+                self._json({"id": repo, "modelId": repo, "sha": commit, "private": False, "gated": False,
+                            "disabled": False, "tags": [], "downloads": 0, "likes": 0,
+                            "siblings": siblings})  # fmt: skip
+
+        def _file(self, kind: str, repo: str, revision: str, name: str) -> None:
+            if (found := self._found(kind, repo, revision)) is None:
+                return
+            folder, commit = found
+            path = folder / name
+            if repo in hub.gated:
+                self._refuse(403, "GatedRepo", "Access to this repository is restricted")
+            elif not path.is_file():
+                self._refuse(404, "EntryNotFound", "Entry not found")
+            else:
+                entry = _entry(folder, path)
+                etag = entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]
+                headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+                if "lfs" in entry:
+                    headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(entry["size"])}
+                self._send(path.read_bytes(), "application/octet-stream", headers)
+
+        def _send(self, content: bytes, kind: str, headers: dict[str, str], status: int = 200) -> None:
+            span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+            if span and status == 200:
+                first, last = int(span[1]), min(int(span[2] or len(content) - 1), len(content) - 1)
+                headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+                content, status = content[first : last + 1], 206
+            self.send_response(status)
+            for key, value in {**headers, "Content-Type": kind, "Content-Length": str(len(content))}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        def _json(self, data: object) -> None:
+            self._send(json.dumps(data).encode(), "application/json", {})
+
+        def _refuse(self, status: int, code: str, message: str) -> None:
+            headers = {"X-Error-Code": code, "X-Error-Message": message}
+            self._send(json.dumps({"error": message}).encode(), "application/json", headers, status)
+
+    return Handler
+
+
+def _paths(body: bytes) -> list[str]:
+    """The paths of a paths-info request, which is JSON or a form."""
+    from urllib.parse import parse_qs
+
+    try:
+        return list(json.loads(body)["paths"])
+    except ValueError:
+        return parse_qs(body.decode()).get("paths", [])
