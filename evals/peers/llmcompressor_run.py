@@ -1,0 +1,72 @@
+"""Quantize one checkpoint with llmcompressor (0.14.0.1), in its own environment.
+
+`gptq` is GPTQModifier as it comes (static activation order, damping 0.01, min-max scales); `gptq-mse` sets
+the weight observer to `mse`, the tool's own clip search, which is its best GPTQ on every text measured;
+`rtn-mse` is that observer without GPTQ. Symmetric, linear layers of the blocks only.
+"""
+
+from __future__ import annotations
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.models.bert import modeling_bert  # noqa: F401 - what from_pretrained would import later
+from transformers.models.llama import modeling_llama  # noqa: F401
+
+from evals.common import mark
+from evals.peers.arguments import Job, parse, rows
+
+# llmcompressor matches by name or pattern; everything outside the blocks stays as it is.
+OUTSIDE_BLOCKS = ["lm_head", "classifier", "re:.*pooler.*"]
+
+
+def recipe(job: Job) -> GPTQModifier | QuantizationModifier:
+    """The modifier for a job."""
+    method, _, observer = job.method.partition("-")
+    weights = QuantizationArgs(
+        num_bits=job.bits,
+        type="int",
+        symmetric=True,
+        strategy="channel" if job.group_size is None else "group",
+        group_size=job.group_size,
+        observer="mse" if observer else "memoryless_minmax",
+    )
+    groups = {"linears": QuantizationScheme(targets=["Linear"], weights=weights)}
+    kind = GPTQModifier if method == "gptq" else QuantizationModifier
+    return kind(config_groups=groups, ignore=OUTSIDE_BLOCKS)
+
+
+def main() -> None:
+    """Checkpoint in, checkpoint out."""
+    mark("IMPORTED")
+    job = parse()
+    torch.set_num_threads(job.threads)
+    auto = AutoModelForCausalLM if job.task == "causal-lm" else AutoModelForSequenceClassification
+    model = auto.from_pretrained(job.model, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    ids = rows(job.windows)
+    data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
+    mark("LOADED")
+    oneshot(
+        model=model,
+        tokenizer=tokenizer,
+        recipe=recipe(job),
+        dataset=data,
+        batch_size=job.batch_size,
+        num_calibration_samples=len(ids),
+        max_seq_length=max(len(row) for row in ids),
+        # Same windows in the same order for every tool; GPTQ's sums do not depend on it beyond rounding.
+        shuffle_calibration_samples=False,
+    )
+    mark("QUANTIZED")
+    model.save_pretrained(job.output, save_compressed=True)
+    tokenizer.save_pretrained(job.output)
+    mark("DONE")
+
+
+if __name__ == "__main__":
+    main()

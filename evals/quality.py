@@ -1,0 +1,288 @@
+"""Quality side by side: every tool on the same model, windows and text; markdown tables on stdout.
+
+    python -m evals.quality [--tools NAME …] [--settings NAME …] [--part lm|sst2] [--threads 1]
+
+For each setting, calibration seed and tool: quantize in the tool's own environment, open the checkpoint as
+its user would (`evals/score.py`), keep the loss of every window. Peers' results are kept in a JSON file per
+cell under LLMCOMP_EVAL_CACHE, keyed by the tool's version and everything that shapes the result, so a second
+run measures only what is missing; llmcomp is always measured again. The last column is llmcomp minus the
+best GPTQ peer of that cell (best by the mean over seeds), paired over windows and seeds: an interval that
+does not reach above zero says that no peer is better.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from evals.common import (
+    SEEDS,
+    assets_root,
+    cache_root,
+    calibration_sentences,
+    calibration_windows,
+    markdown,
+    paired_interval,
+    percent,
+    sentence_kl,
+)
+from evals.process import RunFailed, environment, machine, run, versions
+from evals.setup_peers import peer_python
+
+OURS = "llmcomp"
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A tool and one of its methods, and how its checkpoint is opened."""
+
+    name: str
+    package: str
+    method: str
+    loader: str = "transformers"
+
+    @property
+    def python(self) -> Path:
+        """The interpreter that has the tool."""
+        return Path(sys.executable) if self.package == OURS else peer_python(self.package)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Bits and group size of the linear layers (None: one scale per output channel)."""
+
+    name: str
+    bits: int
+    group_size: int | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A model, the texts or sentences it is measured on, and the settings compared."""
+
+    name: str
+    task: str
+    model: str
+    texts: dict[str, str]
+    settings: tuple[Setting, ...]
+    tools: tuple[str, ...]
+
+
+TOOLS = {
+    tool.name: tool
+    for tool in (
+        Tool("llmcomp", OURS, "gptq"),
+        Tool("llmcompressor gptq", "llmcompressor", "gptq"),
+        Tool("llmcompressor gptq-mse", "llmcompressor", "gptq-mse"),
+        Tool("llmcompressor rtn-mse", "llmcompressor", "rtn-mse"),
+        Tool("gptqmodel gptq", "gptqmodel", "gptq", "gptqmodel"),
+        Tool("gptqmodel gptq-mse", "gptqmodel", "gptq-mse", "gptqmodel"),
+    )
+}
+PARTS = {
+    "lm": Part(
+        "lm",
+        "causal-lm",
+        "models/lm",
+        {"books": "data/books/validation.txt", "wikitext": "data/wikitext-2-raw/test.txt"},
+        (
+            Setting("4-bit g128", 4, 128),
+            Setting("4-bit channel", 4, None),
+            Setting("3-bit g128", 3, 128),
+            Setting("2-bit g64", 2, 64),
+        ),
+        tuple(name for name in TOOLS if "rtn" not in name),
+    ),
+    "sst2": Part(
+        "sst2",
+        "classification",
+        "models/minilm-sst2",
+        {"sst2": "data/sst2/test.jsonl"},
+        (Setting("4-bit g128", 4, 128), Setting("8-bit channel", 8, None)),
+        tuple(name for name in TOOLS if not name.startswith("gptqmodel")),
+    ),
+}
+
+
+# ---------------------------------------------------------------- one cell
+
+
+def windows_file(part: Part, seed: int, folder: Path) -> Path:
+    """Write the calibration rows of a seed where every tool reads them."""
+    from safetensors.torch import save_file
+
+    model, data = assets_root() / part.model, assets_root() / "data"
+    if part.task == "causal-lm":
+        tensors = {"input_ids": calibration_windows(model, data / "books" / "calibration.txt", seed)}
+    else:
+        tensors = calibration_sentences(model, data / "sst2" / "train.jsonl", seed)
+    path = folder / f"{part.name}-{seed}.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+def score(model: Path, part: Part, python: Path, loader: str, threads: int) -> dict[str, list]:
+    """What `evals.score` writes for one checkpoint, opened by `python`."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [str(python), "-m", "evals.score", "--model", str(model), "--loader", loader]
+        command += ["--task", part.task, "--output", str(result)]
+        for name, path in part.texts.items():
+            command += ["--text", f"{name}={assets_root() / path}"]
+        done = subprocess.run(command, cwd=folder, env=environment(threads), capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RunFailed(
+                "\n".join([f"evals.score could not open {model}:", *done.stderr.splitlines()[-15:]])
+            )
+        scores: dict[str, list] = json.loads(result.read_text())
+        return scores
+
+
+def measure(tool: Tool, part: Part, setting: Setting, windows: Path, threads: int) -> dict:
+    """Quantize, reload and score one cell; a tool that refuses is recorded with its last line."""
+    group = "channel" if setting.group_size is None else str(setting.group_size)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "checkpoint"
+        arguments = ["--model", str(assets_root() / part.model), "--windows", str(windows)]
+        arguments += ["--bits", str(setting.bits), "--group-size", group, "--output", str(output)]
+        arguments += ["--threads", str(threads), "--method", tool.method, "--task", part.task]
+        try:
+            measured = run(tool.python, f"evals.peers.{tool.package}_run", arguments, threads)
+            scores = score(output, part, tool.python, tool.loader, threads)
+        except RunFailed as error:
+            return {"failed": str(error)}
+    return {"seconds": measured.seconds, "peak_anonymous": measured.peak_anonymous, "scores": scores}
+
+
+def cell_path(tool: Tool, part: Part, setting: Setting, seed: int) -> Path:
+    """Where a cell's result is kept: a readable name and a digest of all that shapes the result."""
+    found = versions(tool.python, [tool.package, "torch", "transformers"])
+    key = [tool.name, found, part.model, part.task, part.texts, setting.bits, setting.group_size, seed]
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    words = f"{part.name} {setting.name} {tool.name} {found.get(tool.package, '')} seed{seed} {digest}"
+    return cache_root() / f"{words.replace(' ', '_')}.json"
+
+
+def result(tool: Tool, part: Part, setting: Setting, seed: int, windows: Path, threads: int) -> dict:
+    """One cell from the cache, or measured now. llmcomp is never taken from it, only kept for reading."""
+    path = cell_path(tool, part, setting, seed)
+    if path.exists() and tool.package != OURS:
+        kept: dict = json.loads(path.read_text())
+        return kept
+    row = measure(tool, part, setting, windows, threads)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(row))
+    note = row["failed"].splitlines()[-1] if "failed" in row else f"{row['seconds']:.1f} s"
+    print(f"{part.name} | {setting.name} | {tool.name} | seed {seed}: {note}", file=sys.stderr, flush=True)
+    return row
+
+
+# ---------------------------------------------------------------- tables
+
+
+def stacked(rows: list[dict], text: str) -> np.ndarray | None:
+    """Scores of one tool over seeds: [seeds, windows] or [seeds, sentences, labels]; None if any failed."""
+    if any("failed" in row for row in rows):
+        return None
+    return np.array([row["scores"][text] for row in rows])
+
+
+def compared(values: dict[str, np.ndarray], relative: bool) -> str:
+    """llmcomp minus the peer with the lowest mean, with its paired interval, as a table cell."""
+    peers = {name: value for name, value in values.items() if name != OURS and "rtn" not in name}
+    if OURS not in values or not peers:
+        return "–"
+    best = min(peers, key=lambda name: peers[name].mean())
+    interval = paired_interval(values[OURS], peers[best])
+    if relative:
+        shown = percent(interval)
+        return f"{shown.mean:+.2f}% [{shown.low:+.2f}, {shown.high:+.2f}] vs {best}"
+    return f"{interval.mean:+.2e} [{interval.low:+.2e}, {interval.high:+.2e}] vs {best}"
+
+
+def lm_table(part: Part, tools: list[str], results: dict, dense: dict[str, list]) -> str:
+    """Mean perplexity over seeds (exp of the mean loss) per setting and text, and the paired difference."""
+    rows = []
+    for setting in part.settings:
+        for text in part.texts:
+            values = {}
+            for name in tools:
+                array = stacked(results.get((setting.name, name), [{"failed": "not run"}]), text)
+                if array is not None:
+                    values[name] = array
+            shown = [f"{np.exp(values[n].mean()):.2f}" if n in values else "refused" for n in tools]
+            rows.append(
+                [setting.name, text, f"{np.exp(np.mean(dense[text])):.2f}", *shown, compared(values, True)]
+            )
+    return markdown(["setting", "text", "dense", *tools, "llmcomp − best peer (perplexity, 95%)"], rows)
+
+
+def sst2_table(part: Part, tools: list[str], results: dict, dense: dict[str, list]) -> str:
+    """Mean and 99th-percentile KL from the original, agreement with it, per setting and tool."""
+    rows = []
+    original = np.array(dense["sst2"])
+    for setting in part.settings:
+        divergences, cells = {}, {}
+        for name in tools:
+            logits = stacked(results.get((setting.name, name), [{"failed": "not run"}]), "sst2")
+            if logits is None:
+                cells[name] = ["refused", "–", "–"]
+                continue
+            kl = np.stack([sentence_kl(original, one) for one in logits])
+            agree = (logits.argmax(-1) == original.argmax(-1)).mean()
+            divergences[name] = kl
+            cells[name] = [f"{kl.mean():.2e}", f"{np.percentile(kl, 99):.2e}", f"{agree:.2%}"]
+        for name in tools:
+            note = compared(divergences, False) if name == OURS else ""
+            rows.append([setting.name, name, *cells[name], note])
+    return markdown(
+        ["setting", "tool", "KL mean", "KL p99", "agreement", "KL, llmcomp − best peer (95%)"], rows
+    )
+
+
+def run_part(part: Part, tools: list[str], threads: int) -> str:
+    """Measure what is missing of one part and return its table."""
+    results: dict[tuple[str, str], list[dict]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        files = [windows_file(part, seed, Path(folder)) for seed in SEEDS]
+        dense = score(assets_root() / part.model, part, Path(sys.executable), "transformers", threads)
+        for setting in part.settings:
+            for seed, windows in zip(SEEDS, files, strict=True):
+                for name in tools:
+                    row = result(TOOLS[name], part, setting, seed, windows, threads)
+                    results.setdefault((setting.name, name), []).append(row)
+    table = lm_table if part.task == "causal-lm" else sst2_table
+    return table(part, tools, results, dense)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line as in the head of this file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", choices=tuple(PARTS), action="append", help="default: both")
+    parser.add_argument("--tools", nargs="+", choices=tuple(TOOLS), help="default: all that the part names")
+    parser.add_argument("--settings", nargs="+", help='for example "3-bit g128"; default: all of the part')
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args(argv)
+    print(json.dumps(machine(args.threads)))
+    for name in args.part or PARTS:
+        part = PARTS[name]
+        if args.settings:
+            kept = tuple(setting for setting in part.settings if setting.name in args.settings)
+            part = Part(**{**vars(part), "settings": kept})
+        tools = [tool for tool in part.tools if not args.tools or tool in args.tools]
+        print(f"\n## {part.name}\n\n{run_part(part, tools, args.threads)}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
