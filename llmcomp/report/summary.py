@@ -155,8 +155,7 @@ def _divergence_rows(report: Report) -> list[Row]:
 def _cost_rows(before: Measured | None, after: Measured | None) -> list[Row]:
     rows = []
     if any(side and side.sparsity > 0 for side in (before, after)):
-        shares = [ABSENT if side is None else percent(side.sparsity) for side in (before, after)]
-        rows.append(Row("zero weights", *shares))
+        rows.append(Row("zero weights", _sparsity(before), _sparsity(after)))
     old, new = before.cost if before else None, after.cost if after else None
     some = new or old
     if some is None:
@@ -168,15 +167,15 @@ def _cost_rows(before: Measured | None, after: Measured | None) -> list[Row]:
     rows.append(
         Row(
             f"latency {some.batch}×{some.sequence}",
-            *(_latency(c) for c in (old, new)),
+            _latency(old),
+            _latency(new),
             faster,
             _verdict(faster),
             _latency_span(old),
             _latency_span(new),
         )
     )
-    memory = [ABSENT if cost is None else size(cost.peak_memory) for cost in (old, new)]
-    rows.append(Row("peak memory", *memory, leaner, _verdict(leaner)))
+    rows.append(Row("peak memory", _memory(old), _memory(new), leaner, _verdict(leaner)))
     return rows
 
 
@@ -184,6 +183,14 @@ def _verdict(change: str) -> str:
     if change.endswith(("faster", "less")):
         return "better"
     return "worse" if change.endswith(("slower", "more")) else "same"
+
+
+def _sparsity(side: Measured | None) -> str:
+    return ABSENT if side is None else percent(side.sparsity)
+
+
+def _memory(cost: Cost | None) -> str:
+    return ABSENT if cost is None else size(cost.peak_memory)
 
 
 def _latency(cost: Cost | None) -> str:
@@ -196,8 +203,7 @@ def _latency_span(cost: Cost | None) -> str:
 
 def roles(report: Report) -> list[Role]:
     """One summary per role, in the order attention, mlp, embeddings, head, then any other."""
-    present = {layer.role for layer in report.layers}
-    names = [role for role in PARTS if role in present] + sorted(present.difference(PARTS))
+    names = ordered(layer.role for layer in report.layers)
     return [_role(name, [layer for layer in report.layers if layer.role == name]) for name in names]
 
 
@@ -213,6 +219,12 @@ def _role(role: str, layers: list[LayerReport]) -> Role:
         sum(layer.bytes_after for layer in layers),
         sum(layer.fallback is not None for layer in layers),
     )
+
+
+def ordered(parts: Iterable[str]) -> list[str]:
+    """Names of parts in the order of `PARTS`, unknown ones last."""
+    given = set(parts)
+    return [part for part in PARTS if part in given] + sorted(given.difference(PARTS))
 
 
 def worst(report: Report, count: int = 10) -> list[LayerReport]:

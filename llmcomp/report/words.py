@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from datetime import datetime, timezone
 
 ABSENT = "—"
 
@@ -52,6 +53,21 @@ def seconds(value: float) -> str:
         return f"{whole // 60} min {whole % 60:02d} s"
     minutes = round(value / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def moment(created: str) -> str:
+    """An ISO time to the minute, in UTC where it has an offset; anything else as it is.
+
+    >>> moment("2026-11-21T10:41:07+01:00"), moment("yesterday")
+    ('2026-11-21 09:41 UTC', 'yesterday')
+    """
+    try:
+        when = datetime.fromisoformat(created)
+    except ValueError:
+        return created
+    if when.tzinfo is None:
+        return f"{when:%Y-%m-%d %H:%M}"
+    return f"{when.astimezone(timezone.utc):%Y-%m-%d %H:%M} UTC"
 
 
 def number(value: float) -> str:
