@@ -1,0 +1,239 @@
+"""What a checkpoint costs: parameters and bytes from its headers, zeros, latency, peak memory.
+
+Peak memory is taken in a process of its own (`python -m llmcomp.measure.cost DIRECTORY`): what this process has
+imported, cached or freed before would otherwise decide the figure.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from llmcomp.errors import BadCheckpoint, RunError
+from llmcomp.report.schema import Size
+
+SINGLE = "model.safetensors"
+INDEX = SINGLE + ".index.json"
+_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+# What compressed-tensors stores beside a packed or integer weight; counted as bytes, not as parameters.
+_BESIDE = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale")
+
+
+def weight_files(directory: str | Path) -> list[Path]:
+    """The safetensors files that transformers would load: the single file, else those of the index.
+
+    Raises:
+        BadCheckpoint: no weights, an unreadable index, or a shard that is not there.
+    """
+    directory = Path(directory)
+    index = directory / INDEX
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadCheckpoint(f"{index} is not a safetensors index: {error}.") from error
+        files = [directory / name for name in names]
+    else:
+        raise BadCheckpoint(f"{directory} holds no {SINGLE} and no {INDEX}; expected a saved Hugging Face model.")
+    for file in files:
+        if not file.is_file():
+            raise BadCheckpoint(f"{directory} lacks the shard {file.name} that its index names.")
+    return files
+
+
+def size_of(directory: str | Path, role: Callable[[str], str] | None = None) -> Size:
+    """Parameters and bytes, from the headers alone.
+
+    Args:
+        role: tensor name → role; None leaves `parts` empty.
+
+    Returns:
+        `parameters` counts a quantized weight's elements, not its packed words, and neither scales nor zero
+        points nor integer buffers. `bytes_on_disk`: of the weight files with their headers; `parts`: of the tensors.
+
+    Raises:
+        BadCheckpoint: no weights, or a file that is not safetensors.
+    """
+    files = weight_files(directory)
+    parameters, parts = 0, dict[str, int]()
+    for file in files:
+        for name, dtype, shape, logical in _entries(file):
+            parameters += logical
+            if role is not None:
+                key = role(name)
+                parts[key] = parts.get(key, 0) + _elements(shape) * _BYTES.get(dtype, 1)
+    return Size(parameters, sum(file.stat().st_size for file in files), parts)
+
+
+def loaded_bytes(directory: str | Path) -> int:
+    """Bytes of the model in memory once it has run: every parameter dense, in the dtype the config names.
+
+    compressed-tensors models are decompressed by their first forward (measured on transformers 5.23, CPU).
+
+    Raises:
+        BadCheckpoint: as `size_of`.
+    """
+    config = Path(directory) / "config.json"
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    except ValueError as error:
+        raise BadCheckpoint(f"{config} is not JSON: {error}.") from error
+    dtype = str(settings.get("dtype") or settings.get("torch_dtype") or "float32")
+    return size_of(directory).parameters * (2 if dtype.endswith("16") else 8 if dtype == "float64" else 4)
+
+
+def sparsity_of(model: nn.Module) -> float:
+    """Share of exact zeros among the weights of a loaded model that has run once (matrices and larger, dense).
+
+    Norms and biases are left out: their zeros are no saving, and a fresh bias is all zeros.
+    """
+    zeros = total = 0
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and parameter.is_floating_point():
+            zeros += int((parameter == 0).sum())
+            total += parameter.numel()
+    return zeros / total if total else 0.0
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of one forward: the median of the repeats with their quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+@torch.inference_mode()
+def latency(models: Sequence[nn.Module], batch: int = 1, sequence: int = 128, repeats: int = 10) -> list[Latency]:
+    """Time whole forwards of random tokens [batch, sequence] (seeded), after two that are not counted.
+
+    Several models take turns, so that what else the machine does falls on all of them.
+    """
+    seconds: list[list[float]] = [[] for _ in models]
+    ids = [_tokens(model, batch, sequence) for model in models]
+    for turn in range(repeats + 2):
+        for model, tokens, taken in zip(models, ids, seconds, strict=True):
+            start = time.perf_counter()
+            model(input_ids=tokens)
+            if tokens.is_cuda:
+                torch.cuda.synchronize()
+            if turn >= 2:
+                taken.append(time.perf_counter() - start)
+    return [_summary(taken) for taken in seconds]
+
+
+def peak_memory(directory: str | Path, *, task: str | None = None, batch: int = 1, sequence: int = 128) -> int:
+    """Peak resident bytes of loading a checkpoint and running one forward of [batch, sequence] tokens, over what the
+    process held after its imports; measured in a fresh process.
+
+    Mapped pages of the weight files count while they are resident, as in any tool that shows resident memory.
+
+    Raises:
+        RunError: the process failed; the message ends with what it said.
+    """
+    command = [sys.executable, "-m", "llmcomp.measure.cost", str(directory), task or "", str(batch), str(sequence)]
+    package = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH", "")) if p)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    )
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise RunError(f"Measuring the peak memory of {directory} failed: {said[-1]}")
+    return int(json.loads(done.stdout.splitlines()[-1])["peak_memory"])
+
+
+def _entries(file: Path) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
+    """(name, dtype, stored shape, parameters it stands for) of each tensor in a safetensors file."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            names = set(handle.keys())
+            for name in sorted(names):
+                part = handle.get_slice(name)
+                dtype, shape = part.get_dtype(), tuple(part.get_shape())
+                yield name, dtype, shape, _logical(name, dtype, shape, names, handle)
+    except (SafetensorError, OSError) as error:
+        raise BadCheckpoint(f"{file} is not a readable safetensors file: {error}.") from error
+
+
+def _logical(name: str, dtype: str, shape: tuple[int, ...], names: set[str], handle: Any) -> int:
+    if name.endswith(_BESIDE):
+        return 0
+    if name.endswith(".weight_packed"):
+        beside = name.removesuffix("packed") + "shape"
+        if beside in names:
+            return _elements(handle.get_tensor(beside).tolist())
+        raise BadCheckpoint(f"{name} is packed, but {beside} is missing from its file.")
+    if dtype in _FLOATS or name + "_scale" in names:
+        return _elements(shape)
+    return 0
+
+
+def _elements(shape: Sequence[int]) -> int:
+    count = 1
+    for extent in shape:
+        count *= extent
+    return count
+
+
+def _tokens(model: Any, batch: int, sequence: int) -> Tensor:
+    config = model.config.get_text_config()
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    lowest = 1 + max(0, config.pad_token_id or 0) if config.vocab_size > 1 + (config.pad_token_id or 0) else 0
+    return torch.randint(lowest, config.vocab_size, (batch, sequence), generator=generator).to(device)
+
+
+def _summary(seconds: list[float]) -> Latency:
+    if len(seconds) < 2:
+        return Latency(seconds[0], seconds[0], seconds[0])
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return Latency(median, low, high)
+
+
+def resident_peak() -> int:
+    """The most bytes this process has had resident. Linux counts from exec on, elsewhere the system decides."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _main(directory: str, task: str, batch: int, sequence: int) -> None:
+    """Load, run once, print {"peak_memory": bytes}; the fresh process behind `peak_memory`."""
+    from llmcomp.measure.load import load, prepare
+
+    prepare(directory, task or None)
+    before = psutil.Process().memory_info().rss
+    model = load(directory, task or None)
+    with torch.inference_mode():
+        model(input_ids=_tokens(model, batch, sequence))
+    print(json.dumps({"peak_memory": max(0, resident_peak() - before)}))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
