@@ -1,0 +1,13 @@
+"""FORMATS: what a compressed checkpoint can be written as."""
+
+from __future__ import annotations
+
+from llmcomp.formats import compressed_tensors, dense
+from llmcomp.formats.base import Entry, Format, Layout, Ref, broken_ties, dense_tensors
+
+FORMATS: dict[str, Format] = {
+    "compressed-tensors": compressed_tensors.layout,
+    "dense": dense.layout,
+}
+
+__all__ = ["FORMATS", "Entry", "Format", "Layout", "Ref", "broken_ties", "dense_tensors"]

@@ -1,0 +1,88 @@
+"""What every checkpoint format offers: a `Layout`, made for one model's whole plan.
+
+How one weight is stored may depend on the others (a reader may know only one scheme a checkpoint), so a
+format is asked once, with every weight that is to be compressed, and answers for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from llmcomp.schemes import Scheme
+from llmcomp.weights import CompressedWeight
+
+
+class Ref(Protocol):
+    """What formats know of a compressible weight (`llmcomp.adapters.base.LinearRef` has it)."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def role(self) -> str: ...
+
+    @property
+    def out_features(self) -> int: ...
+
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def transposed(self) -> bool: ...
+
+
+Entry = tuple[Ref, Scheme]
+
+
+class Layout(Protocol):
+    """How each compressed weight of one checkpoint is stored.
+
+    Attributes:
+        dense: {module name: why}: weights that are compressed but cannot be stored packed. They are written
+            from `weight.dense()` and belong in the report.
+        notes: sentences for the report, such as a weight stored wider than asked.
+    """
+
+    @property
+    def dense(self) -> Mapping[str, str]: ...
+
+    @property
+    def notes(self) -> Sequence[str]: ...
+
+    def tensors(self, ref: Ref, weight: CompressedWeight) -> dict[str, Tensor]:
+        """What the file holds for this weight, by full tensor name; every tensor contiguous."""
+
+    def nbytes(self, ref: Ref, itemsize: int) -> int:
+        """Bytes of what `tensors` returns; `itemsize`: bytes of one dense value."""
+
+    def config(self, model: nn.Module) -> dict[str, Any] | None:
+        """`quantization_config` for config.json, None where none is needed. `model` may lie on meta."""
+
+
+Format = Callable[[Sequence[Entry]], Layout]
+
+
+def dense_tensors(ref: Ref, weight: CompressedWeight) -> dict[str, Tensor]:
+    """The weight as a plain checkpoint holds it: [out, in], or [in, out] for a Conv1D."""
+    dense = weight.dense()
+    return {f"{ref.name}.weight": (dense.t() if ref.transposed else dense).contiguous()}
+
+
+def broken_ties(ties: Mapping[str, str], compressed: Collection[str]) -> dict[str, str]:
+    """The ties that a file cannot keep once the modules named `compressed` are quantized.
+
+    transformers ties all or nothing (`tie_word_embeddings`), so when one side of one tie is quantized every
+    tied parameter is stored by itself and config.json needs `tie_word_embeddings: false`.
+
+    Args:
+        ties: {parameter name: name of the parameter it shares storage with}.
+        compressed: module names.
+
+    Returns:
+        `ties` itself where one of them breaks, else {}.
+    """
+    touched = {f"{name}.weight" for name in compressed}
+    return dict(ties) if touched & (set(ties) | set(ties.values())) else {}

@@ -1,0 +1,225 @@
+"""compressed-tensors checkpoints that plain transformers loads: which of its layouts carries which weight.
+
+What transformers 5.23 with compressed-tensors 0.20 reads (test_compressed_tensors.py measures it):
+
+- nn.Linear, symmetric: `pack-quantized`, any mixture of schemes, one config group each.
+- nn.Linear, asymmetric: the standard layout packs zero points, which the loader's skeleton does not, so it
+  loads only with `"dequantize": true`. Then one scheme decodes everything, so it serves where one scheme
+  covers all. In any other mixture zero points are stored as int8 of blocks [1, group], which the skeleton
+  expects as they are.
+- nn.Embedding: the skeleton of a packed embedding breaks transformers' weight initialization, which wants an
+  attribute `weight`; `int-quantized` keeps one (int8, whatever the bits) and loads.
+- Conv1D (GPT-2): skipped by the skeleton, so only `"dequantize": true` decodes it, transposed, in blocks of
+  [group, 1], and again by one scheme for all: widths and group sizes that differ are brought to a common
+  one (lower bits fit in wider words; a scale may be repeated), and what is no Conv1D is stored dense.
+
+Decoding is `(q - zero_point) * scale` in the scale's dtype in each of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmcomp import packing
+from llmcomp.formats.base import Entry, Ref, dense_tensors
+from llmcomp.schemes import Scheme
+from llmcomp.weights import CompressedWeight
+
+PACKED, PLAIN = "pack-quantized", "int-quantized"
+SMALLEST_GROUP = 32  # repeating scales for smaller groups than this would cost more than it saves
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How one weight lies in the file; also the identity of a config group.
+
+    Attributes:
+        format: 'pack-quantized' or 'int-quantized'.
+        bits: of the stored integers.
+        strategy: 'channel', 'group' or 'block'.
+        group: weights along the input that share a scale, None for the whole row.
+        symmetric: no zero points.
+        transposed: the file holds [in, out].
+    """
+
+    format: str
+    bits: int
+    strategy: str
+    group: int | None
+    symmetric: bool
+    transposed: bool = False
+
+    @property
+    def packs_zeros(self) -> bool:
+        """Whether zero points are packed along the output, as compressed-tensors does except for blocks."""
+        return not self.symmetric and self.format == PACKED and self.strategy != "block"
+
+    def args(self) -> dict[str, Any]:
+        """`weights` of the config group."""
+        args: dict[str, Any] = {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric}
+        args |= {"strategy": self.strategy, "group_size": None, "dynamic": False}
+        if self.strategy == "group":
+            args["group_size"] = self.group
+        if self.strategy == "block":
+            args["block_structure"] = [self.group, 1] if self.transposed else [1, self.group]
+        return args
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """`formats.base.Layout` of a compressed-tensors checkpoint. `dequantize`: the reader decodes at load."""
+
+    storage: Mapping[str, Storage]
+    dense: Mapping[str, str]
+    notes: Sequence[str]
+    dequantize: bool
+
+    def tensors(self, ref: Ref, weight: CompressedWeight) -> dict[str, Tensor]:
+        if ref.name in self.dense:
+            return dense_tensors(ref, weight)
+        storage = self.storage[ref.name]
+        values, scale, zero = weight.values, weight.scale, weight.zero_point
+        repeats = self._groups(ref) // scale.shape[1]
+        if not storage.symmetric and zero is None:
+            zero = torch.zeros(scale.shape, dtype=torch.int8, device=scale.device)
+        if repeats > 1:
+            scale = scale.repeat_interleave(repeats, dim=1)
+            zero = None if zero is None else zero.repeat_interleave(repeats, dim=1)
+        if storage.transposed:
+            values, scale, zero = values.t(), scale.t(), None if zero is None else zero.t()
+        prefix = f"{ref.name}.weight"
+        tensors = {f"{prefix}_scale": scale.contiguous()}
+        if zero is not None:
+            zero = packing.pack(zero, storage.bits, 0) if storage.packs_zeros else zero.contiguous()
+            tensors[f"{prefix}_zero_point"] = zero
+        if storage.format == PLAIN:
+            return tensors | {prefix: values.contiguous()}
+        shape = torch.tensor(values.shape, dtype=torch.int64)
+        return tensors | {f"{prefix}_packed": packing.pack(values, storage.bits), f"{prefix}_shape": shape}
+
+    def nbytes(self, ref: Ref, itemsize: int) -> int:
+        rows, columns = ref.out_features, ref.in_features
+        if ref.name in self.dense:
+            return rows * columns * itemsize
+        storage, scales = self.storage[ref.name], rows * self._groups(ref)
+        zeros = 0 if storage.symmetric else scales
+        if storage.packs_zeros:
+            zeros = packing.words(rows, storage.bits) * 4 * self._groups(ref)
+        if storage.transposed:
+            rows, columns = columns, rows
+        packed = rows * packing.words(columns, storage.bits) * 4 + 2 * 8  # and the int64 shape
+        return scales * itemsize + zeros + (rows * columns if storage.format == PLAIN else packed)
+
+    def config(self, model: nn.Module) -> dict[str, Any] | None:
+        if not self.storage:
+            return None
+        groups: dict[Storage, list[str]] = {}
+        for name, storage in self.storage.items():
+            groups.setdefault(storage, []).append(name)
+        targets, ignore = _targets(groups, model)
+        formats = {storage.format for storage in groups}
+        config: dict[str, Any] = {
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+            "config_groups": {
+                f"group_{n}": {
+                    "targets": targets[storage],
+                    "weights": storage.args(),
+                    "input_activations": None,
+                    "output_activations": None,
+                    "format": storage.format,
+                }
+                for n, storage in enumerate(groups)
+            },
+            "ignore": ignore,
+        }
+        return config | ({"dequantize": True} if self.dequantize else {})
+
+    def _groups(self, ref: Ref) -> int:
+        group = self.storage[ref.name].group
+        return 1 if group is None else ref.in_features // group
+
+
+def layout(entries: Sequence[Entry]) -> PackedLayout:
+    """How each weight is stored, so that plain from_pretrained decodes it to `weight.dense()` exactly."""
+    if any(ref.transposed for ref, _ in entries):
+        return _transposed_layout(entries)
+    linears = [entry for entry in entries if entry[0].role != "embeddings"]
+    schemes = {scheme for _, scheme in linears}
+    if len(schemes) == 1 and len(linears) == len(entries) and not next(iter(schemes)).symmetric:
+        storage = {ref.name: _standard(scheme) for ref, scheme in linears}
+        return PackedLayout(storage, {}, (), dequantize=True)
+    storage, notes = {}, []
+    for ref, scheme in entries:
+        if ref.role == "embeddings":
+            storage[ref.name] = _standard(scheme, PLAIN)
+            if scheme.bits < 8:
+                notes.append(f"{ref.name} has {scheme.bits}-bit values but takes 8 bits each in the file.")
+        elif scheme.symmetric:
+            storage[ref.name] = _standard(scheme)
+        else:
+            group = scheme.group_size or ref.in_features
+            storage[ref.name] = Storage(PACKED, scheme.bits, "block", group, symmetric=False)
+    if any(kept.strategy == "block" for kept in storage.values()):
+        notes.append("Zero points of mixed asymmetric schemes are stored as int8; vLLM may not read them.")
+    return PackedLayout(storage, {}, tuple(notes), dequantize=False)
+
+
+def _standard(scheme: Scheme, form: str = PACKED) -> Storage:
+    strategy = "channel" if scheme.group_size is None else "group"
+    return Storage(form, scheme.bits, strategy, scheme.group_size, scheme.symmetric)
+
+
+def _transposed_layout(entries: Sequence[Entry]) -> PackedLayout:
+    """One storage for every Conv1D, the one with the fewest bytes; the rest is dense."""
+    convs = [entry for entry in entries if entry[0].transposed]
+    alone = "transformers decodes packed Conv1D weights only where nothing else is packed"
+    dense = {ref.name: alone for ref, _ in entries if not ref.transposed}
+    candidates = []
+    for bits in sorted({scheme.bits for _, scheme in convs}):
+        fits = [(ref, scheme) for ref, scheme in convs if scheme.bits <= bits]
+        group = math.gcd(*(scheme.group_size or ref.in_features for ref, scheme in fits))
+        if group >= SMALLEST_GROUP:
+            symmetric = all(scheme.symmetric for _, scheme in fits)
+            storage = Storage(PACKED, bits, "block", group, symmetric, transposed=True)
+            candidates.append(_with(storage, fits, convs, dense))
+    if not candidates:
+        reason = f"its Conv1D weights have no common group of at least {SMALLEST_GROUP}"
+        return PackedLayout({}, dense | {ref.name: reason for ref, _ in convs}, (), dequantize=False)
+    return min(candidates, key=lambda found: sum(found.nbytes(ref, 2) for ref, _ in convs))
+
+
+def _with(
+    storage: Storage, fits: Sequence[Entry], convs: Sequence[Entry], dense: Mapping[str, str]
+) -> PackedLayout:
+    names = {ref.name for ref, _ in fits}
+    reason = f"transformers decodes all Conv1D weights of a checkpoint by one scheme, here int{storage.bits}"
+    wider = sum(scheme.bits < storage.bits for _, scheme in fits)
+    notes = ["Conv1D weights are packed in transposed blocks, which transformers reads; vLLM may not."]
+    if wider:
+        notes.append(f"{wider} Conv1D weights of fewer bits take {storage.bits} bits each in the file.")
+    left = {ref.name: reason for ref, _ in convs if ref.name not in names}
+    kept = {ref.name: storage for ref, _ in fits}
+    return PackedLayout(kept, {**dense, **left}, tuple(notes), dequantize=True)
+
+
+def _targets(
+    groups: Mapping[Storage, Iterable[str]], model: nn.Module
+) -> tuple[dict[Storage, list[str]], list[str]]:
+    """Targets of each group and the ignore list: the class name where one scheme covers the linears, which is
+    what other readers know best, else full module names."""
+    targets = {storage: list(names) for storage, names in groups.items()}
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    whole = [storage for storage, names in targets.items() if linears & set(names)]
+    if len(whole) != 1 or not linears.issuperset(targets[whole[0]]):
+        return targets, []
+    ignore = sorted(linears - set(targets[whole[0]]))
+    targets[whole[0]] = ["Linear"]
+    return targets, ignore

@@ -1,0 +1,34 @@
+"""Plain safetensors in the source's dtype: weights on the quantization grid, but as large as before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from llmcomp.formats.base import Entry, Ref, dense_tensors
+from llmcomp.weights import CompressedWeight
+
+
+@dataclass(frozen=True)
+class DenseLayout:
+    """`formats.base.Layout` that packs nothing, because that is what was asked for (so `dense` is empty)."""
+
+    dense: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    def tensors(self, ref: Ref, weight: CompressedWeight) -> dict[str, Tensor]:
+        return dense_tensors(ref, weight)
+
+    def nbytes(self, ref: Ref, itemsize: int) -> int:
+        return ref.out_features * ref.in_features * itemsize
+
+    def config(self, model: nn.Module) -> dict[str, Any] | None:
+        return None
+
+
+def layout(entries: Sequence[Entry]) -> DenseLayout:
+    """The layout for any plan."""
+    return DenseLayout()

@@ -1,0 +1,364 @@
+"""Is the written checkpoint the model that was compressed? Asked in a fresh process, as a user would load it.
+
+`verify` starts `python -m llmcomp.formats.verify DIRECTORY WITNESS`, which loads the directory by plain
+transformers (no part of llmcomp decodes anything there) and compares it with the witness: files against
+index, loading report, modules stored compressed, names, shapes and dtypes, every dense tensor's digest, and
+the outputs. A model that does not fit into memory is decoded tensor by tensor by compressed-tensors itself,
+without the outputs, and the result says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from llmcomp.errors import LlmcompError, VerificationFailed
+from llmcomp.formats import witness as witnesses
+from llmcomp.formats.save import INDEX
+from llmcomp.formats.witness import Digest, Witness, digest, dtype_name, model_output
+from llmcomp.report.schema import Verification
+
+# Root mean square of the outputs' difference over the outputs' standard deviation. The parameters are equal
+# to the bit, so what is left is the order of summation: units in the last place, grown through the blocks.
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+_AUTO = (
+    "ForCausalLM",
+    "ForMaskedLM",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+    "",
+)
+_PARTS = ("_packed", "_scale", "_shape", "_zero_point")
+
+
+def verify(directory: Path, witness: Path, timeout: float | None = None) -> Verification:
+    """Run `check` in a fresh process.
+
+    Args:
+        directory: the checkpoint.
+        witness: directory that `formats.witness` wrote.
+        timeout: seconds until it counts as failed, None waits.
+
+    Raises:
+        VerificationFailed: the checkpoint differs, cannot be loaded, or the process died.
+    """
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    command = [sys.executable, "-m", "llmcomp.formats.verify", str(directory), str(witness)]
+    pipes: dict[str, Any] = {"capture_output": True, "stdin": subprocess.DEVNULL, "text": True}
+    try:
+        child = subprocess.run(command, env=environment, timeout=timeout, check=False, **pipes)
+    except subprocess.TimeoutExpired as error:
+        raise VerificationFailed(f"Verifying {directory} took longer than {timeout:.0f} s.") from error
+    lines = child.stdout.strip().splitlines()
+    try:
+        answer = json.loads(lines[-1])
+    except (IndexError, ValueError) as error:
+        last = (child.stderr.strip().splitlines() or ["no message"])[-1]
+        raise VerificationFailed(
+            f"The process that reloaded {directory} died with status {child.returncode}: {last}"
+        ) from error
+    if "failure" in answer:
+        raise VerificationFailed(answer["failure"])
+    return Verification(**answer)
+
+
+def check(directory: Path, witness: Path, stream: bool | None = None) -> Verification:
+    """Compare a checkpoint with its witness in this process.
+
+    Args:
+        directory, witness: as for `verify`.
+        stream: decode tensor by tensor; None decides by the memory that is free.
+
+    Raises:
+        VerificationFailed: the first difference, named.
+        RunError: the witness is incomplete.
+    """
+    known = witnesses.load(witness)
+    tensors = _files(directory)
+    stored = _stored_modules(directory, tensors)
+    _same(set(stored), set(known.compressed), "stored compressed", "planned to be")
+    files = len(set(tensors.values()))
+    checks = [f"{files} files complete, {len(stored)} modules stored compressed as planned"]
+    if stream is None:
+        sizes = (math.prod(shape) * getattr(torch, dtype).itemsize for shape, dtype in known.source.values())
+        stream = sum(sizes) > 0.8 * psutil.virtual_memory().available
+    if stream:
+        _compare_streamed(directory, tensors, stored, known)
+        checks.append(f"{len(known.digests)} tensors equal to the bit, decoded one by one")
+        checks.append("outputs not compared: the dense model does not fit into memory")
+        return Verification(True, checks, None, len(stored), streamed=True)
+    model, output = _load_and_run(directory, known)
+    checks.append("plain from_pretrained: nothing missing, unexpected or mismatched")
+    _compare_model(model, stored, known)
+    checks.append(f"{len(known.digests)} tensors equal to the bit, names, shapes and dtypes as in the source")
+    largest, spread, allowed = _compare_output(output, known)
+    checks.append(
+        f"outputs differ by {largest:.1e} at most, {spread:.1e} of their standard deviation "
+        f"(allowed {allowed:.0e})"
+    )
+    return Verification(True, checks, largest, len(stored))
+
+
+def _files(directory: Path) -> dict[str, Path]:
+    """{tensor name: its file}, after comparing the index with what the files hold."""
+    present = sorted(directory.glob("*.safetensors"))
+    held: dict[str, Path] = {}
+    for path in present:
+        try:
+            with safe_open(path, framework="pt") as shard:
+                for key in shard.keys():  # noqa: SIM118 (not a dict)
+                    if key in held:
+                        raise VerificationFailed(f"{key} stands in both {held[key].name} and {path.name}.")
+                    held[key] = path
+        except (SafetensorError, OSError) as error:
+            raise VerificationFailed(f"{path.name} is not a whole safetensors file: {error}.") from error
+    index = directory / INDEX
+    if not index.is_file():
+        if [path.name for path in present] != ["model.safetensors"]:
+            raise VerificationFailed(f"{directory} has no {INDEX} and not exactly one model.safetensors.")
+        return held
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError) as error:
+        raise VerificationFailed(f"{INDEX} is not an index: {error}.") from error
+    for key, name in sorted(listed.items()):
+        if not (directory / name).is_file():
+            raise VerificationFailed(f"Shard {name}, which should hold {key}, is missing.")
+        if key not in held or held[key].name != name:
+            where = held[key].name if key in held else "no file"
+            raise VerificationFailed(f"The index places {key} in {name}, but {where} holds it.")
+    if extra := sorted(set(held) - set(listed)):
+        raise VerificationFailed(f"{extra[0]} in {held[extra[0]].name} is not in the index.")
+    return held
+
+
+def _stored_modules(directory: Path, tensors: Iterable[str]) -> dict[str, Any]:
+    """{module name: (scheme, format)} of the modules stored compressed, as the reader resolves them."""
+    scaled = sorted(key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale"))
+    config = _config(directory).get("quantization_config")
+    if not scaled and config is None:
+        return {}
+    if config is None:
+        raise VerificationFailed(f"config.json has no quantization_config, but {scaled[0]} is compressed.")
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils.match import match_targets
+
+    try:
+        parsed = QuantizationConfig.model_validate(config)
+        modules = dict(_skeleton(directory).named_modules())
+        groups = list(parsed.config_groups.values())
+    except (ValueError, KeyError, AttributeError) as error:
+        raise VerificationFailed(f"config.json cannot be read: {_line(error)}") from error
+    by_target = {target: group for group in groups for target in group.targets}
+    found: dict[str, Any] = {}
+    for name, module in modules.items():
+        targets = match_targets(name, module, list(by_target))
+        if targets and not match_targets(name, module, parsed.ignore or []):
+            found[name] = groups[0] if config.get("dequantize") else by_target[targets[0]]
+    _same(set(found), set(scaled), "compressed by config.json", "stored compressed")
+    return {name: (scheme, scheme.format or parsed.format) for name, scheme in found.items()}
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise VerificationFailed(f"config.json cannot be read: {_line(error)}") from error
+    if not isinstance(config, dict):
+        raise VerificationFailed("config.json is not an object.")
+    return config
+
+
+def _auto_class(config: Any) -> Any:
+    """The Auto class whose table leads from this config to its architecture, else the class itself."""
+    import transformers
+
+    architecture = (config.architectures or [""])[0]
+    for task in _AUTO:
+        auto = getattr(transformers, f"AutoModel{task}")
+        found = auto._model_mapping.get(type(config), None)
+        if found is not None and getattr(found, "__name__", "") == architecture:
+            return auto
+    try:
+        return getattr(transformers, architecture)
+    except AttributeError as error:
+        raise VerificationFailed(f"transformers has no class for architecture '{architecture}'.") from error
+
+
+def _skeleton(directory: Path) -> nn.Module:
+    """The model without weights."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(directory)
+    auto = _auto_class(config)
+    with torch.device("meta"):
+        model = auto.from_config(config) if hasattr(auto, "from_config") else auto(config)
+    if not isinstance(model, nn.Module):
+        raise VerificationFailed(f"{auto.__name__} made no model from config.json.")
+    return model
+
+
+def _load_and_run(directory: Path, known: Witness) -> tuple[nn.Module, Tensor]:
+    """Load plainly, look at the loading report, run the witness's inputs (which also decompresses)."""
+    from transformers import AutoConfig
+
+    try:
+        auto = _auto_class(AutoConfig.from_pretrained(directory))
+        model, info = auto.from_pretrained(directory, dtype="auto", output_loading_info=True)
+    except Exception as error:  # any library may raise anything here; the user needs one sentence
+        raise VerificationFailed(f"from_pretrained fails on the checkpoint: {_line(error)}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if found := info.get(kind):
+            first = sorted(str(item) for item in found)[0]
+            raise VerificationFailed(f"from_pretrained reports {kind.replace('_', ' ')}: {first}.")
+    model.eval()
+    rows = next(iter(known.inputs.values())).shape[0]
+    outputs = []
+    with torch.inference_mode():
+        for row in range(rows):  # one by one: the logits of a large vocabulary decide the peak
+            result = model(**{name: value[row : row + 1] for name, value in known.inputs.items()})
+            outputs.append(model_output(result).float())
+    return model, torch.cat(outputs)
+
+
+def _compare_model(model: nn.Module, stored: Iterable[str], known: Witness) -> None:
+    state = model.state_dict()
+    for name in stored:  # compressed-tensors keeps scales beside the decompressed weight
+        for part in _PARTS:
+            state.pop(f"{name}.weight{part}", None)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    loaded = {name for name in state if name in parameters or name in known.digests}
+    _same(loaded, set(known.digests), "in the loaded model", "in the compressed one")
+    _complete(state, known)
+    for name, expected in sorted(known.digests.items()):
+        _compare_tensor(name, state[name], expected, known)
+
+
+def _compare_tensor(name: str, tensor: Tensor, expected: Digest, known: Witness) -> None:
+    shape, dtype = tuple(tensor.shape), dtype_name(tensor.dtype)
+    if name not in known.source:
+        raise VerificationFailed(f"{name} is not a tensor of the source model.")
+    for where, wanted in (("source", known.source[name]), ("witness", (expected.shape, expected.dtype))):
+        if (shape, dtype) != wanted:
+            raise VerificationFailed(
+                f"{name} is {dtype} {list(shape)}, but {wanted[1]} {list(wanted[0])} in the {where}."
+            )
+    if digest(tensor).sha256 != expected.sha256:
+        raise VerificationFailed(f"{name} has other values than the model that was compressed.")
+
+
+def _compare_output(output: Tensor, known: Witness) -> tuple[float, float, float]:
+    """(largest difference, root mean square over the deviation, what is allowed), over unpadded positions."""
+    wanted = known.output.float()
+    if output.shape != wanted.shape:
+        raise VerificationFailed(f"Outputs have shape {list(output.shape)}, expected {list(wanted.shape)}.")
+    mask = known.inputs.get("attention_mask")
+    if mask is not None and mask.shape == output.shape[:2]:
+        output, wanted = output[mask.bool()], wanted[mask.bool()]
+    if not bool(output.isfinite().all()):
+        raise VerificationFailed("The reloaded model's outputs are not finite.")
+    if not bool(wanted.isfinite().all()):
+        raise VerificationFailed("The compressed model's own outputs are not finite.")
+    difference = (output - wanted).abs()
+    spread = float(difference.square().mean().sqrt() / wanted.std().clamp_min(1e-12))
+    dtypes = {known.source[name][1] for name in known.digests} & set(TOLERANCE)
+    allowed = max((TOLERANCE[dtype] for dtype in dtypes), default=TOLERANCE["float32"])
+    if spread > allowed:
+        raise VerificationFailed(
+            f"The reloaded model's outputs differ by {spread:.2g} of their standard deviation, "
+            f"{allowed:.0e} is allowed."
+        )
+    return float(difference.max()), spread, allowed
+
+
+def _compare_streamed(
+    directory: Path, tensors: dict[str, Path], stored: dict[str, Any], known: Witness
+) -> None:
+    """Compare with the witness one tensor at a time, decoded as the reader would."""
+    ties: dict[str, str] = getattr(_skeleton(directory), "all_tied_weights_keys", {})
+    seen: set[str] = set()
+    for name, tensor in _decoded(tensors, stored):
+        if name not in known.digests:
+            raise VerificationFailed(f"{name} is in the files, but not in the compressed model.")
+        _compare_tensor(name, tensor, known.digests[name], known)
+        seen.add(name)
+    for one, other in [*ties.items(), *((source, target) for target, source in ties.items())]:
+        if one not in seen and other in seen and known.digests.get(one) == known.digests[other]:
+            seen.add(one)
+    _same(seen, set(known.digests), "in the files", "in the compressed model")
+    _complete(seen, known)
+
+
+def _decoded(tensors: dict[str, Path], stored: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of the files, dense, one at a time."""
+    from compressed_tensors.compressors import BaseCompressor
+
+    for name, (scheme, form) in stored.items():
+        prefix = f"{name}.weight"
+        parts = [prefix + part for part in ("", *_PARTS) if prefix + part in tensors]
+        state = {full.removeprefix(f"{name}."): _tensor(tensors[full], full) for full in parts}
+        try:
+            decoder = BaseCompressor.get_value_from_registry(getattr(form, "value", form))
+            dense = decoder.decompress(state, scheme)["weight"]
+        except (RuntimeError, ValueError, KeyError, AssertionError, IndexError) as error:
+            raise VerificationFailed(f"{prefix} cannot be decoded: {_line(error)}") from error
+        yield prefix, dense
+    packed = {f"{name}.weight{part}" for name in stored for part in ("", *_PARTS)}
+    for key, path in tensors.items():
+        if key not in packed:
+            yield key, _tensor(path, key)
+
+
+def _tensor(path: Path, key: str) -> Tensor:
+    with safe_open(path, framework="pt") as shard:
+        tensor: Tensor = shard.get_tensor(key)
+    return tensor
+
+
+def _complete(names: Iterable[str], known: Witness) -> None:
+    if absent := sorted(set(known.source) - set(names)):
+        raise VerificationFailed(f"{absent[0]} of the source model is missing ({len(absent)} such).")
+
+
+def _same(found: set[str], wanted: set[str], here: str, there: str) -> None:
+    if extra := sorted(found - wanted):
+        raise VerificationFailed(f"{extra[0]} is {here}, but not {there} ({len(extra)} such).")
+    if absent := sorted(wanted - found):
+        raise VerificationFailed(f"{absent[0]} is {there}, but not {here} ({len(absent)} such).")
+
+
+def _line(error: BaseException) -> str:
+    """The first telling line of an exception's message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def _main(arguments: list[str]) -> int:
+    """The fresh process: its last line is a JSON object, a Verification or {'failure': sentence}."""
+    directory, witness = (Path(argument) for argument in arguments)
+    try:
+        answer = dataclasses.asdict(check(directory, witness))
+    except LlmcompError as error:
+        answer = {"failure": str(error)}
+    sys.stdout.write(json.dumps(answer) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1:]))

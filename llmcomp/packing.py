@@ -1,0 +1,91 @@
+"""Integers of 2, 3, 4 or 8 bits in 32-bit words, and back.
+
+The layout is that of compressed-tensors' `pack-quantized`: value i of a row, shifted into [0, 2^bits), stands
+at bits [i * bits, (i + 1) * bits) of the row's words, least significant bit first, with no bit wasted; only a
+row's last word is filled up with zeros. compressed-tensors' own `pack_to_int32` makes the same words through
+int32 copies and index tensors, ten bytes and more for each value; this one works on bytes, because eight
+values fill exactly `bits` bytes. Words are little-endian in memory, as in every safetensors file.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def words(count: int, bits: int) -> int:
+    """32-bit words that `count` integers of `bits` bits take."""
+    return -(-count * bits // 32)
+
+
+def pack(values: Tensor, bits: int, dim: int = 1) -> Tensor:
+    """Pack signed integers.
+
+    Args:
+        values: int8 [rows, columns], each in [-2^(bits-1), 2^(bits-1) - 1].
+        bits: 2, 3, 4 or 8.
+        dim: 1 packs each row, 0 packs each column (compressed-tensors does so with zero points).
+
+    Returns:
+        int32 [rows, words(columns, bits)], or [words(rows, bits), columns] for dim=0.
+    """
+    if dim == 0:
+        return pack(values.t(), bits).t().contiguous()
+    columns = values.shape[1]
+    unsigned = F.pad(values.contiguous().view(torch.uint8), (0, -columns % 32), value=256 - (1 << (bits - 1)))
+    unsigned += 1 << (bits - 1)  # modulo 256: the signed value's bit pattern, shifted into [0, 2^bits)
+    packed = _bytes_from_values(unsigned, bits)
+    return packed.view(torch.int32)[:, : words(columns, bits)].contiguous()
+
+
+def unpack(packed: Tensor, bits: int, count: int, dim: int = 1) -> Tensor:
+    """Undo `pack`.
+
+    Args:
+        packed: int32, as `pack` returns it.
+        bits: 2, 3, 4 or 8.
+        count: integers along `dim` before packing.
+        dim: the dimension that was packed.
+
+    Returns:
+        int8 [rows, count], or [count, columns] for dim=0.
+    """
+    if dim == 0:
+        return unpack(packed.t(), bits, count).t().contiguous()
+    padded = F.pad(packed, (0, -packed.shape[1] % bits)).contiguous().view(torch.uint8)
+    values = _values_from_bytes(padded, bits)[:, :count]
+    return values.view(torch.int8).sub(1 << (bits - 1)).contiguous()
+
+
+def _bytes_from_values(unsigned: Tensor, bits: int) -> Tensor:
+    """uint8 [rows, n] below 2^bits, n a multiple of 32, to uint8 [rows, n * bits / 8]."""
+    rows = unsigned.shape[0]
+    if bits == 8:
+        return unsigned
+    if bits == 3:
+        octets = unsigned.view(rows, -1, 8)
+        word = octets[..., 7].int()
+        for place in range(6, -1, -1):
+            word = word.bitwise_left_shift_(3).bitwise_or_(octets[..., place])
+        return word.view(torch.uint8).view(rows, -1, 4)[..., :3].reshape(rows, -1)
+    per_byte = 8 // bits
+    parts = unsigned.view(rows, -1, per_byte)
+    packed = parts[..., per_byte - 1].clone()
+    for place in range(per_byte - 2, -1, -1):
+        packed.bitwise_left_shift_(bits).bitwise_or_(parts[..., place])
+    return packed
+
+
+def _values_from_bytes(packed: Tensor, bits: int) -> Tensor:
+    """Undo `_bytes_from_values`."""
+    rows = packed.shape[0]
+    if bits == 8:
+        return packed.clone()
+    mask = (1 << bits) - 1
+    if bits == 3:
+        three = F.pad(packed.view(rows, -1, 3), (0, 1)).view(torch.int32)  # [rows, n / 8, 1]: 24 bits each
+        places = [(three >> (3 * place) & mask).to(torch.uint8) for place in range(8)]
+        return torch.cat(places, -1).view(rows, -1)
+    places = [packed >> (bits * place) & mask for place in range(8 // bits)]
+    return torch.stack(places, -1).view(rows, -1)
