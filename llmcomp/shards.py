@@ -144,6 +144,8 @@ def _entries(file: Path, header: bytes) -> Iterator[tuple[str, TensorInfo, tuple
                 continue
             dtype, shape = _DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
             begin, end = (int(n) for n in entry["data_offsets"])
+            if any(n < 0 for n in shape):
+                raise ValueError(f"shape {list(shape)} of {key}")
             yield key, TensorInfo(file, dtype, shape, math.prod(shape) * dtype.itemsize), (begin, end)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _corrupt(file, f"its header is unreadable, {type(error).__name__} {error}") from error

@@ -1,0 +1,316 @@
+"""Discovery: blocks, stages, roles, ties and dtypes of every tiny architecture; errors that show what was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tiny import TINY, build, tiny
+from torch import nn
+
+from llmcomp.adapters.base import Block
+from llmcomp.adapters.discover import discover, skeleton
+from llmcomp.errors import BadCheckpoint, UnknownArchitecture
+
+LLAMA = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+BERT = (
+    ("attention.self.query", "attention.self.key", "attention.self.value"),
+    ("attention.output.dense",),
+    ("intermediate.dense",),
+    ("output.dense",),
+)
+STAGES = {
+    "llama": ("model.layers", 2, LLAMA),
+    "llama-untied": ("model.layers", 2, LLAMA),
+    "mistral": ("model.layers", 2, LLAMA),
+    "qwen3": ("model.layers", 2, LLAMA),
+    "gpt2": ("transformer.h", 2, (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",))),
+    "opt": (
+        "model.decoder.layers",
+        2,
+        (
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ("self_attn.out_proj",),
+            ("fc1",),
+            ("fc2",),
+        ),
+    ),
+    "bert": ("bert.encoder.layer", 2, BERT),
+    "roberta": ("roberta.encoder.layer", 2, BERT),
+    "distilbert": (
+        "distilbert.transformer.layer",
+        2,
+        (
+            ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+            ("attention.out_lin",),
+            ("ffn.lin1",),
+            ("ffn.lin2",),
+        ),
+    ),
+    "modernbert": ("model.layers", 4, (("attn.Wqkv",), ("attn.Wo",), ("mlp.Wi",), ("mlp.Wo",))),
+    "mpnet": (
+        "mpnet.encoder.layer",
+        2,
+        (
+            ("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+            ("attention.attn.o",),
+            ("intermediate.dense",),
+            ("output.dense",),
+        ),
+    ),
+}
+TASKS = dict.fromkeys(TINY, "masked-lm") | dict.fromkeys(
+    ("llama", "llama-untied", "mistral", "qwen3", "gpt2", "opt"), "causal-lm"
+)
+TASKS |= {name: "sequence-classification" for name in TINY if name.endswith("-classifier")}
+
+
+def config_only(directory: Path, config: transformers.PreTrainedConfig, architecture: str | None) -> Path:
+    config.architectures = None if architecture is None else [architecture]
+    config.save_pretrained(directory)
+    return directory
+
+
+def short_names(block: Block) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(ref.name.removeprefix(block.name + ".") for ref in stage) for stage in block.stages)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_blocks_stages_and_roles(name: str, tmp_path: Path) -> None:
+    adapter = discover(skeleton(tiny(name, tmp_path)))
+    where, count, stages = STAGES[name.removesuffix("-classifier")]
+    assert adapter.trace_problem is None and adapter.stages_known
+    assert [block.name for block in adapter.blocks] == [f"{where}.{i}" for i in range(count)]
+    for block in adapter.blocks:
+        assert short_names(block) == stages
+        roles = [ref.role for stage in block.stages for ref in stage]
+        in_attention = len(stages[0]) + 1  # what reads the block's input, and the attention's output
+        assert roles == ["attention"] * in_attention + ["mlp"] * (len(roles) - in_attention)
+        assert all(ref.block == block.index for ref in block.linears)
+    assert adapter.task == TASKS[name]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_shapes_are_those_of_the_weights(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    adapter = discover(skeleton(tiny(name, tmp_path)))
+    for ref in adapter.refs:
+        weight = model.get_submodule(ref.name).weight
+        shape = tuple(weight.T.shape if ref.transposed else weight.shape)
+        assert (ref.out_features, ref.in_features) == shape
+    assert all(ref.transposed == (name == "gpt2") for block in adapter.blocks for ref in block.linears)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_matrix_is_accounted_for(name: str, tmp_path: Path) -> None:
+    """A matrix is compressible, or named with a reason, or an embedding of positions or types."""
+    adapter = discover(skeleton(tiny(name, tmp_path)))
+    model = build(name)
+    known = {ref.name for ref in adapter.refs} | set(adapter.uncompressed)
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        owner = key.rpartition(".")[0]
+        if parameter.dim() > 1 and not isinstance(model.get_submodule(owner), nn.Embedding):
+            assert owner in known or key in known
+    assert not set(adapter.uncompressed) & {ref.name for ref in adapter.refs}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_ties_embeddings_and_head(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    adapter = discover(skeleton(tiny(name, tmp_path)))
+    shared: dict[int, list[str]] = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(id(parameter), []).append(key)
+    expected = {frozenset(keys) for keys in shared.values() if len(keys) > 1}
+    assert {frozenset(pair) for pair in adapter.ties.items()} == expected
+    assert model.get_submodule(adapter.embeddings.name) is model.get_input_embeddings()
+    if adapter.task == "sequence-classification":
+        assert adapter.head is None
+        assert "classifier: its outputs are the answer itself" in adapter.uncompressed.values()
+    else:
+        assert adapter.head is not None
+        assert model.get_submodule(adapter.head.name) is model.get_output_embeddings()
+
+
+def test_poolers_and_classifiers_say_why_they_stay(tmp_path: Path) -> None:
+    adapter = discover(skeleton(tiny("bert-classifier", tmp_path)))
+    assert adapter.uncompressed == {
+        "bert.pooler.dense": "pooler, outside of the blocks",
+        "classifier": "classifier: its outputs are the answer itself",
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "modernbert", "gpt2", "mpnet"])
+def test_skeleton_has_no_weights_but_real_buffers(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    tiny(name, tmp_path, dtype=dtype)
+    model = skeleton(tmp_path)
+    plain = getattr(transformers, type(model).__name__).from_pretrained(tmp_path)
+    assert not model.training
+    assert all(parameter.is_meta and not parameter.requires_grad for parameter in model.parameters())
+    for mine, theirs in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        assert (mine[0], mine[1].shape, mine[1].dtype) == (theirs[0], theirs[1].shape, theirs[1].dtype)
+    for mine, theirs in zip(model.named_buffers(), plain.named_buffers(), strict=True):
+        assert mine[0] == theirs[0]
+        assert torch.equal(mine[1], theirs[1]) and mine[1].dtype == theirs[1].dtype
+
+
+def test_dtype_of_the_weights_where_the_config_has_none(tmp_path: Path) -> None:
+    tiny("llama", tmp_path, dtype=torch.bfloat16)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert {parameter.dtype for parameter in skeleton(tmp_path).parameters()} == {torch.bfloat16}
+    (tmp_path / "model.safetensors").unlink()
+    assert {parameter.dtype for parameter in skeleton(tmp_path).parameters()} == {torch.float32}
+
+
+def test_default_dtype_and_random_state_are_left_alone(tmp_path: Path) -> None:
+    tiny("gpt2", tmp_path, dtype=torch.bfloat16)
+    before = torch.get_rng_state()
+    discover(skeleton(tmp_path))
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_discovery_leaves_the_skeleton_alone(tmp_path: Path) -> None:
+    model = skeleton(tiny("llama", tmp_path))
+    discover(model)
+    assert model.config.pad_token_id == 0
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert all(not buffer.is_meta for buffer in model.buffers())
+
+
+def test_parallel_branches_that_read_one_tensor_share_a_stage(tmp_path: Path) -> None:
+    config = transformers.GPTJConfig(n_embd=64, n_layer=2, n_head=4, rotary_dim=8, vocab_size=64)
+    adapter = discover(skeleton(config_only(tmp_path, config, "GPTJForCausalLM")))
+    first = [ref.name.removeprefix("transformer.h.0.") for ref in adapter.blocks[0].stages[0]]
+    assert first == ["attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc_in"]
+
+
+def test_a_model_that_insists_on_a_mask(tmp_path: Path) -> None:
+    config = transformers.DebertaV2Config(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
+    )
+    adapter = discover(skeleton(config_only(tmp_path, config, "DebertaV2ForMaskedLM")))
+    assert adapter.stages_known and len(adapter.blocks[0].stages[0]) == 3
+
+
+def test_padding_token_does_not_stop_the_trace(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=64, pad_token_id=0)
+    adapter = discover(skeleton(config_only(tmp_path, config, "GPT2ForSequenceClassification")))
+    assert adapter.stages_known and adapter.task == "sequence-classification"
+
+
+class Untraceable(transformers.LlamaForCausalLM):
+    """Looks at the values of its ids, which meta tensors do not have."""
+
+    @property
+    def base_model(self) -> nn.Module:
+        class Body(nn.Module):
+            def forward(self, input_ids: torch.Tensor, **_: object) -> None:
+                if int(input_ids.sum()) > 0:
+                    raise AssertionError("not reached")
+
+        return Body()
+
+
+def test_without_a_trace_each_linear_is_its_own_stage_and_says_so() -> None:
+    model = Untraceable(build("llama").config).to("meta")
+    adapter = discover(model)
+    assert not adapter.stages_known
+    assert adapter.trace_problem is not None and "meta" in adapter.trace_problem
+    assert [len(stage) for stage in adapter.blocks[0].stages] == [1] * 7
+    assert len(adapter.blocks[0].linears) == 7
+
+
+def test_fused_experts_are_named_as_uncompressed(tmp_path: Path) -> None:
+    config = transformers.MixtralConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=64, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    adapter = discover(skeleton(config_only(tmp_path, config, "MixtralForCausalLM")))
+    reason = adapter.uncompressed["model.layers.0.mlp.experts.down_proj"]
+    assert reason == "no linear layer: a 4x64x128 parameter of MixtralExperts"
+
+
+def test_no_architecture_means_the_bare_model(tmp_path: Path) -> None:
+    model = skeleton(config_only(tmp_path, build("bert").config, None))
+    assert type(model).__name__ == "BertModel"
+    assert discover(model).task == "encoder"
+
+
+# --- what cannot be ---
+
+
+def test_unknown_model_type(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "nosuch", "architectures": ["NoSuchModel"]}')
+    with pytest.raises(UnknownArchitecture, match=r"names no model type that transformers [\d.]+ knows"):
+        skeleton(tmp_path)
+
+
+def test_unknown_class(tmp_path: Path) -> None:
+    config_only(tmp_path, build("bert").config, "BertForTelepathy")
+    with pytest.raises(UnknownArchitecture, match="the architecture BertForTelepathy, which transformers"):
+        skeleton(tmp_path)
+
+
+def test_config_that_transformers_refuses(tmp_path: Path) -> None:
+    config_only(tmp_path, build("llama").config, "LlamaForCausalLM")
+    config = json.loads((tmp_path / "config.json").read_text()) | {"hidden_size": "wide"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadCheckpoint, match=r"transformers refuses .*hidden_size"):
+        skeleton(tmp_path)
+
+
+def test_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    config = transformers.T5Config(num_layers=2, d_model=64, d_ff=64, d_kv=16, num_heads=4, vocab_size=64)
+    with pytest.raises(UnknownArchitecture, match="T5ForConditionalGeneration is an encoder-decoder"):
+        discover(skeleton(config_only(tmp_path, config, "T5ForConditionalGeneration")))
+
+
+class Blockless(transformers.PreTrainedModel):
+    """Two lists, neither of which is one of like modules with linears."""
+
+    config_class = transformers.BertConfig
+    base_model_prefix = ""
+
+    def __init__(self, config: transformers.BertConfig) -> None:
+        super().__init__(config)
+        self.mixed = nn.ModuleList([nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4))])
+        self.norms = nn.ModuleList([nn.LayerNorm(4) for _ in range(3)])
+        self.post_init()
+
+
+def test_blocks_that_cannot_be_found_show_what_was() -> None:
+    expected = (
+        "The blocks of Blockless could not be found: expected a list of like modules that contain linear "
+        "layers, found these lists: mixed (2 x Linear/Sequential), norms (3 x LayerNorm)."
+    )
+    with pytest.raises(UnknownArchitecture) as caught:
+        discover(Blockless(transformers.BertConfig()))
+    assert str(caught.value) == expected
+
+
+# --- the real models ---
+
+
+@pytest.mark.parametrize(
+    ("folder", "task"), [("lm", "causal-lm"), ("minilm-sst2", "sequence-classification")]
+)
+def test_trained_models(folder: str, task: str, assets: Path) -> None:
+    adapter = discover(skeleton(assets / "models" / folder))
+    stages = LLAMA if folder == "lm" else BERT
+    assert adapter.task == task and len(adapter.blocks) == 6 and adapter.stages_known
+    last = adapter.blocks[-1]
+    assert short_names(last) == stages
+    expected = {"lm": 4 * 256**2 - 2 * 256 * 128 + 3 * 256 * 768, "minilm-sst2": 4 * 384**2 + 2 * 384 * 1536}
+    assert sum(ref.weights for ref in last.linears) == expected[folder]
