@@ -62,7 +62,7 @@ def render(report: Report) -> str:
         left=summary.left(report),
         before=before,
         after=after,
-        plots={name: Markup(svg) for name, svg in drawn.items() if svg is not None},
+        plots={name: Markup(svg or "") for name, svg in drawn.items()},
         place_parts=plots.place_parts(report),
         parts=summary.ordered([*(before.parts if before else ()), *(after.parts if after else ())]),
         calibration=_described(report.calibration),
