@@ -16,7 +16,9 @@ ALIASES: dict[str, Alias] = {
     "bert-base-cased": Alias("google-bert/bert-base-cased", "BERT", "108M"),
     "bert-large": Alias("google-bert/bert-large-uncased", "BERT", "335M"),
     "distilbert": Alias("distilbert/distilbert-base-uncased", "DistilBERT", "66M"),
-    "distilbert-sst2": Alias("distilbert/distilbert-base-uncased-finetuned-sst-2-english", "DistilBERT", "67M"),
+    "distilbert-sst2": Alias(
+        "distilbert/distilbert-base-uncased-finetuned-sst-2-english", "DistilBERT", "67M"
+    ),
     "distilroberta": Alias("distilbert/distilroberta-base", "RoBERTa", "82M"),
     "roberta-base": Alias("FacebookAI/roberta-base", "RoBERTa", "125M"),
     "roberta-large": Alias("FacebookAI/roberta-large", "RoBERTa", "355M"),

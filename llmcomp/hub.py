@@ -1,7 +1,8 @@
 """From what a user calls a model to a directory with its files: sample, local directory, alias, cache or Hub.
 
-Nothing here imports torch or transformers, so that a name that leads nowhere is told within two seconds. The Hub
-is asked once (llmcomp.network); where it does not answer, its cache is used. Only safetensors weights, JSON
+Nothing here imports torch or transformers, so that a name that leads nowhere is told within two seconds. The
+Hub is asked once (llmcomp.network); where it does not answer, its cache is used. Only safetensors weights,
+JSON
 and tokenizer files are ever downloaded: no pickles, no code.
 """
 
@@ -26,7 +27,9 @@ INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _PICKLE = re.compile(r".*\.(bin|pt|pth|ckpt|h5|msgpack)")
 _SMALL = re.compile(r"[^/]+\.(json|txt|model|spm|tiktoken|jinja)|additional_chat_templates/[^/]+\.jinja")
-_MODULE = re.compile(r"\d+_\w+/[^/]+\.(json|txt|safetensors)")  # of sentence-transformers: 1_Pooling/config.json
+_MODULE = re.compile(
+    r"\d+_\w+/[^/]+\.(json|txt|safetensors)"
+)  # of sentence-transformers: 1_Pooling/config.json
 _REPO = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _OFFLINE_WORKS = (
     "what works offline: `llmcomp quantize sample:lm`, `llmcomp quantize sample:classifier`, "
@@ -77,9 +80,13 @@ def resolve(
         _require_files(path, f"{model}", config_only)
         return Resolved(path, path.resolve().name, None, "local", str(path.resolve()))
     if path.exists():
-        raise ModelNotFound(f"{model} is a file; expected a directory with config.json and safetensors weights.")
+        raise ModelNotFound(
+            f"{model} is a file; expected a directory with config.json and safetensors weights."
+        )
     if not _REPO.fullmatch(model):
-        raise ModelNotFound(f"There is no directory {model!r}; expected a local model or a Hub id like org/name.")
+        raise ModelNotFound(
+            f"There is no directory {model!r}; expected a local model or a Hub id like org/name."
+        )
     alias = ALIASES.get(model.lower())
     return _from_hub(model, alias.repo if alias else model, revision, config_only, progress)
 
@@ -108,7 +115,9 @@ def missing_weights(path: Path) -> list[str]:
     try:
         files = set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadCheckpoint(f"{path / INDEX} is not an index of weights; download the model again.") from error
+        raise BadCheckpoint(
+            f"{path / INDEX} is not an index of weights; download the model again."
+        ) from error
     return sorted(name for name in files if not (path / str(name)).is_file())
 
 
@@ -126,7 +135,9 @@ def _require_files(path: Path, what: str, config_only: bool) -> None:
     names = sorted(entry.name for entry in path.iterdir())
     if "config.json" not in names:
         found = ", ".join(names[:5]) or "nothing"
-        raise BadCheckpoint(f"{what} has no config.json (found: {found}); expected a Hugging Face model directory.")
+        raise BadCheckpoint(
+            f"{what} has no config.json (found: {found}); expected a Hugging Face model directory."
+        )
     if config_only:
         return
     missing = missing_weights(path)
@@ -143,8 +154,8 @@ def _no_safetensors(what: str, names: list[str]) -> str:
     pickles = [name for name in names if _PICKLE.fullmatch(name)]
     if pickles:
         return (
-            f"{what} has no {SINGLE}, only {', '.join(pickles[:3])}: such files can run code when loaded and are "
-            "never read; convert it once with save_pretrained and give that directory."
+            f"{what} has no {SINGLE}, only {', '.join(pickles[:3])}: such files can run code when loaded "
+            "and are never read; convert it once with save_pretrained and give that directory."
         )
     return f"{what} has no weights: expected {SINGLE}, or {INDEX} with its shards, beside config.json."
 
@@ -176,7 +187,8 @@ def _info(what: str, model: str, repo: str, revision: str | None) -> dict[str, A
     from huggingface_hub.utils import hf_raise_for_status
 
     answer = ask(
-        f"{endpoint()}/api/models/{repo}/revision/{quote(revision or 'main', safe='')}", params={"blobs": "true"}
+        f"{endpoint()}/api/models/{repo}/revision/{quote(revision or 'main', safe='')}",
+        params={"blobs": "true"},
     )
     try:
         hf_raise_for_status(answer)
@@ -184,7 +196,9 @@ def _info(what: str, model: str, repo: str, revision: str | None) -> dict[str, A
         if not isinstance(info, dict) or "sha" not in info or "siblings" not in info:
             raise Unreachable(f"{endpoint()} gave no description of the model")
     except errors.RevisionNotFoundError as error:
-        raise ModelNotFound(f"{what} has no revision {revision!r} on the Hub; use a branch, tag or commit.") from error
+        raise ModelNotFound(
+            f"{what} has no revision {revision!r} on the Hub; use a branch, tag or commit."
+        ) from error
     except errors.GatedRepoError as error:
         raise ModelNotFound(_gated(what, repo)) from error
     except errors.RepositoryNotFoundError as error:
@@ -200,10 +214,10 @@ def _info(what: str, model: str, repo: str, revision: str | None) -> dict[str, A
 
 def _not_there(model: str, repo: str) -> str:
     if model != repo:
-        return f"{model} stands for {repo}, which {endpoint()} does not have or does not show without `hf auth login`."
+        return f"{model} stands for {repo}, which {endpoint()} has not, or shows only after `hf auth login`."
     return (
-        f"{model} is neither a local directory, nor an alias (`llmcomp models` lists them), nor a repository that you "
-        f"can see on the Hub; a private one needs `hf auth login`{suggestions(model) or '.'}"
+        f"{model} is neither a local directory, nor an alias (`llmcomp models` lists them), nor a repository "
+        f"that you can see on the Hub; a private one needs `hf auth login`{suggestions(model) or '.'}"
     )
 
 
@@ -217,13 +231,12 @@ def _gated(what: str, repo: str) -> str:
 def _not_reachable(what: str, model: str, repo: str, revision: str | None, why: str) -> str:
     from huggingface_hub import constants
 
-    place = f"the cache {constants.HF_HUB_CACHE}"
-    state = f"not in {place}"
+    state = f"neither cached (in {constants.HF_HUB_CACHE})"
     if (partial := cached(repo, revision, config_only=True)) is not None:
-        state = f"incomplete in {place} (lacks {missing_weights(partial)[0]})"
+        state = f"neither wholly cached ({partial} lacks {missing_weights(partial)[0]})"
     asked = f" at revision {revision}" if revision else ""
     near = "" if model.lower() in ALIASES else suggestions(model).rstrip("?")
-    return f"{what}{asked} is {state}, and the Hub is not reachable ({why}){near}; {_OFFLINE_WORKS}."
+    return f"{what}{asked} is {state} nor reachable ({why}){near}; {_OFFLINE_WORKS}."
 
 
 def _wanted(what: str, files: list[str], config_only: bool) -> list[str]:
@@ -237,7 +250,9 @@ def _wanted(what: str, files: list[str], config_only: bool) -> list[str]:
     # Some repositories hold both layouts, or the publisher's own beside them (consolidated.safetensors).
     weights = [SINGLE] if SINGLE in files else [name for name in files if _SHARD.fullmatch(name)]
     if not weights:
-        raise BadCheckpoint(_no_safetensors(f"{what} on the Hub", [name for name in files if "/" not in name]))
+        raise BadCheckpoint(
+            _no_safetensors(f"{what} on the Hub", [name for name in files if "/" not in name])
+        )
     modules = [name for name in files if _MODULE.fullmatch(name)] if "modules.json" in files else []
     return small + weights + modules
 
@@ -260,7 +275,9 @@ def _download(what: str, repo: str, revision: str | None, sizes: dict[str, int],
         raise ModelNotFound(_gated(what, repo)) from error
     except (errors.HfHubHTTPError, OSError) as error:  # LocalEntryNotFoundError and a full disk are OSErrors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RunError(f"Downloading {what} broke off ({reason}); run the command again to continue.") from error
+        raise RunError(
+            f"Downloading {what} broke off ({reason}); run the command again to continue."
+        ) from error
     return Path(path)
 
 

@@ -1,8 +1,9 @@
 """One quick question to the Hub: answered, or known to be unreachable within about a second.
 
 huggingface_hub retries for 23 s where there is no network, and a connect timeout covers neither a name server
-that does not answer nor eight addresses tried one after the other. So the request runs in a thread of its own,
-which is abandoned if no connection stands after `CONNECT` seconds; once it stands, the server has `READ` seconds.
+that does not answer nor eight addresses tried one after the other. So the request runs in a thread of its
+own, which is abandoned if no connection stands after `CONNECT` seconds; once it stands, the server has `READ`
+seconds.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ CONNECT = 1.0
 READ = 10.0
 
 
-class Unreachable(Exception):
-    """No answer: no network, no such host, nobody listening, too slow, or offline mode. Says which, in words."""
+class Unreachable(Exception):  # noqa: N818
+    """No answer; says why: no network, no such host, nobody listening, too slow, or offline mode."""
 
 
 def ask(url: str, *, params: dict[str, str] | None = None) -> Any:
@@ -29,7 +30,8 @@ def ask(url: str, *, params: dict[str, str] | None = None) -> Any:
         The answer (`httpx2.Response`), whatever its status.
 
     Raises:
-        Unreachable: no connection after CONNECT seconds, no answer within READ seconds, or HF_HUB_OFFLINE is set.
+        Unreachable: no connection after CONNECT seconds, no answer within READ seconds, or HF_HUB_OFFLINE is
+            set.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session, get_token
@@ -37,7 +39,7 @@ def ask(url: str, *, params: dict[str, str] | None = None) -> Any:
     if constants.is_offline_mode():
         raise Unreachable("HF_HUB_OFFLINE is set")
     # Not build_hf_headers: that may ask the Hub another question first, with a longer timeout.
-    token = get_token()
+    token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
     headers = {"user-agent": "llmcomp", **({"authorization": f"Bearer {token}"} if token else {})}
     connected, finished = threading.Event(), threading.Event()
     outcome: dict[str, Any] = {}

@@ -1,10 +1,12 @@
-"""The read half of a Hub on loopback, for a directory of repositories: <root>/org/name/… and <root>/datasets/org/name/…
+"""The read half of a Hub on loopback, for a directory of repositories: <root>/org/name/… and
+<root>/datasets/org/name/…
 
     with HubServer(root) as hub:
         subprocess.run(command, env={**os.environ, **hub.environment(home)})
 
-It proves what the client does, not what huggingface.co answers. One commit per repository, which is the hash of its
-files. The environment reaches only processes that start with it: huggingface_hub reads it when imported.
+It proves what the client does, not what huggingface.co answers. One commit per repository, which is the hash
+of its files. The environment reaches only processes that start with it: huggingface_hub reads it when
+imported.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-MODEL_API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
+MODEL_API = re.compile(
+    r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?"
+)
 RESOLVE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
@@ -55,7 +59,7 @@ class HubServer:
         self._server.server_close()
 
     def environment(self, home: Path, **more: str) -> dict[str, str]:
-        """Variables that send huggingface_hub (and what stands on it) here, with `home` for caches and tokens."""
+        """Variables that send huggingface_hub and its users here, with `home` for caches and tokens."""
         return {**hub_environment(self.url, home), **more}
 
     def folder(self, kind: str, repo: str) -> Path | None:
@@ -67,14 +71,22 @@ class HubServer:
 def hub_environment(url: str, home: Path) -> dict[str, str]:
     """A clean environment for subprocesses: Hub at `url`, everything cached under `home`, online."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
-    return {**kept, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+    return {
+        **kept,
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
 
 
 def commit_of(folder: Path) -> str:
     """40 hexadecimal digits that change with any file's name, size or content."""
     digest = hashlib.sha1()
     for path in _files(folder):
-        digest.update(f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        digest.update(
+            f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()
+        )
     return digest.hexdigest()
 
 
@@ -98,13 +110,13 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
         def log_message(self, *_: object) -> None:
             """The list of requests is the log."""
 
-        def do_HEAD(self) -> None:  # noqa: N802
+        def do_HEAD(self) -> None:
             self._answer()
 
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             self._answer()
 
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             self._answer()
 
         def _answer(self) -> None:
@@ -129,7 +141,9 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 return None
             return folder, commit
 
-        def _describe(self, kind: str, repo: str, what: str | None, revision: str | None, below: str | None) -> None:
+        def _describe(
+            self, kind: str, repo: str, what: str | None, revision: str | None, below: str | None
+        ) -> None:
             if (found := self._found(kind, repo, revision)) is None:
                 return
             folder, commit = found
@@ -142,7 +156,9 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 if below and not inside:
                     self._refuse(404, "EntryNotFound", f"{below} does not exist")
                     return
-                self._json(inside + [{"type": "directory", "path": d, "oid": "0" * 40, "size": 0} for d in known])
+                self._json(
+                    inside + [{"type": "directory", "path": d, "oid": "0" * 40, "size": 0} for d in known]
+                )
             else:
                 siblings = [{"rfilename": e["path"], "size": e["size"], "blobId": e["oid"]} for e in entries]
                 self._json({"id": repo, "modelId": repo, "sha": commit, "private": False, "gated": False,

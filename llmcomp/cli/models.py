@@ -12,7 +12,9 @@ from llmcomp.hub import cached
 from llmcomp.samples import SAMPLES
 
 
-def models(json: Annotated[bool, typer.Option("--json", help="One JSON list and nothing else.")] = False) -> None:
+def models(
+    json: Annotated[bool, typer.Option("--json", help="One JSON list and nothing else.")] = False,
+) -> None:
     """List sample models and aliases, with Hub id, family, size and whether they are cached here.
 
     Examples:
@@ -38,9 +40,15 @@ def models(json: Annotated[bool, typer.Option("--json", help="One JSON list and 
 
 
 def table_rows() -> list[dict[str, Any]]:
-    """One dict per name: alias, repo (None for samples), family, parameters, here ('ships', 'cached' or '')."""
+    """One dict per name: alias, repo (None for samples), family, parameters, here (ships, cached or '')."""
     samples = [
-        {"alias": name, "repo": None, "family": _family(name), "parameters": _parameters(name), "here": "ships"}
+        {
+            "alias": name,
+            "repo": None,
+            "family": _family(name),
+            "parameters": _parameters(name),
+            "here": "ships",
+        }
         for name in SAMPLES
     ]
     return samples + [
