@@ -1,4 +1,4 @@
-"""Names to directories: samples, local, alias, cache, Hub on loopback; and what is said where none answers."""
+"""Names to directories: samples, local, alias, cache, Hub on loopback; and what is said where none is."""
 
 from __future__ import annotations
 

@@ -43,8 +43,8 @@ def lint(
     if size is not None and tokens.numel() and int(tokens.max()) >= size:
         outside = int((tokens >= size).sum())
         raise BadData(
-            f"{texts.description}: {outside:,} of {tokens.numel():,} token ids lie outside of the "
-            f"model's vocabulary of {size:,} (largest {int(tokens.max()):,}); tokenize with this model's own tokenizer."
+            f"{texts.description}: {outside:,} of {tokens.numel():,} token ids lie outside of the model's "
+            f"vocabulary of {size:,} (largest {int(tokens.max()):,}); tokenize with this model's own tokenizer."
         )
     return [
         *texts.warnings,

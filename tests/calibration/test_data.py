@@ -273,30 +273,37 @@ def test_fingerprint_sees_order_and_borders():
     assert all(re.fullmatch("[0-9a-f]{64}", value) for value in prints)
 
 
+# One process reads several sources: importing torch and datasets takes longer than all of them.
 SCRIPT = """
-import json, sys, time
+import json, sys
 from llmcomp.calibration import data
 from llmcomp.errors import BadData
 from llmcomp.progress import Silent
 class Notes(Silent):
     said = []
     def note(self, text): self.said.append(text)
-try:
-    texts = getattr(data, sys.argv[1])(sys.argv[2], progress=Notes())
-    answer = {"rows": texts.rows[:3], "description": texts.description, "running": texts.running}
-except BadData as error:
-    answer = {"error": str(error)}
-print(json.dumps({**answer, "notes": Notes.said, "datasets": "datasets" in sys.modules}))
+for function, source in json.loads(sys.argv[1]):
+    try:
+        texts = getattr(data, function)(source, progress=Notes())
+        answer = {"rows": texts.rows[:3], "description": texts.description, "running": texts.running}
+    except BadData as error:
+        answer = {"error": str(error)}
+    print(json.dumps({**answer, "notes": Notes.said, "datasets": "datasets" in sys.modules}))
 """
 
 
-def read_in_process(environment, function, source):
+def read_in_process(environment, *asked: tuple[str, str]) -> list[dict]:
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, function, source], env=environment, cwd=Path(__file__).parents[2],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [sys.executable, "-c", SCRIPT, json.dumps(asked)],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert run.returncode == 0, run.stderr
-    return {**json.loads(run.stdout), "stderr": run.stderr}
+    assert run.stderr == ""
+    return [json.loads(line) for line in run.stdout.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -316,41 +323,37 @@ def wikitext(tmp_path_factory):
 
 def test_default_is_wikitext_through_the_hub_and_then_from_the_cache(wikitext, tmp_path):
     with HubServer(wikitext) as hub:
-        train = read_in_process(hub.environment(tmp_path), "read_texts", "default")
-        test = read_in_process(hub.environment(tmp_path), "evaluation_texts", "default")
+        train, test, missing, config = read_in_process(
+            hub.environment(tmp_path),
+            ("read_texts", "default"),
+            ("evaluation_texts", "default"),
+            ("read_texts", "Salesforce/nothing"),
+            ("read_texts", "Salesforce/wikitext:nothing"),
+        )
     assert train["rows"] == ["", " = train = \n", "A sentence . \n"]
+    assert train["running"] and "WikiText-2 train" in train["description"]
     assert test["rows"][1] == " = test = \n"
-    assert "WikiText-2 train" in train["description"]
-    offline = read_in_process(hub.environment(tmp_path), "read_texts", "default")  # the server is gone
-    assert offline["rows"] == train["rows"]
-    assert (train["stderr"], offline["stderr"]) == ("", "")
-
-
-def test_hub_datasets_that_are_not_there(wikitext, tmp_path):
-    with HubServer(wikitext) as hub:
-        missing = read_in_process(hub.environment(tmp_path), "read_texts", "Salesforce/nothing")
-        config = read_in_process(hub.environment(tmp_path), "read_texts", "Salesforce/wikitext:nothing")
     assert "Dataset Salesforce/nothing is not on the Hub" in missing["error"]
     assert "nothing" in config["error"] and "cannot be read" in config["error"]
+    (offline,) = read_in_process(hub.environment(tmp_path), ("read_texts", "default"))  # the server is gone
+    assert offline["rows"] == train["rows"]
 
 
-def test_an_unreachable_dataset_is_told_without_importing_datasets(tmp_path):
-    answer = read_in_process(hub_environment("http://127.0.0.1:9", tmp_path), "read_texts", "org/name:config")
-    assert answer["error"].startswith("Dataset org/name (config) is neither cached nor reachable (")
-    assert not answer["datasets"]
-
-
-def test_default_without_network_is_the_text_that_ships(tmp_path):
+def test_without_network_there_is_one_sentence_or_the_text_that_ships(tmp_path):
     from llmcomp.samples import calibration_text, validation_text
 
-    if not calibration_text().is_file():
+    asked = [("read_texts", "org/name:config")]
+    if calibration_text().is_file():
+        asked += [("read_texts", "default"), ("evaluation_texts", "default")]
+    named, *shipped = read_in_process(hub_environment("http://127.0.0.1:9", tmp_path), *asked)
+    assert named["error"].startswith("Dataset org/name (config) is neither cached nor reachable (")
+    assert not named["datasets"]
+    if not shipped:
         pytest.skip("the sample texts have not been made")
-    environment = hub_environment("http://127.0.0.1:9", tmp_path)
-    train = read_in_process(environment, "read_texts", "default")
-    held_out = read_in_process(environment, "evaluation_texts", "default")
+    train, held_out = shipped
     assert "the text that ships" in train["description"] and "WikiText-2 cannot be had" in train["notes"][0]
     assert "held-out text that ships" in held_out["description"]
-    assert not train["datasets"]
+    assert not held_out["datasets"]
     assert calibration_text().read_text(encoding="utf-8").startswith(train["rows"][0])
     assert validation_text().read_text(encoding="utf-8").startswith(held_out["rows"][0])
 
