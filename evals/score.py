@@ -14,7 +14,12 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 
 from evals.common import evaluation_windows, window_losses
 
@@ -53,7 +58,9 @@ def open_model(folder: Path, loader: str, task: str) -> torch.nn.Module:
     return auto.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def sentence_logits(model: torch.nn.Module, tokenizer, path: Path) -> list[list[float]]:
+def sentence_logits(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path
+) -> list[list[float]]:
     """Logits [sentences, labels] of a JSONL file with a `sentence` column, one sentence at a time."""
     logits = []
     with torch.inference_mode():

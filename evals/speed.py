@@ -2,10 +2,10 @@
 
     python -m evals.speed [--layers 22] [--rounds 1] [--threads 2] [--depth-check] [--tune-layers 2]
 
-Every peer first runs on a two-layer model of the same shape at several batch sizes; that is its warm-up (one
-of them compiles an extension at its first run) and picks its fastest batch size. Then the tools run one after
-the other, round by round, so that a drift of the machine meets all of them. Seconds are checkpoint in to
-checkpoint out without imports; memory is anonymous resident memory above its value after imports
+Every tool first runs on a two-layer model of the same shape as a warm-up (one of them compiles an extension
+at its first run), every peer then at several batch sizes, of which it keeps its fastest. Then the tools run
+one after the other, round by round, so that a drift of the machine meets all of them. Seconds are checkpoint
+in to checkpoint out without imports; memory is anonymous resident memory above its value after imports
 (`evals/process.py`); mapped pages apart. Ratios are llmcomp over the fastest and over the leanest peer.
 """
 
@@ -79,9 +79,9 @@ def once(contender: Contender, layers: int, batch_size: int, threads: int) -> Me
 
 def fastest_batch(contender: Contender, layers: int, threads: int) -> int:
     """The batch size at which a peer is fastest on the shallow model, measured after one warm-up run."""
-    if contender.package == OURS:
-        return 1  # not passed on: llmcomp has its own default
     once(contender, layers, BATCH_SIZES[0], threads)
+    if contender.package == OURS:
+        return BATCH_SIZES[0]  # not passed on: llmcomp has its own default
     seconds = {}
     for size in BATCH_SIZES:
         try:
