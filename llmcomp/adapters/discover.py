@@ -18,6 +18,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.core_model_loading import build_glob_alternation
 from transformers.modeling_utils import str_to_torch_dtype
@@ -52,7 +53,7 @@ def skeleton(path: str | Path, *, trust_remote_code: bool = False) -> nn.Module:
         trust_remote_code: run model code that lies in the directory.
 
     Raises:
-        BadCheckpoint: a config that transformers refuses.
+        BadCheckpoint: a config that transformers refuses, or a shard whose header says no dtype.
         UnknownArchitecture: a model type or class that transformers does not have.
     """
     config = _config(Path(path), trust_remote_code)
@@ -142,14 +143,15 @@ def _model_class(config: Any, path: Path, trust_remote_code: bool) -> Any:
 
 def _stored_dtype(path: Path) -> torch.dtype:
     """Dtype of the first floating tensor, as from_pretrained looks for it; float32 where there is none."""
-    from safetensors import safe_open
-
     for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, "pt") as handle:
-            for key in handle.keys():  # noqa: SIM118 - a safe_open handle is no mapping
-                dtype = str_to_torch_dtype.get(handle.get_slice(key).get_dtype())
-                if dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-                    return dtype
+        try:
+            with safe_open(file, "pt") as handle:
+                stored = [handle.get_slice(key).get_dtype() for key in handle.keys()]  # noqa: SIM118
+        except SafetensorError as error:
+            raise BadCheckpoint(f"{file} is truncated or corrupt ({error}); copy it again.") from error
+        for dtype in (str_to_torch_dtype.get(name) for name in stored):
+            if dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+                return dtype
     return torch.float32
 
 

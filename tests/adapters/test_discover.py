@@ -173,6 +173,16 @@ def test_dtype_of_the_weights_where_the_config_has_none(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in skeleton(tmp_path).parameters()} == {torch.float32}
 
 
+def test_parameters_that_insist_on_float32(tmp_path: Path) -> None:
+    """T5's `wo` overflows in float16; from_pretrained keeps it in float32."""
+    config = transformers.T5Config(num_layers=1, d_model=32, d_ff=32, d_kv=16, num_heads=2, vocab_size=32)
+    transformers.T5ForConditionalGeneration(config).half().save_pretrained(tmp_path)
+    plain = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path)
+    expected = {name: parameter.dtype for name, parameter in plain.named_parameters()}
+    assert set(expected.values()) == {torch.float16, torch.float32}
+    assert {name: parameter.dtype for name, parameter in skeleton(tmp_path).named_parameters()} == expected
+
+
 def test_default_dtype_and_random_state_are_left_alone(tmp_path: Path) -> None:
     tiny("gpt2", tmp_path, dtype=torch.bfloat16)
     before = torch.get_rng_state()
@@ -268,6 +278,16 @@ def test_config_that_transformers_refuses(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text()) | {"hidden_size": "wide"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(BadCheckpoint, match=r"transformers refuses .*hidden_size"):
+        skeleton(tmp_path)
+
+
+def test_corrupt_shard_where_its_dtype_is_asked(tmp_path: Path) -> None:
+    config_only(tmp_path, build("llama").config, "LlamaForCausalLM")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["dtype"] = None
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"not a header")
+    with pytest.raises(BadCheckpoint, match=r"model.safetensors is truncated or corrupt \("):
         skeleton(tmp_path)
 
 
