@@ -114,12 +114,12 @@ class Recipe:
             raise BadRecipe(f"{where} must be a mapping with 'steps', not {type(data).__name__}.")
         data = dict(data)
         if "calibration" in data:
-            data["calibration"] = _build(Calibration, data["calibration"], f"{where}: calibration")
+            data["calibration"] = build(Calibration, data["calibration"], f"{where}: calibration")
         if "steps" in data:
             if not isinstance(data["steps"], list) or not data["steps"]:
                 raise BadRecipe(f"{where}: 'steps' must be a non-empty list.")
             data["steps"] = tuple(_step(step, f"{where}: step {n}") for n, step in enumerate(data["steps"]))
-        return _build(cls, data, where)
+        return build(cls, data, where)
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -179,13 +179,17 @@ def _step(data: Any, where: str) -> Step:
     overrides = data.get("overrides", [])
     if not isinstance(overrides, list):
         raise BadRecipe(f"{where}: 'overrides' must be a list.")
-    data["overrides"] = tuple(_build(Override, o, f"{where}: override {n}") for n, o in enumerate(overrides))
+    data["overrides"] = tuple(build(Override, o, f"{where}: override {n}") for n, o in enumerate(overrides))
     data["targets"] = tuple(data.get("targets", kind().targets))
-    return _build(kind, data, where)
+    return build(kind, data, where)
 
 
-def _build(kind: Any, data: Any, where: str) -> Any:
-    """A dataclass from a mapping, with its scalar types checked."""
+def build(kind: Any, data: Any, where: str) -> Any:
+    """A dataclass from a mapping, with unknown keys refused and scalar types checked.
+
+    Raises:
+        BadRecipe: naming `where` and the nearest known key.
+    """
     if not isinstance(data, dict):
         raise BadRecipe(f"{where} must be a mapping, not {data!r}.")
     known = {f.name: f for f in dataclasses.fields(kind)}

@@ -7,9 +7,15 @@ per-channel norms on its diagonal; maxima are kept beside it because no second m
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from llmcomp.matmul import fast_matmul
+
+_TILE = 512  # columns of a strip: only the strips' part right of the diagonal is computed
+_TOKENS = 2048  # tokens that are widened to float32 at a time
 
 
 @dataclass
@@ -17,24 +23,56 @@ class InputStats:
     """Sufficient statistics of the inputs X [tokens, in] of one linear, or of several that share them.
 
     Attributes:
-        gram: float32 [in, in], X'X summed over tokens (padding excluded). Symmetric.
+        gram: float32 [in, in], X'X summed over tokens (padding excluded), symmetric. None once a method has
+            factorized it in place, which for a wide layer saves the largest matrix there is.
         absmax: float32 [in], the largest |x| a channel has shown.
+        diagonal: float32 [in], the Gram matrix's; it outlives the matrix.
         tokens: how many rows of X were summed.
+        factor: what a method has made of the Gram matrix, for the next weight with the same input.
     """
 
-    gram: Tensor
+    gram: Tensor | None
     absmax: Tensor
-    tokens: int = 0
-
-    @classmethod
-    def empty(cls, in_features: int, device: torch.device | str = "cpu") -> InputStats:
-        """Statistics of no token at all, to be filled."""
-        return cls(
-            gram=torch.zeros(in_features, in_features, dtype=torch.float32, device=device),
-            absmax=torch.zeros(in_features, dtype=torch.float32, device=device),
-        )
+    diagonal: Tensor
+    tokens: int
+    factor: Any = None
 
     @property
     def norms(self) -> Tensor:
         """Euclidean norm of each input channel over all tokens, float32 [in]."""
-        return self.gram.diagonal().clamp_min(0).sqrt()
+        return self.diagonal.clamp_min(0).sqrt()
+
+
+class GramAccumulator:
+    """Sums X'X in float32 over batches of tokens, upper tiles only, mirrored once at the end.
+
+    A bf16 product of bf16 inputs is rounded to eight bits of mantissa, so inputs are widened to float32 first;
+    the product itself then takes the machine's fastest float32-accurate path.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self._gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self._absmax = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self._tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Add inputs [tokens, in], any floating dtype, padding already left out."""
+        size = self._gram.shape[0]
+        with fast_matmul():
+            for start in range(0, inputs.shape[0], _TOKENS):
+                part = inputs[start : start + _TOKENS].float()
+                self._absmax = torch.maximum(self._absmax, part.abs().amax(0))
+                for row in range(0, size, _TILE):
+                    stop = min(row + _TILE, size)
+                    self._gram[row:stop, row:].addmm_(part[:, row:stop].t(), part[:, row:])
+        self._tokens += inputs.shape[0]
+
+    def finish(self) -> InputStats:
+        """The statistics. The accumulator must not be used afterwards."""
+        gram, size = self._gram, self._gram.shape[0]
+        for row in range(0, size, _TILE):
+            stop = min(row + _TILE, size)
+            for column in range(stop, size, _TILE):
+                end = min(column + _TILE, size)
+                gram[column:end, row:stop].copy_(gram[row:stop, column:end].t())
+        return InputStats(gram, self._absmax, gram.diagonal().clone(), self._tokens)

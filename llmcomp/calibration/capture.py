@@ -1,0 +1,187 @@
+"""Calibration windows that wait inside the model's own forward pass, so that each linear is computed once.
+
+True-sequential calibration wants, stage by stage, the inputs that follow from the *compressed* earlier stages.
+The usual loop calls a block again from its start for every stage, which doubles the work, and has to guess
+each block's arguments (masks, rotary tables, layer types) from outside. Here every batch runs the whole
+model's forward once, in a greenlet (a *lane*) that stops where something is to be done: at the entry of a
+block, whose weights are then read, and before the first linear of a stage that is not yet compressed. All
+lanes stop at the same place; the pipeline looks at their inputs, compresses, and lets them go on. The model's
+own code decides every argument.
+
+While lanes wait, their inputs may be parked in memory-mapped files (`Parking`). This is the only place of
+llmcomp that registers hooks for calibration.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import greenlet
+import torch
+from torch import Tensor, nn
+
+from llmcomp.errors import RunError
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Where a lane waits: `kind` 'block' or 'linear', the module's name, and its (first) input."""
+
+    kind: str
+    name: str
+    inputs: Tensor | None
+
+
+class Parking:
+    """Holds waiting tensors in memory up to a budget, the rest in memory-mapped files without a name.
+
+    Args:
+        directory: where the files are made (and unlinked at once, so a kill leaves nothing).
+        budget: bytes that may stay in memory at a time.
+    """
+
+    def __init__(self, directory: Path, budget: int) -> None:
+        self._directory = directory
+        self._budget = budget
+        self._held = 0
+        self.spilled = 0
+
+    def new_round(self) -> None:
+        """Lanes have moved on: what was parked is being consumed."""
+        self._held = 0
+
+    def park(self, tensor: Tensor) -> None:
+        """Move a tensor's storage into a file if the budget is used up; the tensor object stays the same."""
+        nbytes = tensor.numel() * tensor.element_size()
+        if self._held + nbytes <= self._budget:
+            self._held += nbytes
+            return
+        mapped = self._mapped(tensor.numel(), tensor.dtype).view(tensor.shape)
+        mapped.copy_(tensor)
+        # The caller's frame still refers to this very tensor; swapping its storage frees the memory.
+        tensor.data = mapped
+        self.spilled += nbytes
+
+    def _mapped(self, count: int, dtype: torch.dtype) -> Tensor:
+        with tempfile.NamedTemporaryFile(dir=self._directory) as file:
+            nbytes = count * torch.empty(0, dtype=dtype).element_size()
+            # Blocks are reserved now: a full disk must be an error here, not a SIGBUS at the first write.
+            _reserve(file.fileno(), nbytes)
+            return torch.from_file(file.name, shared=True, size=count, dtype=dtype)
+
+
+def _reserve(descriptor: int, nbytes: int) -> None:
+    """Give a file `nbytes` of real disk blocks."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, nbytes)
+    else:  # macOS and Windows have no such call; there writing zeros does the same
+        os.write(descriptor, bytes(nbytes))
+
+
+class Lane:
+    """One batch on its way through the model.
+
+    Args:
+        model: called as model(**inputs).
+        inputs: keyword arguments, such as input_ids and attention_mask.
+        counted: whether its tokens are calibration data; a witness only goes along.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor], counted: bool = True) -> None:
+        self.inputs = inputs
+        self.counted = counted
+        self.mask = inputs.get("attention_mask")
+        self.output: Any = None
+        self._greenlet = greenlet.greenlet(lambda: model(**inputs))
+
+    def advance(self) -> Stop | None:
+        """Run to the next stop; None when the model's forward has returned (`output` holds what)."""
+        with torch.no_grad():
+            reached = self._greenlet.switch()
+        if self._greenlet.dead:
+            self.output = reached
+            return None
+        if not isinstance(reached, Stop):
+            raise RunError("A calibration window stopped at no known place; please report this model.")
+        return reached
+
+    def close(self) -> None:
+        """Leave the forward pass where it is and free what it holds."""
+        if not self._greenlet.dead:
+            self._greenlet.throw(greenlet.GreenletExit)
+
+    def tokens(self, inputs: Tensor) -> Tensor:
+        """Rows [tokens, features] of a module's input that belong to real tokens, padding left out."""
+        if self.mask is not None and inputs.shape[:2] == self.mask.shape:
+            return inputs[self.mask.bool()]
+        return inputs.reshape(-1, inputs.shape[-1])
+
+
+@contextmanager
+def stopping(
+    model: nn.Module, blocks: Mapping[str, nn.Module], linears: Mapping[str, nn.Module],
+    wanted: Callable[[str], bool],
+) -> Iterator[None]:
+    """While it lasts, lanes stop at the entry of `blocks` and before each of `linears` that is `wanted`.
+
+    Forward passes outside of a lane run through.
+    """
+    home = greenlet.getcurrent()
+
+    def stop(kind: str, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            here = greenlet.getcurrent()
+            if here is home or (kind == "linear" and not wanted(name)):
+                return
+            home.switch(Stop(kind, name, _first_tensor(positional, keywords)))
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(stop(kind, name), with_kwargs=True)
+        for kind, modules in (("block", blocks), ("linear", linears))
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first_tensor(positional: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor | None:
+    for value in (*positional, keywords.get("hidden_states"), keywords.get("input")):
+        if isinstance(value, Tensor):
+            return value
+    return None
+
+
+def advance_all(lanes: list[Lane], visit: Callable[[Lane, Stop], None]) -> Stop | None:
+    """Move every lane to its next stop, visiting each as it arrives.
+
+    Returns:
+        The stop that all have reached, None when all have finished.
+
+    Raises:
+        RunError: lanes stopped at different places.
+    """
+    first: Stop | None = None
+    for number, lane in enumerate(lanes):
+        stop = lane.advance()
+        place = (stop.kind, stop.name) if stop else None
+        if number == 0:
+            first = stop
+        elif place != ((first.kind, first.name) if first else None):
+            raise RunError(
+                f"Calibration windows take different ways through the model: one reached {place}, "
+                f"another {first.name if first else 'the end'}; this architecture cannot be calibrated yet."
+            )
+        if stop is not None:
+            visit(lane, stop)
+    return first

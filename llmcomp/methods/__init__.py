@@ -1,0 +1,33 @@
+"""METHODS: every method that llmcomp has, written out. To add one: its file, one line here, one test.
+
+A method is a function (weight [rows, in], stats, scheme, dtype, config) → Solution. It touches nothing else.
+Rows are solved independently given the statistics, so linears that share an input are stacked and solved
+together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from llmcomp.methods.gptq import GPTQConfig, gptq
+from llmcomp.methods.rtn import RTNConfig, rtn, rtn_clip
+from llmcomp.methods.solution import Solution
+
+
+@dataclass(frozen=True)
+class Method:
+    """`calibrated`: whether it reads statistics at all (and so needs calibration data)."""
+
+    function: Callable[..., Solution]
+    config: type[Any]
+    calibrated: bool
+    summary: str
+
+
+METHODS: dict[str, Method] = {
+    "gptq": Method(gptq, GPTQConfig, True, "errors of each column compensated in those that follow"),
+    "rtn-clip": Method(rtn_clip, RTNConfig, True, "round to nearest, clipping searched by activation-weighted error"),
+    "rtn": Method(rtn, RTNConfig, False, "round to nearest on the full range; no calibration"),
+}

@@ -1,0 +1,222 @@
+"""The algebra that GPTQ-like methods share: a triangular factor of the Gram matrix and a blocked column sweep.
+
+GPTQ (Frantar et al. 2022, arXiv:2210.17323) quantizes a row w of the weight one column after the other and
+moves the error of each column into those that follow, through the Cholesky factor of the *inverse* Hessian.
+QuIP (Chee et al. 2023, arXiv:2307.13304, theorem 6) shows that the same integers follow from a factorization
+of H itself, without any inverse:
+
+    H + damping = R R',  R upper triangular,  U = R / diag(R)                              (LDL form)
+    target_k = w_k + sum_{i<k} (w_i - q_i) U_ik,   q_k = round to grid(target_k)
+    loss     = sum_k R_kk² (target_k - q_k)²
+
+This costs one n³/3 factorization instead of a factorization, an inverse and a second factorization, keeps
+float32 accurate (nothing is inverted), happens in the Gram matrix's own storage, and says which weight R_kk²
+an error in column k carries.
+
+Shapes: weights and targets are transposed, [in, rows], so that a column of W is contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmcomp.matmul import fast_matmul
+
+BLOCK = 128
+INNER = 32
+TILE = 512
+
+
+@dataclass(frozen=True)
+class Factor:
+    """`H + damping * mean(diag H) * I = R R'` for H permuted by `order`.
+
+    Attributes:
+        upper: float32 [in, in]; its upper triangle is R, what lies below is undefined.
+        order: int64 [in], the column that is quantized k-th.
+        damping: share of the mean diagonal that was added until the factorization held.
+        shift: what was added to every diagonal entry, damping * mean(diag H).
+    """
+
+    upper: Tensor
+    order: Tensor
+    damping: float
+    shift: float
+
+    @property
+    def pivots(self) -> Tensor:
+        """R_kk² [in] in the order of quantization: what an error in column k costs after compensation."""
+        return self.upper.diagonal().square()
+
+
+def row_quadratics(factor: Factor, matrix: Tensor) -> Tensor:
+    """m' H m, float64 [rows], for each row of M given as [in, rows] in the order of quantization; undamped."""
+    upper, total = factor.upper, torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
+    with fast_matmul():
+        for start in range(0, upper.shape[0], TILE):
+            stop = min(start + TILE, upper.shape[0])
+            product = upper[start:stop, start:stop].triu().t() @ matrix[start:stop]
+            if start:
+                product.addmm_(upper[:start, start:stop].t(), matrix[:start])
+            total += product.square_().sum(0, dtype=torch.float64)
+    return (total - factor.shift * matrix.square().sum(0, dtype=torch.float64)).clamp_min_(0)
+
+
+def factorize(gram: Tensor, damping: float, order: Tensor | None = None) -> Factor | None:
+    """Factorize a Gram matrix in place.
+
+    Args:
+        gram: float32 [in, in], symmetric; its storage becomes the factor.
+        damping: first share of the mean diagonal to add; ten times more each time the factorization fails.
+        order: int64 [in], columns in the order they will be quantized; default as they stand.
+
+    Returns:
+        The factor, or None where even damping by the whole mean diagonal leaves a pivot that is not
+        positive (then `gram` is spent).
+    """
+    size = gram.shape[0]
+    if order is None:
+        order = torch.arange(size, device=gram.device)
+    else:
+        permute_symmetric_(gram, order)
+    diagonal = gram.diagonal().clone()
+    tiles = [gram[i : i + TILE, i : i + TILE].clone() for i in range(0, size, TILE)]
+    mean = float(diagonal.mean())
+    share = damping
+    while share <= 1.0:
+        shift = share * mean
+        gram.diagonal().copy_(diagonal + shift)
+        if _factorize_upper_(gram):
+            return Factor(gram, order, share, shift)
+        _restore_upper_(gram, tiles)
+        share *= 10
+    return None
+
+
+def _factorize_upper_(matrix: Tensor) -> bool:
+    """Blocked `A = R R'` in the upper triangle, last block first. Below the diagonal only the diagonal tiles
+    of TILE are touched. False where a pivot is not positive."""
+    size = matrix.shape[0]
+    with fast_matmul():
+        for stop in range(size, 0, -BLOCK):
+            start = max(stop - BLOCK, 0)
+            block = matrix[start:stop, start:stop].triu()
+            # A = R R' with R upper is the Cholesky factorization of A read backwards.
+            lower, info = torch.linalg.cholesky_ex((block + block.triu(1).T).flip(0, 1))
+            if int(info) or not bool(torch.isfinite(lower).all()):
+                return False
+            corner = lower.flip(0, 1)
+            matrix[start:stop, start:stop].copy_(corner)
+            if start:
+                inverse = torch.linalg.solve_triangular(corner, torch.eye(stop - start), upper=True)
+                panel = matrix[:start, start:stop] @ inverse.T
+                matrix[:start, start:stop].copy_(panel)
+                _subtract_outer_(matrix, panel)
+    return True
+
+
+def _subtract_outer_(matrix: Tensor, panel: Tensor) -> None:
+    """`A[:n, :n] -= panel panel'` for panel [n, BLOCK], on the tiles of the upper triangle only."""
+    stop = panel.shape[0]
+    for row in range(0, stop, TILE):
+        row_stop = min(row + TILE, stop)
+        matrix[row:row_stop, row:stop].addmm_(panel[row:row_stop], panel[row:stop].T, alpha=-1.0)
+
+
+def _restore_upper_(matrix: Tensor, tiles: list[Tensor]) -> None:
+    """Undo a factorization: the upper tiles from the lower ones, the diagonal tiles from their copies."""
+    size = matrix.shape[0]
+    for n, tile in enumerate(tiles):
+        row, stop = n * TILE, min((n + 1) * TILE, size)
+        matrix[row:stop, row:stop].copy_(tile)
+        for column in range(stop, size, TILE):
+            end = min(column + TILE, size)
+            matrix[row:stop, column:end].copy_(matrix[column:end, row:stop].T)
+
+
+def permute_symmetric_(matrix: Tensor, order: Tensor) -> None:
+    """`A <- A[order][:, order]` in place for a symmetric A: rows, transpose, rows again."""
+    positions = order.tolist()
+    _permute_rows_(matrix, positions)
+    _transpose_(matrix)
+    _permute_rows_(matrix, positions)
+
+
+def _permute_rows_(matrix: Tensor, order: list[int]) -> None:
+    """`A <- A[order]` in place, cycle by cycle, with one row held aside."""
+    done = [False] * len(order)
+    for first in range(len(order)):
+        if done[first] or order[first] == first:
+            continue
+        held, row = matrix[first].clone(), first
+        while order[row] != first:
+            matrix[row].copy_(matrix[order[row]])
+            done[row] = True
+            row = order[row]
+        matrix[row].copy_(held)
+        done[row] = True
+
+
+def _transpose_(matrix: Tensor) -> None:
+    """In-place transpose of a square matrix by tiles."""
+    size = matrix.shape[0]
+    for row in range(0, size, TILE):
+        stop = min(row + TILE, size)
+        for column in range(row, size, TILE):
+            end = min(column + TILE, size)
+            upper = matrix[row:stop, column:end].contiguous()
+            lower = matrix[column:end, row:stop].contiguous()
+            matrix[column:end, row:stop].copy_(upper.T.contiguous())
+            if row != column:
+                matrix[row:stop, column:end].copy_(lower.T.contiguous())
+
+
+# (position k, target [rows]) -> the value [rows] that a reader will see in column k
+ColumnFunction = Callable[[int, Tensor], Tensor]
+
+
+def sweep(weight: Tensor, factor: Factor, quantize_column: ColumnFunction) -> Tensor:
+    """Quantize column after column, each error compensated in the columns that follow.
+
+    Args:
+        weight: float32 [in, rows], columns of W in the order of quantization; not changed.
+        factor: of the Gram matrix in the same order.
+        quantize_column: (position k, target [rows]) → the value [rows] that a reader will see for it. May
+            use its argument's storage.
+
+    Returns:
+        float32 [in, rows], `W - Q` in the order of quantization.
+    """
+    size, rows = weight.shape
+    error = torch.empty_like(weight)
+    scale = factor.upper.diagonal().reciprocal()
+    with fast_matmul():
+        for start in range(0, size, BLOCK):
+            stop = min(start + BLOCK, size)
+            target = weight[start:stop].clone()
+            if start:
+                coupling = factor.upper[:start, start:stop] * scale[start:stop]
+                target.addmm_(coupling.T, error[:start])
+            local = (factor.upper[start:stop, start:stop] * scale[start:stop]).triu(1)
+            _sweep_block(weight[start:stop], target, error[start:stop], local, start, quantize_column)
+    return error
+
+
+def _sweep_block(
+    weight: Tensor, target: Tensor, error: Tensor, coupling: Tensor, offset: int,
+    quantize_column: ColumnFunction,
+) -> None:
+    """One block of `sweep`: small strips by rank-one updates, the rest of the block by products."""
+    size = weight.shape[0]
+    for start in range(0, size, INNER):
+        stop = min(start + INNER, size)
+        if start:
+            target[start:stop].addmm_(coupling[:start, start:stop].T, error[:start])
+        for k in range(start, stop):
+            torch.sub(weight[k], quantize_column(offset + k, target[k]), out=error[k])
+            if k + 1 < stop:
+                target[k + 1 : stop].addr_(coupling[k, k + 1 : stop], error[k])

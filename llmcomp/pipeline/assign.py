@@ -1,0 +1,108 @@
+"""Which linear gets which scheme and method, and which is left alone and why: a recipe met with a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmcomp.adapters.base import Adapter, LinearRef
+from llmcomp.errors import BadRecipe
+from llmcomp.methods import METHODS
+from llmcomp.recipe import ROLES, QuantizeStep, matches, override_for, scheme_for
+from llmcomp.schemes import Scheme
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be done with one linear. `fallback`: why its scheme is not the one that was asked."""
+
+    ref: LinearRef
+    scheme: Scheme
+    method: str
+    fallback: str | None = None
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """tasks: {module name: Task}; left: {module name: why it is not compressed}."""
+
+    tasks: dict[str, Task]
+    left: dict[str, str]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether any task needs calibration data."""
+        return any(METHODS[task.method].calibrated for task in self.tasks.values())
+
+
+def assign(adapter: Adapter, step: QuantizeStep) -> Assignment:
+    """Resolve targets, overrides and group sizes.
+
+    Raises:
+        BadRecipe: an unknown method, a target or override that matches nothing, nothing to do, or an explicit
+            group size that divides no targeted width. All problems are said at once.
+    """
+    problems = _unknown(adapter, step)
+    tasks: dict[str, Task] = {}
+    left = dict(adapter.uncompressed)
+    misfits: list[LinearRef] = []
+    for ref in adapter.refs:
+        override = override_for(step, ref.name, ref.role, ref.block)
+        targeted = any(matches(target, ref.name, ref.role, ref.block) for target in step.targets)
+        asked_for = override is not None and not override.skip
+        if not targeted and not asked_for:
+            left[ref.name] = f"{ref.role} not targeted"
+        elif override is not None and override.skip:
+            left[ref.name] = f"skipped by the recipe ({override.target})"
+        else:
+            task = _task(ref, step, misfits, problems)
+            if task is not None:
+                tasks[ref.name] = task
+    if not tasks and not problems:
+        problems.append("the recipe's targets and overrides leave nothing to quantize")
+    if misfits and len(misfits) == len(tasks):
+        widths = sorted({ref.in_features for ref in misfits})
+        problems.append(
+            f"group_size {step.group_size} divides none of the widths {widths}; "
+            "choose 32, 64, 128 or 'channel', or leave it out"
+        )
+    if problems:
+        raise BadRecipe(f"The recipe does not fit {adapter.architecture}: " + "; ".join(problems) + ".")
+    return Assignment(tasks, left)
+
+
+def _task(ref: LinearRef, step: QuantizeStep, misfits: list[LinearRef], problems: list[str]) -> Task | None:
+    override = override_for(step, ref.name, ref.role, ref.block)
+    method = step.method if override is None or override.method is None else override.method
+    if method not in METHODS:
+        return None
+    if ref.role == "embeddings":
+        method = "rtn"  # a lookup has no input statistics
+    try:
+        scheme = scheme_for(step, override, ref.in_features)
+    except (BadRecipe, ValueError) as error:
+        if str(error) not in problems:
+            problems.append(str(error))
+        return None
+    if scheme.fits(ref.in_features):
+        asked = step.group_size if override is None or override.group_size is None else override.group_size
+        if asked is None and scheme.group_size != 128:
+            return Task(ref, scheme, method, f"128 does not divide its width {ref.in_features}: {scheme.label}")
+        return Task(ref, scheme, method)
+    misfits.append(ref)
+    size = next((g for g in (64, 32) if g < (scheme.group_size or 0) and ref.in_features % g == 0), None)
+    fallback = Scheme(scheme.bits, size, scheme.symmetric)
+    why = f"{scheme.group_size} does not divide its width {ref.in_features}: {fallback.label}"
+    return Task(ref, fallback, method, why)
+
+
+def _unknown(adapter: Adapter, step: QuantizeStep) -> list[str]:
+    """Methods that do not exist, targets and overrides that match nothing."""
+    problems = []
+    for method in dict.fromkeys([step.method, *(o.method for o in step.overrides if o.method)]):
+        if method not in METHODS:
+            problems.append(f"method '{method}' is not one of {', '.join(METHODS)}")
+    for target in dict.fromkeys([*step.targets, *(o.target for o in step.overrides)]):
+        if not any(matches(target, ref.name, ref.role, ref.block) for ref in adapter.refs):
+            hint = f"; roles are {', '.join(ROLES)}" if target not in ROLES else ""
+            problems.append(f"target '{target}' matches no weight{hint}")
+    return problems

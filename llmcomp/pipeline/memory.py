@@ -1,0 +1,51 @@
+"""Peak anonymous memory of a stretch of work: what the process itself has allocated, mapped files apart."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from pathlib import Path
+
+import psutil
+
+_INTERVAL = 0.02
+
+
+class PeakMemory:
+    """Samples in a thread while the `with` lasts; `peak` is in bytes over the value at entry."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._base = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._base = anonymous_memory()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(_INTERVAL):
+            self.peak = max(self.peak, anonymous_memory() - self._base)
+
+
+def anonymous_memory() -> int:
+    """Bytes of anonymous resident memory; where the system does not tell it apart, all resident memory."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return int(psutil.Process().memory_info().rss)
+
+
+def return_freed_memory() -> None:
+    """Give freed heap pages back to the system, where the C library can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -1,0 +1,80 @@
+"""One stage: linears that share an input, compressed from one set of statistics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcomp.calibration.stats import InputStats
+from llmcomp.errors import NumericalError
+from llmcomp.methods import METHODS
+from llmcomp.methods.solution import Solution
+from llmcomp.pipeline.assign import Task
+from llmcomp.recipe import build
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A task, its solution and its share of the time in seconds."""
+
+    task: Task
+    solution: Solution
+    seconds: float
+
+
+def method_config(method: str, options: dict[str, Any]) -> Any:
+    """The method's own config from a recipe's options.
+
+    Raises:
+        BadRecipe: an option that the method does not have.
+    """
+    return build(METHODS[method].config, options, f"options of {method}")
+
+
+def solve_stage(
+    tasks: Sequence[Task], weights: Sequence[Tensor], stats: InputStats | None, options: dict[str, Any]
+) -> list[Solved]:
+    """Compress weights [out, in] that read the same input; those alike in scheme and method are stacked.
+
+    Raises:
+        NumericalError: NaN or Inf in a weight or in the statistics; names the layer.
+    """
+    for task, weight in zip(tasks, weights, strict=True):
+        check_finite(weight, f"{task.ref.name}.weight")
+    if stats is not None and not bool(torch.isfinite(stats.diagonal).all()):
+        raise NumericalError(f"The calibration inputs of {tasks[0].ref.name} are not finite (NaN or Inf).")
+    groups: dict[tuple[Any, str], list[int]] = {}
+    for position, task in enumerate(tasks):
+        groups.setdefault((task.scheme, task.method), []).append(position)
+    results: list[Solved | None] = [None] * len(tasks)
+    for (scheme, method), members in groups.items():
+        began = time.perf_counter()
+        stacked = weights[members[0]] if len(members) == 1 else torch.cat([weights[m] for m in members])
+        entry = METHODS[method]
+        config = method_config(method, options if method_has(method, options) else {})
+        solution = entry.function(stacked, stats, scheme, stacked.dtype, config)
+        seconds = time.perf_counter() - began
+        start = 0
+        for member in members:
+            stop = start + weights[member].shape[0]
+            share = seconds * (stop - start) / stacked.shape[0]
+            results[member] = Solved(tasks[member], solution.rows(start, stop), share)
+            start = stop
+    return [result for result in results if result is not None]
+
+
+def method_has(method: str, options: dict[str, Any]) -> bool:
+    """Whether the options are this method's: those of a step's main method do not reach an override's."""
+    return set(options) <= set(METHODS[method].config.__dataclass_fields__)
+
+
+def check_finite(tensor: Tensor, name: str, chunk: int = 1 << 24) -> None:
+    """Raise NumericalError where a tensor holds NaN or Inf."""
+    for part in tensor.reshape(-1).split(chunk):
+        if not bool(torch.isfinite(part).all()):
+            raise NumericalError(f"{name} holds NaN or Inf; the checkpoint is damaged or was saved so.")
