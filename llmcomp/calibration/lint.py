@@ -44,7 +44,7 @@ def lint(
         outside = int((tokens >= size).sum())
         raise BadData(
             f"{texts.description}: {outside:,} of {tokens.numel():,} token ids lie outside of the model's "
-            f"vocabulary of {size:,} (largest {int(tokens.max()):,}); tokenize with this model's own tokenizer."
+            f"vocabulary of {size:,} (largest {int(tokens.max()):,}); use this model's own tokenizer."
         )
     return [
         *texts.warnings,
@@ -66,7 +66,7 @@ def _rows(texts: Texts) -> list[str]:
         row.strip() for row in texts.rows if row.strip() and (not texts.running or len(row) >= _LONG)
     )
     repeated = sum(count - 1 for count in counts.values())
-    if repeated:
+    if repeated > (0.01 * total if texts.running else 0):  # a long text repeats a paragraph here and there
         kind = "paragraphs" if texts.running else "rows"
         result.append(f"{repeated:,} of {total:,} {kind} repeat an earlier one exactly.")
     return result

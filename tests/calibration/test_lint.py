@@ -61,6 +61,8 @@ def test_running_text_may_have_blank_lines_and_headings_but_no_repeated_paragrap
     assert lint(Texts([long, "x", long], None, "t", running=True), enough(), None) == [
         "1 of 3 paragraphs repeat an earlier one exactly."
     ]
+    many = [f"{SENTENCE} {SENTENCE} {i}" for i in range(200)]
+    assert lint(Texts([*many, many[0]], None, "t", running=True), enough(), None) == []
 
 
 def test_few_tokens_and_few_samples_are_told():
