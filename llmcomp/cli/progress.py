@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -93,6 +94,21 @@ class _Lines:
         self.stream.flush()
 
 
+class _Count(MofNCompleteColumn):
+    """3/22, and nothing where the number of steps is not known."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.total is not None else Text()
+
+
+class _Left(TimeRemainingColumn):
+    """Time left, once it can be told."""
+
+    def render(self, task: Task) -> Text:
+        known = task.total is not None and task.time_remaining is not None
+        return super().render(task).append(" left") if known else Text()
+
+
 class _Live(_Lines):
     """The same lines in colour, above a bar of the present phase with the time that is left."""
 
@@ -101,9 +117,9 @@ class _Live(_Lines):
         self.bar = Bar(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=28),
-            MofNCompleteColumn(),
+            _Count(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            _Left(),
             TextColumn("{task.fields[last]}"),
             console=Console(file=stream, force_terminal=True),
             transient=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import time
 
 import pytest
 
@@ -27,12 +28,13 @@ def layer(block: int | None, role: str, error: float | None, fallback: str | Non
     return LayerReport(name, block, role, (8, 8), "int4 g128", "gptq", 128, 36, error, fallback=fallback)
 
 
-def play(progress: Progress) -> None:
+def play(progress: Progress, pause: float = 0.0) -> None:
     progress.note("Calibrating on [bold]sample[/] text.")
     progress.phase("compress", total=12)
     for block in range(3):
         for role, error in (("attention", 0.002), ("attention", 0.004), ("mlp", 0.03)):
             progress.layer(layer(block, role, error, "clip search" if block == 1 and role == "mlp" else None))
+        time.sleep(pause)
         progress.step()
     progress.phase("verify")
 
@@ -72,12 +74,16 @@ def test_dumb_terminals_get_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_terminal_gets_a_bar_with_the_last_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "120")
-    text = plain(stream=Terminal())
+    stream = Terminal()
+    with listener(stream=stream) as progress:
+        play(progress, pause=0.25)  # the bar is drawn ten times a second
+    text = stream.getvalue()
     assert "\x1b[" in text
     shown = visible(text)
     assert "━" in shown
-    assert re.search(r"compress ━.* [12]/12 \d:\d\d:\d\d .*proj 0\.0300", shown)
+    assert re.search(r"compress ━+.* 2/12 0:00:\d\d 0:00:\d\d left proj 0\.0300", shown)
     assert "proj 0.0300" in shown
+    assert "/?" not in shown
     assert "note: Calibrating on [bold]sample[/] text." in shown
     assert shown.count("block  1/12  attention 0.0030") == 1
     assert text.rstrip().endswith("\x1b[?25h")  # the cursor is shown again
