@@ -1,60 +1,34 @@
 """What a checkpoint costs: parameters and bytes from its headers, zeros, latency, peak memory.
 
-Peak memory is taken in a process of its own (`python -m llmcomp.measure.cost DIRECTORY`): what this process has
-imported, cached or freed before would otherwise decide the figure.
+Peak memory is taken in a process of its own (`python -m llmcomp.measure.cost DIRECTORY`): what this process
+has imported, cached or freed before would otherwise decide the figure.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from llmcomp.errors import BadCheckpoint, RunError
 from llmcomp.report.schema import Size
+from llmcomp.shards import TensorInfo, read_json_object, read_shard, weight_files
 
-SINGLE = "model.safetensors"
-INDEX = SINGLE + ".index.json"
-_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 # What compressed-tensors stores beside a packed or integer weight; counted as bytes, not as parameters.
 _BESIDE = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale")
-
-
-def weight_files(directory: str | Path) -> list[Path]:
-    """The safetensors files that transformers would load: the single file, else those of the index.
-
-    Raises:
-        BadCheckpoint: no weights, an unreadable index, or a shard that is not there.
-    """
-    directory = Path(directory)
-    index = directory / INDEX
-    if (directory / SINGLE).is_file():
-        return [directory / SINGLE]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadCheckpoint(f"{index} is not a safetensors index: {error}.") from error
-        files = [directory / name for name in names]
-    else:
-        raise BadCheckpoint(f"{directory} holds no {SINGLE} and no {INDEX}; expected a saved Hugging Face model.")
-    for file in files:
-        if not file.is_file():
-            raise BadCheckpoint(f"{directory} lacks the shard {file.name} that its index names.")
-    return files
 
 
 def size_of(directory: str | Path, role: Callable[[str], str] | None = None) -> Size:
@@ -65,19 +39,18 @@ def size_of(directory: str | Path, role: Callable[[str], str] | None = None) -> 
 
     Returns:
         `parameters` counts a quantized weight's elements, not its packed words, and neither scales nor zero
-        points nor integer buffers. `bytes_on_disk`: of the weight files with their headers; `parts`: of the tensors.
+        points nor integer buffers. `bytes_on_disk`: weight files with headers; `parts`: tensors.
 
     Raises:
-        BadCheckpoint: no weights, or a file that is not safetensors.
+        BadCheckpoint: no weights, or a file that is truncated or no safetensors.
     """
-    files = weight_files(directory)
-    parameters, parts = 0, dict[str, int]()
-    for file in files:
-        for name, dtype, shape, logical in _entries(file):
-            parameters += logical
-            if role is not None:
-                key = role(name)
-                parts[key] = parts.get(key, 0) + _elements(shape) * _BYTES.get(dtype, 1)
+    _, files = weight_files(Path(directory), allow_pickle=False)
+    stored = {name: info for file in files for name, info in read_shard(file).tensors.items()}
+    parts: dict[str, int] = {}
+    if role is not None:
+        for name, info in stored.items():
+            parts[role(name)] = parts.get(role(name), 0) + info.nbytes
+    parameters = sum(_parameters(name, info, stored) for name, info in stored.items())
     return Size(parameters, sum(file.stat().st_size for file in files), parts)
 
 
@@ -89,20 +62,19 @@ def loaded_bytes(directory: str | Path) -> int:
     Raises:
         BadCheckpoint: as `size_of`.
     """
-    config = Path(directory) / "config.json"
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    except ValueError as error:
-        raise BadCheckpoint(f"{config} is not JSON: {error}.") from error
+    settings = read_json_object(Path(directory) / "config.json")
     dtype = str(settings.get("dtype") or settings.get("torch_dtype") or "float32")
     return size_of(directory).parameters * (2 if dtype.endswith("16") else 8 if dtype == "float64" else 4)
 
 
+@torch.inference_mode()
 def sparsity_of(model: nn.Module) -> float:
-    """Share of exact zeros among the weights of a loaded model that has run once (matrices and larger, dense).
+    """Share of exact zeros among a loaded model's weights as it computes with them (matrices and larger).
 
-    Norms and biases are left out: their zeros are no saving, and a fresh bias is all zeros.
+    A forward of one token comes first, by which compressed-tensors decompresses. Norms and biases are left
+    out: their zeros are no saving, and a fresh bias is all zeros.
     """
+    model(input_ids=_tokens(model, 1, 1))
     zeros = total = 0
     for parameter in model.parameters():
         if parameter.ndim > 1 and parameter.is_floating_point():
@@ -121,7 +93,9 @@ class Latency:
 
 
 @torch.inference_mode()
-def latency(models: Sequence[nn.Module], batch: int = 1, sequence: int = 128, repeats: int = 10) -> list[Latency]:
+def latency(
+    models: Sequence[nn.Module], batch: int = 1, sequence: int = 128, repeats: int = 10
+) -> list[Latency]:
     """Time whole forwards of random tokens [batch, sequence] (seeded), after two that are not counted.
 
     Several models take turns, so that what else the machine does falls on all of them.
@@ -139,16 +113,26 @@ def latency(models: Sequence[nn.Module], batch: int = 1, sequence: int = 128, re
     return [_summary(taken) for taken in seconds]
 
 
-def peak_memory(directory: str | Path, *, task: str | None = None, batch: int = 1, sequence: int = 128) -> int:
-    """Peak resident bytes of loading a checkpoint and running one forward of [batch, sequence] tokens, over what the
-    process held after its imports; measured in a fresh process.
+def peak_memory(
+    directory: str | Path, *, task: str | None = None, batch: int = 1, sequence: int = 128
+) -> int:
+    """Peak resident bytes of loading a checkpoint and running one forward of [batch, sequence] tokens, over
+    what the process held after its imports; measured in a fresh process.
 
     Mapped pages of the weight files count while they are resident, as in any tool that shows resident memory.
 
     Raises:
         RunError: the process failed; the message ends with what it said.
     """
-    command = [sys.executable, "-m", "llmcomp.measure.cost", str(directory), task or "", str(batch), str(sequence)]
+    command = [
+        sys.executable,
+        "-m",
+        "llmcomp.measure.cost",
+        str(directory),
+        task or "",
+        str(batch),
+        str(sequence),
+    ]
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH", "")) if p)
     done = subprocess.run(
@@ -160,37 +144,19 @@ def peak_memory(directory: str | Path, *, task: str | None = None, batch: int = 
     return int(json.loads(done.stdout.splitlines()[-1])["peak_memory"])
 
 
-def _entries(file: Path) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
-    """(name, dtype, stored shape, parameters it stands for) of each tensor in a safetensors file."""
-    try:
-        with safe_open(file, framework="pt") as handle:
-            names = set(handle.keys())
-            for name in sorted(names):
-                part = handle.get_slice(name)
-                dtype, shape = part.get_dtype(), tuple(part.get_shape())
-                yield name, dtype, shape, _logical(name, dtype, shape, names, handle)
-    except (SafetensorError, OSError) as error:
-        raise BadCheckpoint(f"{file} is not a readable safetensors file: {error}.") from error
-
-
-def _logical(name: str, dtype: str, shape: tuple[int, ...], names: set[str], handle: Any) -> int:
+def _parameters(name: str, info: TensorInfo, stored: Mapping[str, TensorInfo]) -> int:
+    """The weights that a stored tensor stands for."""
     if name.endswith(_BESIDE):
         return 0
     if name.endswith(".weight_packed"):
         beside = name.removesuffix("packed") + "shape"
-        if beside in names:
-            return _elements(handle.get_tensor(beside).tolist())
-        raise BadCheckpoint(f"{name} is packed, but {beside} is missing from its file.")
-    if dtype in _FLOATS or name + "_scale" in names:
-        return _elements(shape)
+        if beside not in stored:
+            raise BadCheckpoint(f"{info.file} holds {name} without {beside}; its size cannot be told.")
+        with safe_open(stored[beside].file, framework="pt") as handle:
+            return math.prod(handle.get_tensor(beside).tolist())
+    if info.dtype.is_floating_point or name + "_scale" in stored:
+        return math.prod(info.shape)
     return 0
-
-
-def _elements(shape: Sequence[int]) -> int:
-    count = 1
-    for extent in shape:
-        count *= extent
-    return count
 
 
 def _tokens(model: Any, batch: int, sequence: int) -> Tensor:
@@ -209,7 +175,7 @@ def _summary(seconds: list[float]) -> Latency:
 
 
 def resident_peak() -> int:
-    """The most bytes this process has had resident. Linux counts from exec on, elsewhere the system decides."""
+    """The most bytes this process has had resident. Linux counts from exec on."""
     status = Path("/proc/self/status")
     if status.is_file():
         for line in status.read_text(encoding="ascii", errors="replace").splitlines():

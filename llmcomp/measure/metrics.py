@@ -13,6 +13,7 @@ arithmetic. `import evaluate` takes seconds: import this module inside the funct
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import evaluate
@@ -28,12 +29,13 @@ class LocalMetric(evaluate.Metric):
     """A metric that keeps predictions in memory.
 
     The base class makes a cache directory on construction even then: it gets one that is removed at once.
-    Subclasses state `about`, `inputs` and `columns`.
+    Subclasses state `about`, `inputs` and `columns`, and compute in `value`.
     """
 
     about: str
     inputs: str
     columns: dict[str, str]
+    value: Callable[..., dict[str, float]]
 
     def __init__(self, **settings: Any) -> None:
         with tempfile.TemporaryDirectory(prefix="llmcomp-metric-") as unused:
@@ -46,8 +48,12 @@ class LocalMetric(evaluate.Metric):
             citation="",
             inputs_description=self.inputs,
             features=features,
-            format="numpy",
         )
+
+    def _compute(self, **inputs: Any) -> dict[str, float]:
+        # Columns arrive as lists: the library's own numpy format would round float64 to float32.
+        settings = {name: given for name, given in inputs.items() if name not in self.columns}
+        return self.value(**{name: np.asarray(inputs[name]) for name in self.columns}, **settings)
 
 
 class Perplexity(LocalMetric):
@@ -59,7 +65,7 @@ class Perplexity(LocalMetric):
     )
     columns = {"predictions": "float64", "references": "int64"}  # noqa: RUF012
 
-    def _compute(self, predictions: Numbers, references: Numbers) -> dict[str, float]:
+    def value(self, predictions: Numbers, references: Numbers) -> dict[str, float]:
         mean = float(predictions.sum() / references.sum())
         return {"perplexity": float(np.exp(mean)), "mean_nll": mean}
 
@@ -71,7 +77,7 @@ class Accuracy(LocalMetric):
     inputs = "predictions: predicted class; references: label."
     columns = {"predictions": "int64", "references": "int64"}  # noqa: RUF012
 
-    def _compute(self, predictions: Numbers, references: Numbers) -> dict[str, float]:
+    def value(self, predictions: Numbers, references: Numbers) -> dict[str, float]:
         return {"accuracy": float(accuracy_score(references, predictions))}
 
 
@@ -97,7 +103,7 @@ class Pearson(LocalMetric):
     inputs = "predictions: scores; references: true values."
     columns = {"predictions": "float64", "references": "float64"}  # noqa: RUF012
 
-    def _compute(self, predictions: Numbers, references: Numbers) -> dict[str, float]:
+    def value(self, predictions: Numbers, references: Numbers) -> dict[str, float]:
         return {"pearson": float(stats.pearsonr(predictions, references).statistic)}
 
 
@@ -108,7 +114,7 @@ class Spearman(LocalMetric):
     inputs = "predictions: scores; references: true values."
     columns = {"predictions": "float64", "references": "float64"}  # noqa: RUF012
 
-    def _compute(self, predictions: Numbers, references: Numbers) -> dict[str, float]:
+    def value(self, predictions: Numbers, references: Numbers) -> dict[str, float]:
         return {"spearman": float(stats.spearmanr(predictions, references).statistic)}
 
 
@@ -123,7 +129,7 @@ class KLDivergence(LocalMetric):
     inputs = "predictions: KL(original || compressed) of each position, nats."
     columns = {"predictions": "float64"}  # noqa: RUF012
 
-    def _compute(self, predictions: Numbers) -> dict[str, float]:
+    def value(self, predictions: Numbers) -> dict[str, float]:
         return {"kl_mean": float(predictions.mean()), "kl_p99": float(np.quantile(predictions, 0.99))}
 
 
@@ -134,5 +140,5 @@ class Top1Agreement(LocalMetric):
     inputs = "predictions: the compressed model's choice; references: the original's."
     columns = {"predictions": "int64", "references": "int64"}  # noqa: RUF012
 
-    def _compute(self, predictions: Numbers, references: Numbers) -> dict[str, float]:
+    def value(self, predictions: Numbers, references: Numbers) -> dict[str, float]:
         return {"top1_agreement": float((predictions == references).mean())}

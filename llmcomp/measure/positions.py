@@ -24,8 +24,11 @@ MASKED_SHARE = 0.15
 class TokenBatch(Protocol):
     """Token ids [rows, length] with an attention mask of the same shape, None where nothing is padded."""
 
-    input_ids: Tensor
-    attention_mask: Tensor | None
+    @property
+    def input_ids(self) -> Tensor: ...
+
+    @property
+    def attention_mask(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,103 @@
+"""`llmcomp evaluate`: what a checkpoint is like, alone or beside the one it was made from."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+_QUALITY, _COST = "What to measure on", "What to measure"
+
+
+def evaluate(
+    directory: Annotated[str, typer.Argument(help="A checkpoint: directory, sample, alias or Hub id.")],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="The model it was made from.", show_default="what DIRECTORY's report names, if it is there"
+        ),
+    ] = None,
+    eval_data: Annotated[
+        str | None,
+        typer.Option(
+            help="A .txt, .jsonl, .csv or .parquet file, or a Hub dataset name[:config[:split]].",
+            show_default="WikiText-2 test, else the text that ships",
+            rich_help_panel=_QUALITY,
+        ),
+    ] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column with the text.", rich_help_panel=_QUALITY)
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column with the label of a row.", rich_help_panel=_QUALITY)
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text.", rich_help_panel=_QUALITY)] = 64,
+    sequence_length: Annotated[
+        int, typer.Option(min=2, help="Tokens of a window.", rich_help_panel=_QUALITY)
+    ] = 512,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a table.", rich_help_panel=_QUALITY)] = 2000,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Which windows, masks and resamples.", rich_help_panel=_QUALITY)
+    ] = 0,
+    cost: Annotated[bool, typer.Option(help="Latency and peak memory.", rich_help_panel=_COST)] = True,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            "--lm-eval",
+            metavar="TASKS",
+            help="Also these tasks of lm-eval: names or YAML files, separated by commas.",
+            rich_help_panel=_COST,
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")] = False,
+) -> None:
+    """Measure quality, divergence from the original, size, latency and memory.
+
+    Examples:
+
+        llmcomp evaluate bert-base-gptq-w4
+
+        llmcomp evaluate my-model-w4 --against my-model --eval-data held-out.txt
+
+        llmcomp evaluate classifier-w4 --eval-data reviews.jsonl --text-column text --label-column stars
+    """
+    from llmcomp.cli.progress import listener
+    from llmcomp.hub import resolve
+
+    with listener(json) as progress:
+        path = resolve(directory, progress=progress).path
+
+        from llmcomp.calibration.data import evaluation_texts
+        from llmcomp.measure.inputs import default_against
+        from llmcomp.measure.run import Settings, evaluate_model
+
+        base = against or default_against(path)
+        data = None
+        if eval_data is not None:
+            data = evaluation_texts(
+                eval_data, text_column=text_column, label_column=label_column, progress=progress
+            )
+        settings = Settings(
+            windows=windows,
+            sequence_length=sequence_length,
+            rows=rows,
+            seed=seed,
+            cost=cost,
+            lm_eval=tuple(name.strip() for name in lm_eval.split(",")) if lm_eval else (),
+        )
+        found = evaluate_model(
+            path,
+            against=None if base is None else resolve(base, progress=progress).path,
+            data=data,
+            settings=settings,
+            progress=progress,
+        )
+    report = found.as_report()
+    if json:
+        typer.echo(report.to_json(), nl=False)
+        return
+    from rich.console import Console
+
+    from llmcomp.report.table import table
+
+    Console().print(table(report))

@@ -1,0 +1,169 @@
+"""From texts to what `quality` takes: batches, with labels in the batches' order and words for the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from llmcomp.calibration.data import Batch, Texts, batches, describe, evaluation_texts, window_starts, windows
+from llmcomp.errors import BadData
+from llmcomp.measure.positions import MASKED_SHARE, Masking, Subject
+from llmcomp.progress import Progress
+from llmcomp.report.schema import FILE_NAME
+
+if TYPE_CHECKING:
+    from llmcomp.measure.run import Settings
+
+LANGUAGE_TASKS = ("causal-lm", "masked-lm")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Ready to be measured on. `notes`: one sentence each, on what was left out."""
+
+    batches: list[Batch]
+    subject: Subject
+    notes: list[str] = field(default_factory=list)
+
+
+def default_texts(directory: str | Path, progress: Progress) -> Texts:
+    """Held-out text for a model: that of the sample it was made from, else `evaluation_texts`' default."""
+    model = str(written_report(directory).get("model", ""))
+    return evaluation_texts(model if model.startswith("sample:") else "default", progress=progress)
+
+
+def default_against(directory: str | Path) -> str | None:
+    """What a compressed checkpoint was made from, by its own report, where that can still be opened."""
+    report = written_report(directory)
+    model, source = str(report.get("model", "")), str(report.get("source", ""))
+    if model.startswith("sample:"):
+        return model
+    return source if source and Path(source).is_dir() else None
+
+
+def written_report(directory: str | Path) -> Mapping[str, Any]:
+    """`llmcomp_report.json` as plain data; empty where there is none that can be read."""
+    try:
+        found = json.loads((Path(directory) / FILE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def make_inputs(texts: Texts, tokenizer: Any, model: Any, task: str, settings: Settings) -> Inputs:
+    """Windows of text for language models, rows for the others.
+
+    Raises:
+        BadData: too little text, or labels that are not the model's.
+    """
+    notes: list[str] = []
+    labelled = texts.labels is not None and task == "sequence-classification"
+    if texts.labels is not None and not labelled:
+        notes.append(f"The labels of {texts.description} are not used: the model's task is {task}.")
+    in_rows = not texts.running and texts.input_ids is None and task not in LANGUAGE_TASKS
+    if in_rows:
+        texts = _rows(texts, settings)
+    found = windows(
+        texts,
+        tokenizer,
+        samples=len(texts.rows) if in_rows else settings.windows,
+        length=settings.sequence_length,
+        seed=0 if in_rows else settings.seed,
+        task=task,
+        max_length=max_positions(model, tokenizer),
+    )
+    labels = None
+    if labelled and in_rows:
+        in_order = np.argsort([len(window) for window in found], kind="stable")  # as `batches` does
+        if model.config.problem_type == "multi_label_classification":
+            notes.append(
+                "Labels are not used: a model with several labels a row is measured against its original."
+            )
+        else:
+            labels = _labels(texts, model)[in_order]
+    words = describe(texts, found, tokenizer, task)
+    if task in LANGUAGE_TASKS:
+        words += "; windows do not overlap"
+    masking = None
+    if task == "masked-lm":
+        masking = _masking(tokenizer, settings.seed)
+        words += (
+            f"; pseudo-perplexity over {MASKED_SHARE:.0%} of tokens, masked at once (seed {settings.seed})"
+        )
+    subject = Subject(task, words, labels, masking, settings.seed)
+    made = batches(found, tokens_per_batch=settings.tokens_per_batch, pad_id=tokenizer.pad_token_id)
+    return Inputs(made, subject, notes)
+
+
+def max_positions(model: Any, tokenizer: Any) -> int | None:
+    """The longest input: positions of the config, less those RoBERTa-like embeddings keep for padding."""
+    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
+    limits.append(getattr(tokenizer, "model_max_length", None))
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            limits.append(
+                module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+            )
+    known = [limit for limit in limits if limit]
+    return min(known) if known else None
+
+
+def _rows(texts: Texts, settings: Settings) -> Texts:
+    """At most `settings.rows` rows that hold text, evenly spaced, with their labels."""
+    kept = [number for number, row in enumerate(texts.rows) if row.strip()]
+    if not kept:
+        raise BadData(f"{texts.description} has no row with text in it.")
+    chosen = [
+        kept[start] for start in window_starts(len(kept), min(settings.rows, len(kept)), 1, settings.seed)
+    ]
+    labels = None if texts.labels is None else [texts.labels[number] for number in chosen]
+    return replace(texts, rows=[texts.rows[number] for number in chosen], labels=labels)
+
+
+def _labels(texts: Texts, model: Any) -> np.ndarray:
+    """The rows' labels as the model counts them: class numbers [rows], or scores where it regresses.
+
+    Raises:
+        BadData: a label that the model has no class for, or no number where it regresses.
+    """
+    labels: Sequence[Any] = texts.labels or []
+    config = model.config
+    if config.problem_type == "regression" or config.num_labels == 1:
+        try:
+            return np.array([float(label) for label in labels])
+        except (TypeError, ValueError) as error:
+            raise BadData(
+                f"{texts.description}: the model gives scores, and a label is no number ({error})."
+            ) from error
+    numbers = [_class_number(label, config.label2id, config.num_labels) for label in labels]
+    for label, number in zip(labels, numbers, strict=True):
+        if number is None:
+            names = ", ".join(map(str, list(config.label2id)[:8]))
+            raise BadData(
+                f"{texts.description}: label {label!r} is none of the model's {config.num_labels} classes "
+                f"(0 to {config.num_labels - 1}; {names})."
+            )
+    return np.array(numbers, dtype=np.int64)
+
+
+def _class_number(label: Any, names: Mapping[str, int], count: int) -> int | None:
+    if str(label) in names:
+        return names[str(label)]
+    try:
+        number = int(label)
+    except (TypeError, ValueError):
+        return None
+    return number if 0 <= number < count and number == float(label) else None
+
+
+def _masking(tokenizer: Any, seed: int) -> Masking | None:
+    """None where the tokenizer has no mask token; `positions.scored` then says so."""
+    if tokenizer.mask_token_id is None:
+        return None
+    return Masking(tokenizer.mask_token_id, frozenset(tokenizer.all_special_ids), seed)

@@ -1,0 +1,121 @@
+"""Load a checkpoint the way a user would: the Auto class of its task, plain `from_pretrained`."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+
+from llmcomp.errors import BadCheckpoint, BadData
+from llmcomp.shards import read_json_object
+
+AUTO = {
+    "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "encoder": "AutoModel",
+}
+# Class name endings and what they mean; the first that fits counts, none means a bare encoder.
+_ENDINGS = {
+    "LMHeadModel": "causal-lm",
+    "ForCausalLM": "causal-lm",
+    "ForMaskedLM": "masked-lm",
+    "ForSequenceClassification": "sequence-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+}
+
+
+def task_of(directory: str | Path) -> str:
+    """The task that config.json's architecture is for, one of `AUTO`.
+
+    Raises:
+        BadCheckpoint: no readable config.json.
+        BadData: an architecture whose task cannot be evaluated.
+    """
+    architectures = read_json_object(Path(directory) / "config.json").get("architectures")
+    name = str((architectures or ["Model"])[0])
+    for ending, task in _ENDINGS.items():
+        if name.endswith(ending):
+            return task
+    if name.endswith("Model"):
+        return "encoder"
+    raise BadData(
+        f"{name} has a head that cannot be evaluated; expected one of {', '.join(sorted(set(AUTO)))}."
+    )
+
+
+def load(directory: str | Path, task: str | None = None) -> nn.Module:
+    """The model in eval mode, in the dtype it is stored in, on the CPU.
+
+    Raises:
+        BadCheckpoint: transformers cannot load it, or had to make up weights that the files lack.
+    """
+    auto = getattr(transformers, AUTO[task or task_of(directory)])
+    try:
+        with _quiet():
+            model, info = auto.from_pretrained(
+                str(directory), output_loading_info=True, local_files_only=True
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise BadCheckpoint(f"transformers cannot load {directory}: {reason[:300]}") from error
+    missing = [*sorted(info["missing_keys"]), *sorted(str(key) for key in info["mismatched_keys"])]
+    if auto is transformers.AutoModel:  # hidden states, which are what is compared, come before the pooler
+        missing = [key for key in missing if not key.startswith("pooler.")]
+    if missing:
+        raise BadCheckpoint(
+            f"{directory} lacks {len(missing)} weights that its architecture has, such as {missing[0]}; "
+            "what would be measured is a partly random model."
+        )
+    return model.eval()
+
+
+def load_tokenizer(directory: str | Path) -> Any:
+    """Its tokenizer.
+
+    Raises:
+        BadCheckpoint: there is none that transformers can load.
+    """
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise BadCheckpoint(
+            f"{directory} has no tokenizer that transformers can load: {reason[:200]}"
+        ) from error
+
+
+def prepare(directory: str | Path, task: str | None = None) -> None:
+    """Import what loading will need, the model's own module included, and nothing of its weights."""
+    config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True)
+    auto = getattr(transformers, AUTO[task or task_of(directory)])
+    with contextlib.suppress(KeyError):  # remote code has no class here; its import then counts as memory
+        auto._model_mapping[type(config)]
+    if getattr(config, "quantization_config", None) is not None:
+        importlib.import_module("transformers.quantizers.auto")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar and no load report: what matters of them is in the loading info, which is checked."""
+    bar = transformers.utils.logging.is_progress_bar_enabled()
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # torchao prints when it is imported
+            yield
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+        if bar:
+            transformers.utils.logging.enable_progress_bar()

@@ -1,0 +1,233 @@
+"""Measure a checkpoint, alone or against the one it was made from: size, sparsity, quality, divergence, cost.
+
+    evaluate_model("bert-gptq-w4", against="bert").divergence.kl_mean.value
+
+Both models are loaded as a user would load them and run side by side on the same inputs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from llmcomp.errors import BadCheckpoint, RunError
+from llmcomp.measure import cost, harness, load, quality
+from llmcomp.measure.forward import BYTES_AT_ONCE
+from llmcomp.measure.inputs import Inputs, default_texts, make_inputs
+from llmcomp.measure.machine import this_machine
+from llmcomp.progress import Progress, Silent
+from llmcomp.report.schema import Cost, Divergence, Measured, Quality, Report
+from llmcomp.shards import read_json_object
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured. The defaults take a small model on two cores about a minute.
+
+    Attributes:
+        windows: of running text, evenly spaced.
+        sequence_length: tokens of a window, clipped to the model's positions.
+        rows: of a table, evenly spaced.
+        tokens_per_batch: rows × longest row of one forward.
+        seed: which windows, which masked tokens, which bootstrap resamples.
+        latency_batch, latency_sequence, latency_repeats: the timed forward.
+        cost: measure latency and peak memory (a fresh process for each model).
+        lm_eval: tasks of lm-eval (names, or paths to a task's YAML), run on each model as an extra.
+    """
+
+    windows: int = 64
+    sequence_length: int = 512
+    rows: int = 2000
+    tokens_per_batch: int = 2048
+    seed: int = 0
+    latency_batch: int = 1
+    latency_sequence: int = 128
+    latency_repeats: int = 10
+    cost: bool = True
+    lm_eval: tuple[str, ...] = ()
+
+
+@dataclass
+class Evaluation:
+    """What was measured; `before` and `divergence` are None without an original to compare with."""
+
+    directory: str
+    against: str | None
+    task: str
+    after: Measured
+    before: Measured | None = None
+    divergence: Divergence | None = None
+    phases: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def as_report(self) -> Report:
+        """The same as the report that tables, pages and `--json` show."""
+        config = read_json_object(Path(self.directory) / "config.json")
+        quantization = config.get("quantization_config") or {}
+        machine = this_machine()
+        return Report(
+            command="evaluate",
+            model=self.against or self.directory,
+            source=self.against or self.directory,
+            output=self.directory,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            machine=machine,
+            architecture=str((config.get("architectures") or [""])[0]),
+            task=self.task,
+            recipe={},
+            format=str(quantization.get("format") or quantization.get("quant_method") or "dense"),
+            calibration={},
+            size_before=self.before.size if self.before else None,
+            size_after=self.after.size,
+            before=self.before,
+            after=self.after,
+            divergence=self.divergence,
+            phases=self.phases,
+            notes=self.notes,
+            llmcomp_version=machine.versions.get("llmcomp", ""),
+        )
+
+
+def evaluate_model(
+    directory: str | Path,
+    *,
+    against: str | Path | None = None,
+    data: Any | None = None,
+    settings: Settings | None = None,
+    task: str | None = None,
+    role: Callable[[str], str] | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure the checkpoint in `directory`, side by side with the one in `against` where that is given.
+
+    Args:
+        directory, against: local directories (`llmcomp.hub.resolve` turns names into them).
+        data: `llmcomp.calibration.data.Texts` to measure on; None takes `inputs.default_texts`.
+        task: see `load.AUTO`; None reads it off config.json.
+        role: tensor name → role, for `Size.parts`.
+        progress: hears of the phases 'measure memory', 'evaluate', 'time' and 'lm-eval'.
+
+    Raises:
+        BadCheckpoint: a directory without a loadable model, or two that do not belong together.
+        BadData: data that gives nothing to measure on.
+        NumericalError: outputs that are not finite.
+        RunError: the models do not fit into memory.
+    """
+    settings, progress = settings or Settings(), progress or Silent()
+    task = task or load.task_of(directory)
+    if settings.lm_eval:
+        harness.require(task)
+    paths = [Path(directory)] if against is None else [Path(against), Path(directory)]
+    if len(paths) == 2 and (other := load.task_of(paths[0])) != load.task_of(directory):
+        raise BadCheckpoint(
+            f"{directory} is for {task} and {against} for {other}; compare models of one task."
+        )
+    measured = [Measured(cost.size_of(path, role), sparsity=0.0) for path in paths]
+    _require_memory(paths)
+    result = Evaluation(str(directory), None if against is None else str(against), task, measured[-1])
+    peaks: list[int] = []
+    if settings.cost:
+        with _timed(result, "memory"):
+            peaks = _peaks(paths, task, settings, progress)
+    with _timed(result, "evaluate"):
+        tokenizer = load.load_tokenizer(paths[0])
+        models = [load.load(path, task) for path in paths]
+        texts = data if data is not None else default_texts(directory, progress)
+        inputs = make_inputs(texts, tokenizer, models[0], task, settings)
+        result.notes += [*texts.warnings, *inputs.notes]
+        _quality(result, measured, models, inputs, progress)
+    with _timed(result, "time"):
+        if settings.cost:
+            _cost(measured, models, peaks, settings, progress)
+        for one, model in zip(measured, models, strict=True):
+            one.sparsity = cost.sparsity_of(model)
+    if settings.lm_eval:
+        with _timed(result, "lm-eval"):
+            _lm_eval(measured, models, tokenizer, settings, progress)
+    result.before = measured[0] if against is not None else None
+    return result
+
+
+@contextmanager
+def _timed(result: Evaluation, phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    result.phases[phase] = time.perf_counter() - start
+
+
+def _quality(
+    result: Evaluation, measured: list[Measured], models: list[nn.Module], inputs: Inputs, progress: Progress
+) -> None:
+    progress.phase("evaluate", sum(len(batch.input_ids) for batch in inputs.batches))
+    if len(models) == 1:
+        measured[0].quality = quality.assess(models[0], inputs.batches, inputs.subject, progress)
+    else:
+        found = quality.compare(models[0], models[1], inputs.batches, inputs.subject, progress)
+        measured[0].quality, measured[1].quality, result.divergence = found
+    if measured[-1].quality is None and result.divergence is None:
+        result.notes.append(
+            f"No quality was measured: {result.task} needs labels (--eval-data with --label-column) or a "
+            "model to compare with (--against)."
+        )
+
+
+def _peaks(paths: Sequence[Path], task: str, settings: Settings, progress: Progress) -> list[int]:
+    progress.phase("measure memory", len(paths))
+    peaks = []
+    for path in paths:
+        sequence = settings.latency_sequence
+        peaks.append(cost.peak_memory(path, task=task, batch=settings.latency_batch, sequence=sequence))
+        progress.step()
+    return peaks
+
+
+def _cost(
+    measured: list[Measured],
+    models: list[nn.Module],
+    peaks: list[int],
+    settings: Settings,
+    progress: Progress,
+) -> None:
+    progress.phase("time", len(models))
+    batch, sequence = settings.latency_batch, settings.latency_sequence
+    times = cost.latency(models, batch, sequence, settings.latency_repeats)
+    for one, taken, peak in zip(measured, times, peaks, strict=True):
+        threads = torch.get_num_threads()
+        one.cost = Cost(taken.median, taken.low, taken.high, batch, sequence, peak, threads)
+        progress.step()
+
+
+def _lm_eval(
+    measured: list[Measured], models: list[nn.Module], tokenizer: Any, settings: Settings, progress: Progress
+) -> None:
+    progress.phase("lm-eval", len(models))
+    for one, model in zip(measured, models, strict=True):
+        found = harness.run(model, tokenizer, settings.lm_eval, settings.seed)
+        one.quality = one.quality or Quality({}, 0, 0, "lm-eval")
+        one.quality.metrics.update(found)
+        progress.step()
+
+
+def _require_memory(paths: Sequence[Path]) -> None:
+    """All models are held whole and dense; where that cannot be, say so before anything is loaded.
+
+    Raises:
+        RunError: less memory is available than they will take.
+    """
+    needed = sum(cost.loaded_bytes(path) + 4 * BYTES_AT_ONCE for path in paths)
+    available = psutil.virtual_memory().available
+    if needed > available:
+        what = "The model" if len(paths) == 1 else "The two models together"
+        raise RunError(
+            f"{what} would need {needed / 1e9:.1f} GB of memory to be evaluated and {available / 1e9:.1f} GB "
+            "are available; close other programs, use a larger machine, or skip this with --no-evaluate."
+        )
