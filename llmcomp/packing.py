@@ -32,11 +32,11 @@ def pack(values: Tensor, bits: int, dim: int = 1) -> Tensor:
     """
     if dim == 0:
         return pack(values.t(), bits).t().contiguous()
-    columns = values.shape[1]
+    rows, columns = values.shape
     unsigned = F.pad(values.contiguous().view(torch.uint8), (0, -columns % 32), value=256 - (1 << (bits - 1)))
     unsigned += 1 << (bits - 1)  # modulo 256: the signed value's bit pattern, shifted into [0, 2^bits)
-    packed = _bytes_from_values(unsigned, bits)
-    return packed.view(torch.int32)[:, : words(columns, bits)].contiguous()
+    packed = _bytes_from_values(unsigned.view(-1), bits)
+    return packed.view(torch.int32).view(rows, -1)[:, : words(columns, bits)].contiguous()
 
 
 def unpack(packed: Tensor, bits: int, count: int, dim: int = 1) -> Tensor:
@@ -53,39 +53,35 @@ def unpack(packed: Tensor, bits: int, count: int, dim: int = 1) -> Tensor:
     """
     if dim == 0:
         return unpack(packed.t(), bits, count).t().contiguous()
-    padded = F.pad(packed, (0, -packed.shape[1] % bits)).contiguous().view(torch.uint8)
-    values = _values_from_bytes(padded, bits)[:, :count]
-    return values.view(torch.int8).sub(1 << (bits - 1)).contiguous()
+    padded = F.pad(packed, (0, -packed.shape[1] % bits)).contiguous()
+    values = _values_from_bytes(padded.view(-1).view(torch.uint8), bits).view(packed.shape[0], -1)
+    return values[:, :count].view(torch.int8).sub(1 << (bits - 1)).contiguous()
 
 
 def _bytes_from_values(unsigned: Tensor, bits: int) -> Tensor:
-    """uint8 [rows, n] below 2^bits, n a multiple of 32, to uint8 [rows, n * bits / 8]."""
-    rows = unsigned.shape[0]
+    """uint8 [n] below 2^bits, n a multiple of 32, to uint8 [n * bits / 8]."""
     if bits == 8:
         return unsigned
     if bits == 3:
-        octets = unsigned.view(rows, -1, 8)
-        word = octets[..., 7].int()
+        octets = unsigned.view(-1, 8)
+        word = octets[:, 7].int()
         for place in range(6, -1, -1):
-            word = word.bitwise_left_shift_(3).bitwise_or_(octets[..., place])
-        return word.view(torch.uint8).view(rows, -1, 4)[..., :3].reshape(rows, -1)
+            word = word.bitwise_left_shift_(3).bitwise_or_(octets[:, place])
+        return word.view(torch.uint8).view(-1, 4)[:, :3].reshape(-1)
     per_byte = 8 // bits
-    parts = unsigned.view(rows, -1, per_byte)
-    packed = parts[..., per_byte - 1].clone()
+    parts = unsigned.view(-1, per_byte)
+    packed = parts[:, per_byte - 1].clone()
     for place in range(per_byte - 2, -1, -1):
-        packed.bitwise_left_shift_(bits).bitwise_or_(parts[..., place])
+        packed.bitwise_left_shift_(bits).bitwise_or_(parts[:, place])
     return packed
 
 
 def _values_from_bytes(packed: Tensor, bits: int) -> Tensor:
     """Undo `_bytes_from_values`."""
-    rows = packed.shape[0]
     if bits == 8:
-        return packed.clone()
+        return packed
     mask = (1 << bits) - 1
     if bits == 3:
-        three = F.pad(packed.view(rows, -1, 3), (0, 1)).view(torch.int32)  # [rows, n / 8, 1]: 24 bits each
-        places = [(three >> (3 * place) & mask).to(torch.uint8) for place in range(8)]
-        return torch.cat(places, -1).view(rows, -1)
-    places = [packed >> (bits * place) & mask for place in range(8 // bits)]
-    return torch.stack(places, -1).view(rows, -1)
+        three = F.pad(packed.view(-1, 3), (0, 1)).view(torch.int32)  # [n / 8, 1]: 24 bits each
+        return torch.cat([(three >> (3 * place) & mask).to(torch.uint8) for place in range(8)], -1)
+    return torch.stack([packed >> (bits * place) & mask for place in range(8 // bits)], -1)

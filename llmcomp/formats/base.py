@@ -55,6 +55,9 @@ class Layout(Protocol):
     def tensors(self, ref: Ref, weight: CompressedWeight) -> dict[str, Tensor]:
         """What the file holds for this weight, by full tensor name; every tensor contiguous."""
 
+    def decode(self, ref: Ref, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The inverse of `tensors`: the dense weight as the module holds it, decoded as a reader does."""
+
     def nbytes(self, ref: Ref, itemsize: int) -> int:
         """Bytes of what `tensors` returns; `itemsize`: bytes of one dense value."""
 

@@ -19,6 +19,7 @@ Decoding is `(q - zero_point) * scale` in the scale's dtype in each of them.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +103,19 @@ class PackedLayout:
             return tensors | {prefix: values.contiguous()}
         shape = torch.tensor(values.shape, dtype=torch.int64)
         return tensors | {f"{prefix}_packed": packing.pack(values, storage.bits), f"{prefix}_shape": shape}
+
+    def decode(self, ref: Ref, tensors: Mapping[str, Tensor]) -> Tensor:
+        if ref.name in self.dense:
+            return tensors[f"{ref.name}.weight"]
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+        storage = self.storage[ref.name]
+        scheme = QuantizationScheme(targets=[ref.name], weights=QuantizationArgs(**storage.args()))
+        own = {name.removeprefix(f"{ref.name}."): tensor for name, tensor in tensors.items()}
+        reader = BaseCompressor.get_value_from_registry(storage.format)
+        decoded: Tensor = reader.decompress(own, scheme)["weight"]
+        return decoded
 
     def nbytes(self, ref: Ref, itemsize: int) -> int:
         rows, columns = ref.out_features, ref.in_features
@@ -213,13 +227,25 @@ def _with(
 def _targets(
     groups: Mapping[Storage, Iterable[str]], model: nn.Module
 ) -> tuple[dict[Storage, list[str]], list[str]]:
-    """Targets of each group and the ignore list: the class name where one scheme covers the linears, which is
-    what other readers know best, else full module names."""
-    targets = {storage: list(names) for storage, names in groups.items()}
+    """Targets of each group and the ignore list.
+
+    Where one scheme covers the linears it is the class name, which other readers know best; else names. Both
+    fit with and without the model's base prefix, because AutoModel loads a causal LM's checkpoint without it.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    names = {storage: list(group) for storage, group in groups.items()}
+    targets = {storage: [_either(prefix, group)] for storage, group in names.items()}
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    whole = [storage for storage, names in targets.items() if linears & set(names)]
-    if len(whole) != 1 or not linears.issuperset(targets[whole[0]]):
+    whole = [storage for storage, group in names.items() if linears & set(group)]
+    if len(whole) != 1 or not linears.issuperset(names[whole[0]]):
         return targets, []
-    ignore = sorted(linears - set(targets[whole[0]]))
+    ignore = linears - set(names[whole[0]])
     targets[whole[0]] = ["Linear"]
-    return targets, ignore
+    return targets, sorted(ignore | {name.removeprefix(prefix) for name in ignore})
+
+
+def _either(prefix: str, names: Iterable[str]) -> str:
+    """One pattern for all names, with the prefix optional."""
+    bare = "|".join(re.escape(name.removeprefix(prefix)) for name in names)
+    optional = f"(?:{re.escape(prefix)})?" if prefix != "." else ""
+    return f"re:{optional}(?:{bare})$"

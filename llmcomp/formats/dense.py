@@ -22,6 +22,9 @@ class DenseLayout:
     def tensors(self, ref: Ref, weight: CompressedWeight) -> dict[str, Tensor]:
         return dense_tensors(ref, weight)
 
+    def decode(self, ref: Ref, tensors: Mapping[str, Tensor]) -> Tensor:
+        return tensors[f"{ref.name}.weight"]
+
     def nbytes(self, ref: Ref, itemsize: int) -> int:
         return ref.out_features * ref.in_features * itemsize
 

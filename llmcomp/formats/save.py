@@ -72,7 +72,7 @@ class ShardWriter:
             UserError: the directory cannot be written to.
             RunError: the disk is full.
         """
-        path = self._path(name)
+        path = self.path(name)
         temporary = path.with_suffix(".tmp")
         contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
         try:
@@ -94,7 +94,7 @@ class ShardWriter:
 
     def holds(self, shard: Shard) -> bool:
         """Whether the file of `shard` is there, with the bytes that it was written with."""
-        path = self._path(shard.name)
+        path = self.path(shard.name)
         return path.is_file() and path.stat().st_size == shard.nbytes and file_sha256(path) == shard.sha256
 
     def finish(
@@ -128,7 +128,7 @@ class ShardWriter:
                 file = "model.safetensors"
                 if len(order) > 1:
                     file = f"model-{number:05d}-of-{len(order):05d}.safetensors"
-                path = self._path(name)
+                path = self.path(name)
                 if not path.is_file():
                     raise RunError(f"Shard {name} is missing in {self._blocks}; run the same command again.")
                 total += _enter(path, file, index)
@@ -144,7 +144,8 @@ class ShardWriter:
             _sync(target)
         return target
 
-    def _path(self, name: str) -> Path:
+    def path(self, name: str) -> Path:
+        """The file of a shard."""
         return self._blocks / f"{name}.safetensors"
 
 

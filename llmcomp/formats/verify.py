@@ -91,6 +91,7 @@ def check(directory: Path, witness: Path, stream: bool | None = None) -> Verific
     """
     known = witnesses.load(witness)
     tensors = _files(directory)
+    _same_dtype(directory, known)
     stored = _stored_modules(directory, tensors)
     _same(set(stored), set(known.compressed), "stored compressed", "planned to be")
     files = len(set(tensors.values()))
@@ -183,6 +184,13 @@ def _config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise VerificationFailed("config.json is not an object.")
     return config
+
+
+def _same_dtype(directory: Path, known: Witness) -> None:
+    """transformers casts what it loads to config.json's dtype."""
+    said, dtypes = _config(directory).get("dtype"), sorted({dtype for _, dtype in known.source.values()})
+    if said not in dtypes:
+        raise VerificationFailed(f"config.json says {said}, the source's tensors are {', '.join(dtypes)}.")
 
 
 def _auto_class(config: Any) -> Any:

@@ -1,0 +1,188 @@
+"""Which layouts plain transformers decodes, measured: each kind is loaded and compared to the bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import INPUTS, Written, bert, gpt2, linears, llama, ref, write
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from llmcomp.formats import FORMATS, broken_ties
+from llmcomp.schemes import Scheme
+
+G128, G64, CHANNEL = Scheme(4, 128), Scheme(3, 64), Scheme(8)
+ASYM, ASYM3, ASYM8 = Scheme(4, 128, False), Scheme(3, 64, False), Scheme(8, None, False)
+
+
+def loads(written: Written, auto: type = AutoModelForCausalLM) -> nn.Module:
+    model, info = auto.from_pretrained(written.directory, dtype="auto", output_loading_info=True)
+    assert not any(info.values()), info
+    with torch.no_grad():
+        model(**INPUTS)  # the first forward decompresses
+    for name, tensor in written.dense.items():
+        loaded = model.get_parameter(name)
+        assert loaded.dtype == tensor.dtype
+        assert torch.equal(loaded, tensor), name
+    return model
+
+
+def quantization_config(written: Written) -> dict:
+    return json.loads((written.directory / "config.json").read_text())["quantization_config"]
+
+
+def sizes_agree(written: Written, model: nn.Module) -> bool:
+    itemsize = model.dtype.itemsize
+    return all(written.layout.nbytes(ref(model, n), itemsize) == size for n, size in written.sizes.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", [G128, G64, CHANNEL, Scheme(2, 32), ASYM, ASYM3, ASYM8], ids=str)
+def test_one_scheme_for_all_linears(tmp_path: Path, scheme: Scheme, dtype: torch.dtype) -> None:
+    model = llama(dtype=dtype)
+    written = write(tmp_path, model, dict.fromkeys(linears(model), scheme))
+    loads(written)
+    assert sizes_agree(written, model)
+    config = quantization_config(written)
+    (group,) = config["config_groups"].values()
+    assert group["targets"] == ["Linear"]
+    assert config["ignore"] == ["lm_head"]
+    assert config.get("dequantize", False) is not scheme.symmetric
+    assert not written.layout.dense
+
+
+@pytest.mark.parametrize("asymmetric", [False, True], ids=["symmetric", "asymmetric"])
+def test_mixed_schemes(tmp_path: Path, asymmetric: bool) -> None:
+    model = llama()
+    kinds = (ASYM, ASYM3, ASYM8, CHANNEL) if asymmetric else (G128, G64, CHANNEL)
+    schemes = {name: kinds[n % len(kinds)] for n, name in enumerate(linears(model))}
+    written = write(tmp_path, model, schemes)
+    loads(written)
+    assert sizes_agree(written, model)
+    assert not written.layout.dense
+    assert any("vLLM" in note for note in written.layout.notes) is asymmetric
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"model.embed_tokens": Scheme(8)},
+        {"lm_head": Scheme(8)},
+        {"model.embed_tokens": ASYM8, "lm_head": Scheme(8, 64)},
+    ],
+    ids=["embeddings", "head", "both"],
+)
+def test_embeddings_and_head(tmp_path: Path, tied: bool, more: dict[str, Scheme]) -> None:
+    model = llama(tied)
+    written = write(tmp_path, model, dict.fromkeys(linears(model), G128) | more)
+    loaded = loads(written)
+    assert sizes_agree(written, model)
+    assert loaded.config.tie_word_embeddings is False
+    assert not written.layout.dense
+
+
+def test_a_whole_tie_stays(tmp_path: Path) -> None:
+    model = llama(tied=True)
+    loaded = loads(write(tmp_path, model, dict.fromkeys(linears(model), G128)))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_bert_with_its_tied_bias(tmp_path: Path) -> None:
+    model = bert()
+    schemes = dict.fromkeys(linears(model), ASYM) | {"bert.embeddings.word_embeddings": Scheme(8)}
+    loads(write(tmp_path, model, schemes), AutoModelForMaskedLM)
+
+
+@pytest.mark.parametrize("make", [llama, bert])
+@pytest.mark.parametrize("mixed", [False, True], ids=["one scheme", "mixed"])
+def test_auto_model_loads_it_without_the_head(tmp_path: Path, make: Callable, mixed: bool) -> None:
+    """The base model's modules lack the prefix that the names in config.json have."""
+    model = make()
+    names = linears(model)[1:]  # one inside the base model is left alone
+    kinds = (G128, G64) if mixed else (G128,)
+    written = write(tmp_path, model, {name: kinds[n % len(kinds)] for n, name in enumerate(names)})
+    base, info = AutoModel.from_pretrained(written.directory, output_loading_info=True)
+    assert not any("layer" in key for key in info["missing_keys"])
+    with torch.no_grad():
+        base(**INPUTS)
+    for name in linears(model):
+        weight = base.get_submodule(name.removeprefix(f"{model.base_model_prefix}.")).weight
+        assert torch.equal(weight, written.dense[f"{name}.weight"])
+
+
+def test_embeddings_below_8_bits_say_that_they_take_8(tmp_path: Path) -> None:
+    written = write(tmp_path, llama(), {"model.embed_tokens": G128})
+    loads(written)
+    assert "takes 8 bits" in written.layout.notes[0]
+
+
+@pytest.mark.parametrize("scheme", [G128, CHANNEL, ASYM, ASYM8], ids=lambda s: s.label)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_conv1d_is_packed_in_transposed_blocks(tmp_path: Path, scheme: Scheme, dtype: torch.dtype) -> None:
+    model = gpt2(dtype)
+    written = write(tmp_path, model, dict.fromkeys(linears(model), scheme))
+    loads(written)
+    assert sizes_agree(written, model)
+    assert not written.layout.dense
+    dense = sum(model.get_submodule(name).weight.nbytes for name in linears(model))
+    assert sum(written.sizes.values()) < dense * (scheme.bits + 1.5) / (8 * dtype.itemsize)
+
+
+def test_conv1d_of_several_schemes_shares_one_storage(tmp_path: Path) -> None:
+    model = gpt2()
+    schemes = {name: (G64, ASYM, Scheme(4))[n % 3] for n, name in enumerate(linears(model))}
+    written = write(tmp_path, model, schemes)
+    loads(written)
+    assert sizes_agree(written, model)
+    assert not written.layout.dense
+    assert "fewer bits" in written.layout.notes[1]
+
+
+def test_beside_conv1d_everything_else_is_dense_and_said(tmp_path: Path) -> None:
+    model = gpt2()
+    written = write(tmp_path, model, dict.fromkeys(linears(model), G128) | {"transformer.wte": Scheme(8)})
+    loads(written)
+    assert list(written.layout.dense) == ["transformer.wte"]
+    assert sizes_agree(written, model)
+
+
+def test_conv1d_packed_like_a_linear_would_be_ignored(tmp_path: Path) -> None:
+    """The claim behind the transposed blocks: without `dequantize`, transformers skips Conv1D silently."""
+    model = gpt2()
+    written = write(tmp_path, model, dict.fromkeys(linears(model), G128))
+    path = written.directory / "config.json"
+    config = json.loads(path.read_text())
+    del config["quantization_config"]["dequantize"]
+    path.write_text(json.dumps(config))
+    _, info = AutoModelForCausalLM.from_pretrained(written.directory, output_loading_info=True)
+    assert f"{linears(model)[0]}.weight" in info["missing_keys"]
+
+
+def test_conv1d_widths_without_a_common_group_are_dense() -> None:
+    model = gpt2()
+    name = linears(model)[0]
+    odd = ref(model, name).__class__(name, "mlp", 0, 64, 100, True)
+    layout = FORMATS["compressed-tensors"]([(odd, Scheme(4)), (ref(model, linears(model)[1]), Scheme(4))])
+    assert set(layout.dense) == set(linears(model)[:2])
+    assert layout.config(model) is None
+
+
+def test_dense_writes_what_any_software_reads(tmp_path: Path) -> None:
+    for model in (llama(), gpt2()):
+        folder = tmp_path / type(model).__name__
+        written = write(folder, model, dict.fromkeys(linears(model), ASYM), form="dense")
+        loads(written)
+        assert sizes_agree(written, model)
+        assert "quantization_config" not in (written.directory / "config.json").read_text()
+
+
+def test_broken_ties() -> None:
+    ties = {"decoder.weight": "embed.weight", "decoder.bias": "bias"}
+    assert broken_ties(ties, ["layer.0.q"]) == {}
+    assert broken_ties(ties, ["embed"]) == ties
+    assert broken_ties(ties, ["decoder"]) == ties
