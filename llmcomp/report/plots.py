@@ -213,7 +213,7 @@ def _block_axis(axes: Any, report: Report) -> None:
     ticks = {block: str(block) for block in range(0, last + 1, step)}
     ticks.update({x: name for name, x in outside.items() if x in used})
     axes.set_xticks(list(ticks), list(ticks.values()))
-    axes.set_xlim(min(ticks) - 0.7, max(*ticks, last) + 0.7)
+    axes.set_xlim(min(ticks) - max(0.7, last / 24), max(*ticks, last) + 0.7)
     axes.set_xlabel("block")
     axes.spines["left"].set_visible(False)
     axes.tick_params(length=0)

@@ -27,6 +27,7 @@ _METRICS = {
     "pearson": ("difference", True),
     "spearman": ("difference", True),
 }
+_NOISE = 0.02  # two runs of one model differ by about this much in time and memory
 _TITLES = {"f1": "F1", "pearson": "Pearson", "spearman": "Spearman"}
 
 
@@ -162,8 +163,8 @@ def _cost_rows(before: Measured | None, after: Measured | None) -> list[Row]:
         return rows
     faster, leaner = "", ""
     if old and new:
-        faster = times(old.latency, new.latency, "faster", "slower")
-        leaner = times(old.peak_memory, new.peak_memory, "less", "more")
+        faster = times(old.latency, new.latency, "faster", "slower", _NOISE)
+        leaner = times(old.peak_memory, new.peak_memory, "less", "more", _NOISE)
     rows.append(
         Row(
             f"latency {some.batch}×{some.sequence}",

@@ -114,9 +114,13 @@ def ratio(before: float, after: float) -> str:
     return times(before, after, "smaller", "larger")
 
 
-def times(before: float, after: float, down: str, up: str) -> str:
-    """The factor between two amounts with the word for its direction; '' where one is not positive."""
-    if before <= 0 or after <= 0 or abs(before / after - 1) < 0.005:
+def times(before: float, after: float, down: str, up: str, tolerance: float = 0.005) -> str:
+    """The factor between two amounts with the word for its direction; '' where one is not positive.
+
+    >>> times(2.31, 2.29, "less", "more", tolerance=0.02), times(1, 1.5, "faster", "slower")
+    ('same', '1.50× slower')
+    """
+    if before <= 0 or after <= 0 or abs(before / after - 1) < tolerance:
         return "same" if before > 0 and after > 0 else ""
     return f"{before / after:.2f}× {down}" if before > after else f"{after / before:.2f}× {up}"
 
