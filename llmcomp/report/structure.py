@@ -11,9 +11,9 @@ from math import prod
 
 from llmcomp.adapters.base import Adapter, LinearRef
 from llmcomp.checkpoint import Binding
-from llmcomp.formats import FORMATS, Layout
-from llmcomp.recipe import QuantizeStep, matches, override_for, scheme_for
-from llmcomp.schemes import Scheme
+from llmcomp.formats import FORMATS, Layout, broken_ties
+from llmcomp.pipeline.assign import Assignment, assign
+from llmcomp.recipe import QuantizeStep
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,18 @@ def structure(
     Args:
         binding: of the adapter's model to its checkpoint; only sizes are read.
         format: a name in `llmcomp.formats.FORMATS`.
+
+    Raises:
+        BadRecipe: a step that does not fit the model.
     """
-    step = QuantizeStep() if step is None else step
+    assignment = assign(adapter, QuantizeStep() if step is None else step)
     stages = {
         ref.name: n for block in adapter.blocks for n, stage in enumerate(block.stages) for ref in stage
     }
-    chosen = {ref.name: (ref, scheme) for ref in adapter.refs if (scheme := _scheme(step, ref)) is not None}
-    layout = FORMATS[format](list(chosen.values()))
+    layout = FORMATS[format]([(task.ref, task.scheme) for task in assignment.tasks.values()])
+    untied = broken_ties(binding.ties, set(assignment.tasks) - set(layout.dense))
     items = tuple(
-        _item(ref, stages.get(ref.name), chosen.get(ref.name, (ref, None))[1], step, layout, binding)
+        _item(ref, stages.get(ref.name), assignment, layout, binding, f"{ref.name}.weight" in untied)
         for ref in adapter.refs
     )
     others = tuple(_other(name, reason, binding) for name, reason in adapter.uncompressed.items())
@@ -121,34 +124,19 @@ def alike(found: Structure) -> list[tuple[list[int], list[Item]]]:
     return list(groups.values())
 
 
-def _scheme(step: QuantizeStep, ref: LinearRef) -> Scheme | None:
-    """What the step makes of the weight, None where it leaves it alone."""
-    override = override_for(step, ref.name, ref.role, ref.block)
-    if not _targeted(step, ref) or (override is not None and override.skip):
-        return None
-    scheme = scheme_for(step, override, ref.in_features)
-    return scheme if scheme.fits(ref.in_features) else None
-
-
-def _targeted(step: QuantizeStep, ref: LinearRef) -> bool:
-    return any(matches(target, ref.name, ref.role, ref.block) for target in step.targets)
-
-
 def _item(
-    ref: LinearRef,
-    stage: int | None,
-    scheme: Scheme | None,
-    step: QuantizeStep,
-    layout: Layout,
-    binding: Binding,
+    ref: LinearRef, stage: int | None, assignment: Assignment, layout: Layout, binding: Binding, untied: bool
 ) -> Item:
+    """`untied`: the step ends a tie, so that a weight which shared its storage gets its own."""
     parameter = f"{ref.name}.weight"
     info = binding.checkpoint.keys[binding.key_of[parameter]]
     tied = binding.ties.get(parameter)
     before = 0 if tied else info.nbytes
-    dense = layout.dense.get(ref.name)
-    compressed = scheme is not None and dense is None
-    after = layout.nbytes(ref, binding.dtypes[parameter].itemsize) if compressed else before
+    task, dense = assignment.tasks.get(ref.name), layout.dense.get(ref.name)
+    compressed = task is not None and dense is None
+    itemsize = binding.dtypes[parameter].itemsize
+    after = ref.weights * itemsize if untied else before
+    why = assignment.left[ref.name] if task is None else dense or task.fallback or ""
     return Item(
         name=ref.name,
         role=ref.role,
@@ -157,26 +145,12 @@ def _item(
         shape=(ref.out_features, ref.in_features),
         dtype=str(info.dtype).removeprefix("torch."),
         bytes_before=before,
-        bytes_after=after,
-        scheme=scheme.label if scheme is not None and compressed else None,
-        reason=dense or _reason(step, ref, scheme, tied),
+        bytes_after=layout.nbytes(ref, itemsize) if compressed else after,
+        scheme=task.scheme.label if task is not None and compressed else None,
+        reason=f"{why}; {'no longer shares' if untied else 'shares'} its storage with {tied}"
+        if tied and not compressed
+        else why,
     )
-
-
-def _reason(step: QuantizeStep, ref: LinearRef, scheme: Scheme | None, tied: str | None) -> str:
-    if scheme is None:
-        shared = f"shares its storage with {tied}; " if tied else ""
-        if not _targeted(step, ref):
-            return f"{shared}not a target unless asked for"
-        override = override_for(step, ref.name, ref.role, ref.block)
-        if override is not None and override.skip:
-            return f"{shared}skipped by the override {override.target}"
-        return f"{shared}the group size does not divide its {ref.in_features} inputs"
-    if step.group_size is None and scheme.group_size != 128:
-        if scheme.group_size is None:
-            return f"per channel: none of 128, 64, 32 divides its {ref.in_features} inputs"
-        return f"groups of {scheme.group_size}: larger ones do not divide its {ref.in_features} inputs"
-    return ""
 
 
 def _other(name: str, reason: str, binding: Binding) -> Item:

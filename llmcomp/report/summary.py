@@ -261,9 +261,9 @@ def recipe_yaml(report: Report) -> str:
 
 
 def reproduce(report: Report) -> str:
-    """The shell command that does this run again, given the recipe beside it as recipe.yaml."""
+    """The shell command that does this run again, given the recipe beside it as llmcomp_recipe.yaml."""
     if report.command == "evaluate":
         against = f" --against {shlex.quote(report.source)}" if report.before else ""
         return f"llmcomp evaluate {shlex.quote(report.output or report.model)}{against}"
     output = f" --output {shlex.quote(report.output)}" if report.output else ""
-    return f"llmcomp {shlex.quote(report.command)} {shlex.quote(report.model)} --recipe recipe.yaml{output}"
+    return f"llmcomp {shlex.quote(report.command)} {shlex.quote(report.model)} --recipe llmcomp_recipe.yaml{output}"

@@ -65,7 +65,7 @@ def test_holds_everything(report: Report, text: str) -> None:
         "Gram matrix did not factor",
         "lm_head",
         "method: gptq",
-        "llmcomp quantize tinyllama --recipe recipe.yaml --output tinyllama-gptq-w4",
+        "llmcomp quantize tinyllama --recipe llmcomp_recipe.yaml --output tinyllama-gptq-w4",
         "AMD EPYC 9B14",
         "2026-11-21 10:41 UTC",
         "3 input channels never active",

@@ -89,5 +89,5 @@ def test_command_is_quoted_for_a_shell(report: Report) -> None:
     report.model, report.output = "my models/a; rm b", "out dir"
     command = summary.reproduce(report)
     assert shlex.split(command) == [
-        "llmcomp", "quantize", "my models/a; rm b", "--recipe", "recipe.yaml", "--output", "out dir",
+        "llmcomp", "quantize", "my models/a; rm b", "--recipe", "llmcomp_recipe.yaml", "--output", "out dir",
     ]  # fmt: skip
