@@ -78,19 +78,17 @@ def calibration_windows(
     return torch.tensor([ids[s : s + length] for s in starts], dtype=torch.int64)
 
 
-def calibration_sentences(
-    model: Path, rows: Path, seed: int, sentences: int = 256
-) -> dict[str, torch.Tensor]:
-    """Sentences evenly spaced over a JSONL file, padded on the right to the longest.
+def calibration_sentences(rows: Path, seed: int, sentences: int = 256) -> list[str]:
+    """Sentences evenly spaced over a JSONL file, by `window_starts` of single rows."""
+    texts = [json.loads(line)["sentence"] for line in rows.read_text(encoding="utf-8").splitlines()]
+    return [texts[i] for i in window_starts(len(texts), sentences, 1, seed)]
 
-    Returns:
-        `input_ids` and `attention_mask`, both [sentences, longest] int64, special tokens included.
-    """
+
+def padded_tokens(model: Path, sentences: list[str]) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask`, both [sentences, longest] int64, special tokens included."""
     from transformers import AutoTokenizer
 
-    texts = [json.loads(line)["sentence"] for line in rows.read_text(encoding="utf-8").splitlines()]
-    chosen = [texts[i] for i in window_starts(len(texts), sentences, 1, seed)]
-    batch = AutoTokenizer.from_pretrained(model)(chosen, padding=True, return_tensors="pt")
+    batch = AutoTokenizer.from_pretrained(model)(sentences, padding=True, return_tensors="pt")
     return {key: batch[key] for key in ("input_ids", "attention_mask")}
 
 

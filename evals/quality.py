@@ -30,6 +30,7 @@ from evals.common import (
     calibration_sentences,
     calibration_windows,
     markdown,
+    padded_tokens,
     paired_interval,
     percent,
     sentence_kl,
@@ -117,16 +118,22 @@ PARTS = {
 
 
 def windows_file(part: Part, seed: int, folder: Path) -> Path:
-    """Write the calibration rows of a seed where every tool reads them."""
+    """Write the calibration rows of a seed where every tool reads them.
+
+    Sentences go out twice: as padded token ids, and beside them as the JSONL that llmcomp reads, since its
+    token files hold windows without padding. It tokenizes them with the same tokenizer to the same ids.
+    """
     from safetensors.torch import save_file
 
     model, data = assets_root() / part.model, assets_root() / "data"
-    if part.task == "causal-lm":
-        tensors = {"input_ids": calibration_windows(model, data / "books" / "calibration.txt", seed)}
-    else:
-        tensors = calibration_sentences(model, data / "sst2" / "train.jsonl", seed)
     path = folder / f"{part.name}-{seed}.safetensors"
-    save_file(tensors, path)
+    if part.task == "causal-lm":
+        save_file({"input_ids": calibration_windows(model, data / "books" / "calibration.txt", seed)}, path)
+        return path
+    sentences = calibration_sentences(data / "sst2" / "train.jsonl", seed)
+    save_file(padded_tokens(model, sentences), path)
+    lines = [json.dumps({"sentence": sentence}) for sentence in sentences]
+    path.with_suffix(".jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 
