@@ -135,6 +135,22 @@ class Recipe:
         return cls.from_yaml(text, str(path))
 
 
+def check(recipe: Recipe) -> None:
+    """Refuse at once what no model could make right; the rest is checked against the model.
+
+    Raises:
+        BadRecipe: bits, group sizes or amounts that cannot be.
+    """
+    for step in recipe.steps:
+        for override in (None, *step.overrides):
+            scheme_for(step, override, 128)
+    if recipe.calibration.samples < 1 or recipe.calibration.sequence_length < 2:
+        raise BadRecipe(
+            f"Calibration needs at least 1 sample of 2 tokens, got {recipe.calibration.samples} of "
+            f"{recipe.calibration.sequence_length}."
+        )
+
+
 def matches(target: str, name: str, role: str, block: int | None) -> bool:
     """Whether `target` (grammar above) means the module `name` of `role` in block number `block`."""
     if target in ROLES:
@@ -168,6 +184,8 @@ def scheme_for(step: QuantizeStep, override: Override | None, in_features: int) 
     size = pick("group_size")
     if size is None:
         size = next((g for g in (128, 64, 32) if in_features % g == 0), "channel")
+    if isinstance(size, str) and size != "channel" and not size.isdigit():
+        raise BadRecipe(f"--group-size {size} cannot be: choose one of 32, 64, 128 or 'channel'.")
     return Scheme(pick("bits"), None if size == "channel" else int(size), pick("symmetric"))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmcomp.errors import NumericalError
 from llmcomp.matmul import fast_matmul
 
 _TILE = 512  # columns of a strip: only the strips' part right of the diagonal is computed
@@ -50,14 +51,17 @@ class GramAccumulator:
     the product itself then takes the machine's fastest float32-accurate path.
     """
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
-        self._gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
-        self._absmax = torch.zeros(in_features, dtype=torch.float32, device=device)
+    def __init__(self) -> None:
+        self._gram: Tensor | None = None
+        self._absmax = torch.zeros(0)
         self._tokens = 0
 
     def add(self, inputs: Tensor) -> None:
         """Add inputs [tokens, in], any floating dtype, padding already left out."""
-        size = self._gram.shape[0]
+        size = inputs.shape[1]
+        if self._gram is None:
+            self._gram = torch.zeros(size, size, dtype=torch.float32, device=inputs.device)
+            self._absmax = torch.zeros(size, dtype=torch.float32, device=inputs.device)
         with fast_matmul():
             for start in range(0, inputs.shape[0], _TOKENS):
                 part = inputs[start : start + _TOKENS].float()
@@ -67,9 +71,18 @@ class GramAccumulator:
                     self._gram[row:stop, row:].addmm_(part[:, row:stop].t(), part[:, row:])
         self._tokens += inputs.shape[0]
 
-    def finish(self) -> InputStats:
-        """The statistics. The accumulator must not be used afterwards."""
-        gram, size = self._gram, self._gram.shape[0]
+    def finish(self, name: str) -> InputStats:
+        """The statistics of the module `name`; the accumulator is spent.
+
+        Raises:
+            NumericalError: NaN or Inf among the inputs, or none at all.
+        """
+        gram, self._gram = self._gram, None
+        if gram is None:
+            raise NumericalError(f"No calibration token has reached {name}.")
+        if not bool(torch.isfinite(gram.diagonal()).all()):
+            raise NumericalError(f"The calibration inputs of {name} hold NaN or Inf.")
+        size = gram.shape[0]
         for row in range(0, size, _TILE):
             stop = min(row + _TILE, size)
             for column in range(stop, size, _TILE):

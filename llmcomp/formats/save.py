@@ -103,6 +103,7 @@ class ShardWriter:
         config: Mapping[str, Any],
         files: Sequence[Path] = (),
         extra: Mapping[str, str | bytes] | None = None,
+        root: Path | None = None,
     ) -> Path:
         """Put the checkpoint together; may be called again after a kill.
 
@@ -111,6 +112,7 @@ class ShardWriter:
             config: content of config.json (`checkpoint_config`).
             files: tokenizer files, generation config and the like, copied under their own names.
             extra: further files by name.
+            root: directory of `files`, below which their folders are kept; without it they lie at the top.
 
         Returns:
             The directory of the checkpoint.
@@ -137,7 +139,9 @@ class ShardWriter:
                 table = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
                 _write_text(target / INDEX, json.dumps(table, indent=2) + "\n")
             for source in files:
-                shutil.copyfile(source, target / source.name)
+                copy = target / (source.name if root is None else source.relative_to(root))
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, copy)
             _write_text(target / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
             for file, content in (extra or {}).items():
                 _write_text(target / file, content)

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from llmcomp.errors import BadCheckpoint, RunError
+from llmcomp.measure.load import first_forward, load, prepare
 from llmcomp.report.schema import Size
 from llmcomp.shards import TensorInfo, read_json_object, read_shard, weight_files
 
@@ -71,10 +72,9 @@ def loaded_bytes(directory: str | Path) -> int:
 def sparsity_of(model: nn.Module) -> float:
     """Share of exact zeros among a loaded model's weights as it computes with them (matrices and larger).
 
-    A forward of one token comes first, by which compressed-tensors decompresses. Norms and biases are left
-    out: their zeros are no saving, and a fresh bias is all zeros.
+    Norms and biases are left out: their zeros are no saving, and a fresh bias is all zeros.
     """
-    model(input_ids=_tokens(model, 1, 1))
+    first_forward(model)
     zeros = total = 0
     for parameter in model.parameters():
         if parameter.ndim > 1 and parameter.is_floating_point():
@@ -191,8 +191,6 @@ def resident_peak() -> int:
 
 def _main(directory: str, task: str, batch: int, sequence: int) -> None:
     """Load, run once, print {"peak_memory": bytes}; the fresh process behind `peak_memory`."""
-    from llmcomp.measure.load import load, prepare
-
     prepare(directory, task or None)
     before = psutil.Process().memory_info().rss
     model = load(directory, task or None)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmcomp.measure.load import first_forward
+
 POSITIONS_AT_ONCE = 512
 BYTES_AT_ONCE = 64 * 2**20  # fp32 logits of one chunk of one model
 
@@ -50,6 +52,8 @@ class SplitModel:
             seen.append((module, outputs))
             return _with_hidden(outputs, _last_hidden(outputs)[:, :1])
 
+        if self._base is None:
+            first_forward(self.model)  # it may re-wrap forwards, so it must not find them replaced
         candidates = _candidates(self.model) if self.splits else []
         with _replaced(candidates, record):
             logits = self._forward(input_ids, attention_mask)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 
@@ -55,7 +56,7 @@ def task_of(directory: str | Path) -> str:
 
 
 def load(directory: str | Path, task: str | None = None) -> nn.Module:
-    """The model in eval mode, in the dtype it is stored in, on the CPU.
+    """The model in eval mode, in the dtype it is stored in, on the CPU, after its `first_forward`.
 
     Raises:
         BadCheckpoint: transformers cannot load it, or had to make up weights that the files lack.
@@ -66,6 +67,7 @@ def load(directory: str | Path, task: str | None = None) -> nn.Module:
             model, info = auto.from_pretrained(
                 str(directory), output_loading_info=True, local_files_only=True
             )
+            first_forward(model.eval())
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise BadCheckpoint(f"transformers cannot load {directory}: {reason[:300]}") from error
@@ -77,7 +79,13 @@ def load(directory: str | Path, task: str | None = None) -> nn.Module:
             f"{directory} lacks {len(missing)} weights that its architecture has, such as {missing[0]}; "
             "what would be measured is a partly random model."
         )
-    return model.eval()
+    return model
+
+
+@torch.inference_mode()
+def first_forward(model: Any) -> None:
+    """Run one token, which is when compressed-tensors decompresses and re-wraps every module's forward."""
+    model(input_ids=torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device))
 
 
 def load_tokenizer(directory: str | Path) -> Any:
@@ -113,7 +121,8 @@ def _quiet() -> Iterator[None]:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity(logging.ERROR)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # torchao prints when it is imported
+        # torchao prints when it is imported, compressed-tensors draws bars
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         transformers.utils.logging.set_verbosity(level)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from llmcomp.calibration.stats import InputStats
-from llmcomp.errors import NumericalError
+from llmcomp.formats import Layout
 from llmcomp.methods import METHODS
 from llmcomp.methods.solution import Solution
 from llmcomp.pipeline.assign import Task
 from llmcomp.recipe import build
+from llmcomp.report.schema import LayerReport
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,7 @@ def method_config(method: str, options: dict[str, Any]) -> Any:
 def solve_stage(
     tasks: Sequence[Task], weights: Sequence[Tensor], stats: InputStats | None, options: dict[str, Any]
 ) -> list[Solved]:
-    """Compress weights [out, in] that read the same input; those alike in scheme and method are stacked.
-
-    Raises:
-        NumericalError: NaN or Inf in a weight or in the statistics; names the layer.
-    """
-    for task, weight in zip(tasks, weights, strict=True):
-        check_finite(weight, f"{task.ref.name}.weight")
-    if stats is not None and not bool(torch.isfinite(stats.diagonal).all()):
-        raise NumericalError(f"The calibration inputs of {tasks[0].ref.name} are not finite (NaN or Inf).")
+    """Compress weights [out, in] that read the same input; those alike in scheme and method are stacked."""
     groups: dict[tuple[Any, str], list[int]] = {}
     for position, task in enumerate(tasks):
         groups.setdefault((task.scheme, task.method), []).append(position)
@@ -73,8 +66,27 @@ def method_has(method: str, options: dict[str, Any]) -> bool:
     return set(options) <= set(METHODS[method].config.__dataclass_fields__)
 
 
-def check_finite(tensor: Tensor, name: str, chunk: int = 1 << 24) -> None:
-    """Raise NumericalError where a tensor holds NaN or Inf."""
-    for part in tensor.reshape(-1).split(chunk):
-        if not bool(torch.isfinite(part).all()):
-            raise NumericalError(f"{name} holds NaN or Inf; the checkpoint is damaged or was saved so.")
+def layer_report(solved: Solved, layout: Layout, itemsize: int) -> LayerReport:
+    """The report's line of a solved linear. `itemsize`: bytes of one value of the source's weight."""
+    ref, solution, scheme = solved.task.ref, solved.solution, solved.task.scheme
+    error = None
+    if solution.row_error is not None and solution.row_norm is not None:
+        norm = float(solution.row_norm.sum())
+        error = float(solution.row_error.sum()) / norm if norm > 0 else 0.0
+    stored_dense = ref.name in layout.dense
+    reasons = [solved.task.fallback, solution.fallback]
+    return LayerReport(
+        name=ref.name,
+        block=ref.block,
+        role=ref.role,
+        shape=(ref.out_features, ref.in_features),
+        scheme=scheme.label + (" stored dense" if stored_dense else ""),
+        method=solved.task.method,
+        bytes_before=ref.weights * itemsize,
+        bytes_after=layout.nbytes(ref, itemsize),
+        error=error,
+        damping=solution.damping,
+        fallback="; ".join(reason for reason in reasons if reason) or None,
+        seconds=solved.seconds,
+        dead_columns=solution.dead_columns,
+    )

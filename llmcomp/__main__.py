@@ -1,0 +1,5 @@
+"""python -m llmcomp"""
+
+from llmcomp.cli.main import run
+
+run()

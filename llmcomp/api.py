@@ -1,0 +1,140 @@
+"""The Python API: what the CLI and scripts call.
+
+    import llmcomp
+    result = llmcomp.quantize("sample:lm", bits=4)
+    result.report.divergence.kl_mean.value
+    model = llmcomp.load(result.output)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmcomp.progress import Progress, Silent
+from llmcomp.recipe import Calibration, QuantizeStep, Recipe, check
+from llmcomp.report.schema import Report
+
+if TYPE_CHECKING:
+    from llmcomp.measure.run import Evaluation, Settings
+
+ACTIVATION_MEMORY = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """Where the checkpoint lies and everything that is known of it."""
+
+    output: Path
+    report: Report
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run, as opposed to what to do: none of it changes a bit of the result.
+
+    Attributes:
+        output: default `./<model>-<method>-w<bits>`.
+        overwrite: replace an existing checkpoint there.
+        evaluate: measure the model before and after.
+        verify: reload the checkpoint in a fresh process and compare.
+        activation_memory: bytes of waiting activations beyond which they go to memory-mapped files.
+        eval_data, text_column, label_column: a labelled or plain file to measure on.
+        trust_remote_code, allow_pickle: load what is refused otherwise.
+        revision: of a Hub model.
+    """
+
+    output: Path | None = None
+    overwrite: bool = False
+    evaluate: bool = True
+    verify: bool = True
+    activation_memory: int = ACTIVATION_MEMORY
+    eval_data: str | None = None
+    text_column: str | None = None
+    label_column: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    revision: str | None = None
+
+
+def quantize(
+    model: str,
+    *,
+    bits: int = 4,
+    group_size: int | str | None = None,
+    method: str = "gptq",
+    symmetric: bool = True,
+    calibration: str = "default",
+    recipe: Recipe | None = None,
+    options: RunOptions = RunOptions(),
+    progress: Progress | None = None,
+    **run: Any,
+) -> QuantizeResult:
+    """Quantize a model's weights, verify the checkpoint, and measure what it cost.
+
+    Args:
+        model: a local directory, a Hub id, an alias or a 'sample:' name.
+        bits, group_size, method, symmetric, calibration: sugar for a recipe of one step.
+        recipe: the whole recipe instead; the five above are then ignored.
+        options: how to run; `run` overrides single fields, as in `quantize("bert-base", overwrite=True)`.
+        progress: hears where the run stands.
+
+    Raises:
+        UserError: what was asked cannot be (exit status 2).
+        RunError: something failed on the way; no output appears (exit status 1).
+    """
+    from llmcomp import hub
+
+    progress = progress or Silent()
+    if recipe is None:
+        step = QuantizeStep(method=method, bits=bits, group_size=group_size, symmetric=symmetric)
+        recipe = Recipe((step,), Calibration(calibration))
+    check(recipe)
+    options = replace(options, **run)
+    resolved = hub.resolve(model, revision=options.revision, progress=progress)
+    from llmcomp.session import Session
+
+    return QuantizeResult(*Session(model, resolved.source, resolved.path, recipe, options, progress).run())
+
+
+def evaluate(
+    directory: str | Path,
+    *,
+    against: str | Path | None = None,
+    data: Any | None = None,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure a checkpoint, side by side with `against` where that is given.
+
+    Args:
+        directory, against: local directories, Hub ids, aliases or 'sample:' names.
+        data: `llmcomp.calibration.data.Texts`; None for held-out text (see `llmcomp evaluate --help`).
+        settings: how much is measured.
+
+    Raises:
+        UserError, RunError: as `llmcomp.measure.run.evaluate_model`.
+    """
+    from llmcomp import hub
+
+    path = hub.resolve(str(directory), progress=progress).path
+    other = None if against is None else hub.resolve(str(against), progress=progress).path
+    from llmcomp.measure.run import evaluate_model
+
+    return evaluate_model(path, against=other, data=data, settings=settings, progress=progress)
+
+
+def load(directory: str | Path, *, progress: Progress | None = None) -> Any:
+    """The transformers model in a directory (or behind a name), in eval mode; whatever plain transformers opens.
+
+    Raises:
+        ModelNotFound: nothing there.
+        BadCheckpoint: transformers cannot load it, or would have to make up weights.
+    """
+    from llmcomp import hub
+
+    path = hub.resolve(str(directory), progress=progress).path
+    from llmcomp.measure.load import load as load_model
+
+    return load_model(path)

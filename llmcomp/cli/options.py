@@ -1,0 +1,115 @@
+"""Flags that more than one verb takes, and how they become a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmcomp.errors import BadRecipe
+from llmcomp.recipe import Calibration, Override, QuantizeStep, Recipe, build
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A directory, a Hub id, an alias such as 'bert-base' (see llmcomp models), or 'sample:lm'.",
+        show_default=False,
+    ),
+]
+Bits = Annotated[int | None, typer.Option("--bits", help="2, 3, 4 or 8.", show_default="4")]
+GroupSize = Annotated[
+    str | None,
+    typer.Option(
+        "--group-size",
+        help="Weights that share a scale: 32, 64, 128, or 'channel' for a whole row.",
+        show_default="128 where it divides the width",
+    ),
+]
+Method = Annotated[str | None, typer.Option("--method", help="gptq, rtn-clip or rtn.", show_default="gptq")]
+Asymmetric = Annotated[bool | None, typer.Option("--asymmetric/--symmetric", help="Store zero points.")]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target",
+        help="What to quantize: a role (attention, mlp, embeddings, head), 'blocks:2-5', 're:PATTERN' or a "
+        "module's last name; may be repeated.",
+        show_default="attention, mlp",
+    ),
+]
+Skip = Annotated[list[str] | None, typer.Option("--skip", help="A target to leave alone; may be repeated.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--override",
+        help="What differs for a target: 'down_proj bits=8 group_size=channel'; may be repeated.",
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        help="A .txt, .jsonl, .parquet or .csv file, a .safetensors file of input_ids, or a Hub dataset.",
+        show_default="WikiText-2 train where reachable, else the text that ships",
+    ),
+]
+Samples = Annotated[int | None, typer.Option("--samples", help="Calibration windows.", show_default="128")]
+SequenceLength = Annotated[
+    int | None, typer.Option("--sequence-length", help="Tokens of a window.", show_default="512")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Which windows.", show_default="0")]
+Format = Annotated[
+    str | None,
+    typer.Option("--format", help="compressed-tensors or dense.", show_default="compressed-tensors"),
+]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="Take all of the above from a YAML file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+
+
+def make_recipe(
+    recipe_file: Path | None, step: dict[str, Any], calibration: dict[str, Any], run: dict[str, Any]
+) -> Recipe:
+    """A recipe from a file, or from flags (None: not given).
+
+    Args:
+        step: flags of the quantize step; 'skip' and 'override' hold lists of texts.
+        calibration, run: fields of `Calibration` and `Recipe`.
+
+    Raises:
+        BadRecipe: both a file and flags, or texts that cannot be read.
+    """
+    step, calibration, run = (_given(flags) for flags in (step, calibration, run))
+    if recipe_file is not None:
+        if step or calibration or run:
+            flags = ", ".join(sorted({**step, **calibration, **run}))
+            raise BadRecipe(f"--recipe already says everything: drop {flags}, or change it in the file.")
+        return Recipe.load(recipe_file)
+    overrides = [_override(text) for text in step.pop("override", [])]
+    overrides += [Override(target, skip=True) for target in step.pop("skip", [])]
+    if "group_size" in step:
+        step["group_size"] = _number(step["group_size"])
+    if "targets" in step:
+        step["targets"] = tuple(step["targets"])
+    made = QuantizeStep(**step, overrides=tuple(overrides))
+    return Recipe((made,), Calibration(**calibration), **run)
+
+
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flags.items() if value is not None and value != []}
+
+
+def _number(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+def _override(text: str) -> Override:
+    """'down_proj bits=8 group_size=channel' as an Override."""
+    target, *settings = text.split()
+    fields: dict[str, Any] = {"target": target}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise BadRecipe(f"--override {text!r}: expected NAME=VALUE after the target, got {setting!r}.")
+        fields[name] = {"true": True, "false": False}.get(value, _number(value))
+    override: Override = build(Override, fields, f"--override {text!r}")
+    return override

@@ -1,0 +1,170 @@
+"""From a recipe and a directory to a `Job`: everything is looked up and checked before any weight is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcomp.adapters.base import Adapter
+from llmcomp.adapters.discover import discover, skeleton
+from llmcomp.calibration.data import Batch, batches, describe, fingerprint, read_texts, windows
+from llmcomp.calibration.lint import lint
+from llmcomp.checkpoint import Binding, Checkpoint, bind
+from llmcomp.errors import BadData, BadRecipe
+from llmcomp.formats import FORMATS, Layout, broken_ties
+from llmcomp.measure.inputs import max_positions
+from llmcomp.pipeline.assign import Assignment, assign
+from llmcomp.pipeline.solve import method_config
+from llmcomp.progress import Progress
+from llmcomp.recipe import QuantizeStep, Recipe
+
+TOKENS_PER_BATCH = 2048  # of one forward; more gains little speed and costs memory
+_WITNESSES, _WITNESS_TOKENS = 2, 64
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that can be compressed: its files, its structure, where each parameter lies."""
+
+    checkpoint: Checkpoint
+    adapter: Adapter
+    binding: Binding
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the model is run on. `facts`: the report's account of it."""
+
+    batches: list[Batch]
+    witness: dict[str, Tensor]
+    fingerprint: str
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe met with a source: the step, what it does to each linear, and how that is stored."""
+
+    step: QuantizeStep
+    assignment: Assignment
+    layout: Layout
+    ties: Mapping[str, str]
+    untied: bool
+
+
+def open_source(path: Path, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> Source:
+    """Open a checkpoint and find its structure; no weights are read.
+
+    Raises:
+        BadCheckpoint: unreadable, incomplete or already quantized.
+        UnknownArchitecture: blocks that cannot be found.
+    """
+    checkpoint = Checkpoint.open(path, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    checkpoint.require_dense()
+    model = skeleton(path, trust_remote_code=trust_remote_code)
+    binding = bind(checkpoint, model)
+    adapter = dataclasses.replace(discover(model), ties=binding.ties)
+    return Source(checkpoint, adapter, binding)
+
+
+def plan_recipe(recipe: Recipe, adapter: Adapter) -> Plan:
+    """Meet a recipe with a model.
+
+    Raises:
+        BadRecipe: it does not fit; all problems at once.
+    """
+    if len(recipe.steps) != 1:
+        raise BadRecipe(f"A recipe has one step so far, this one has {len(recipe.steps)}.")
+    if recipe.format not in FORMATS:
+        raise BadRecipe(f"Format '{recipe.format}' is not one of {', '.join(FORMATS)}.")
+    step = recipe.steps[0]
+    assignment = assign(adapter, step)
+    method_config(step.method, step.options)
+    entries = [(task.ref, task.scheme) for task in assignment.tasks.values()]
+    layout = FORMATS[recipe.format](entries)
+    packed = [ref.name for ref, _ in entries if ref.name not in layout.dense]
+    broken = broken_ties(adapter.ties, [ref.name for ref, _ in entries])
+    ties = {} if broken else dict(adapter.ties)
+    left = {**assignment.left, **{name: f"stored dense: {why}" for name, why in layout.dense.items()}}
+    if not packed and layout.dense:
+        left = assignment.left
+    return Plan(step, Assignment(assignment.tasks, left), layout, ties, bool(broken))
+
+
+def gather(recipe: Recipe, source: Source, plan: Plan, model: str, progress: Progress) -> Data:
+    """Read and cut calibration data, say what is odd about it, and pick the witness.
+
+    Args:
+        model: the name that the user gave; a sample model calibrates on the text that ships.
+
+    Raises:
+        BadData: data that is missing, unusable, or of another model's vocabulary.
+    """
+    settings, adapter = recipe.calibration, source.adapter
+    vocabulary = adapter.embeddings.out_features
+    if not plan.assignment.calibrated:
+        return Data([], _random_witness(vocabulary, adapter.config), "none", {"description": "none needed"})
+    name = model if model.startswith("sample:") and settings.source == "default" else settings.source
+    texts = read_texts(name, text_column=settings.text_column, progress=progress)
+    tokenizer = None if texts.input_ids is not None else _tokenizer(source.checkpoint)
+    found = windows(
+        texts, tokenizer, samples=settings.samples, length=settings.sequence_length, seed=recipe.seed,
+        task=adapter.task, max_length=max_positions(adapter.model, tokenizer),
+    )  # fmt: skip
+    samples = settings.samples
+    warnings = lint(texts, found, tokenizer, samples=samples, task=adapter.task, vocabulary=vocabulary)
+    described = describe(texts, found, tokenizer, adapter.task)
+    progress.note(f"Calibrating on {described}.")
+    for warning in warnings:
+        progress.note(warning)
+    pad = None if tokenizer is None else tokenizer.pad_token_id
+    made = batches(found, tokens_per_batch=TOKENS_PER_BATCH, pad_id=pad)
+    facts = {
+        "source": name, "description": described, "samples": len(found),
+        "tokens": sum(len(window) for window in found), "warnings": warnings,
+    }  # fmt: skip
+    return Data(made, _witness(found), fingerprint(found), facts)
+
+
+def model_inputs(batch: Batch) -> dict[str, Tensor]:
+    """Keyword arguments of the model for a batch."""
+    if batch.attention_mask is None:
+        return {"input_ids": batch.input_ids}
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            str(checkpoint.path), local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadData(
+            f"{checkpoint.path} has no tokenizer to read calibration text with ({reason}); add its tokenizer "
+            "files, or calibrate on a .safetensors file of input_ids."
+        ) from error
+
+
+def _witness(found: list[Tensor]) -> dict[str, Tensor]:
+    """The first tokens of the longest windows, as one rectangle."""
+    longest = sorted(found, key=len, reverse=True)[:_WITNESSES]
+    length = min(_WITNESS_TOKENS, *(len(window) for window in longest), _WITNESS_TOKENS)
+    return {"input_ids": torch.stack([window[:length] for window in longest])}
+
+
+def _random_witness(vocabulary: int, config: Any) -> dict[str, Tensor]:
+    """Token ids from a fixed seed, for methods that read no data; special tokens at the ends are avoided."""
+    generator = torch.Generator().manual_seed(0)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or _WITNESS_TOKENS
+    shape = (_WITNESSES, max(1, min(_WITNESS_TOKENS, positions - 4)))
+    low = min(8, vocabulary - 1)
+    return {"input_ids": torch.randint(low, vocabulary, shape, generator=generator)}

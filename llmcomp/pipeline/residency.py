@@ -1,0 +1,83 @@
+"""Which parameters of the model are in memory: read from the source, replaced by compressed ones, let go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from llmcomp.adapters.base import Adapter, LinearRef
+from llmcomp.checkpoint import Binding
+from llmcomp.errors import NumericalError
+
+
+class Residency:
+    """Puts values into a model whose parameters lie on meta, and takes them out again."""
+
+    def __init__(self, adapter: Adapter, binding: Binding) -> None:
+        self._model, self._binding = adapter.model, binding
+        self._outside = [name for name in binding.key_of if adapter.block_of(name) is None]
+
+    @property
+    def outside(self) -> list[str]:
+        """Names of all parameters and stored buffers outside of the blocks."""
+        return self._outside
+
+    def inside(self, block: str) -> list[str]:
+        """Names of those of a block."""
+        return [name for name in self._binding.key_of if name.startswith(block + ".")]
+
+    def read(self, names: Iterable[str]) -> None:
+        """Map the values of `names` from the source's files.
+
+        Raises:
+            NumericalError: a value that is NaN or Inf.
+        """
+        for name in names:
+            value = self._binding.tensor(name)
+            check_finite(value, name)
+            self.put(name, value)
+
+    def release(self, names: Iterable[str]) -> None:
+        """Forget the values of `names`."""
+        for name in names:
+            self.put(name, torch.empty_like(self.value(name), device="meta"))
+
+    def value(self, name: str) -> Tensor:
+        """The present value of a parameter or buffer."""
+        module, leaf = self._place(name)
+        value = getattr(module, leaf)
+        assert isinstance(value, Tensor)
+        return value.detach()
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Set a parameter or buffer, whatever shared its storage before."""
+        module, leaf = self._place(name)
+        if leaf in module._buffers:
+            module._buffers[leaf] = value
+        else:
+            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+    def weight(self, ref: LinearRef) -> Tensor:
+        """The weight of a linear as methods see it, [out, in]."""
+        value = self.value(f"{ref.name}.weight")
+        return value.t() if ref.transposed else value
+
+    def install(self, ref: LinearRef, dense: Tensor) -> None:
+        """Replace a linear's weight by one given as [out, in]."""
+        self.put(f"{ref.name}.weight", dense.t().contiguous() if ref.transposed else dense)
+
+    def _place(self, name: str) -> tuple[nn.Module, str]:
+        path, _, leaf = name.rpartition(".")
+        return self._model.get_submodule(path), leaf
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Raise NumericalError where a floating tensor holds NaN or Inf."""
+    if tensor.is_floating_point() and not all(bool(torch.isfinite(part).all()) for part in _parts(tensor)):
+        raise NumericalError(f"{name} holds NaN or Inf; the checkpoint is damaged or was saved so.")
+
+
+def _parts(tensor: Tensor, chunk: int = 1 << 22) -> Iterator[Tensor]:
+    yield from tensor.reshape(-1).split(chunk)

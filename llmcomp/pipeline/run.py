@@ -1,0 +1,281 @@
+"""The loop: block by block from the source's files to shards, the compressed block feeding the next.
+
+    read block → (inputs of a stage → statistics → method → compressed weights in place)* → shard, digests
+
+Memory holds one block, the statistics of one stage and what the lanes carry. Source weights are mapped from
+their files. No method, format or family is named here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from llmcomp.adapters.base import Adapter, Block, LinearRef
+from llmcomp.calibration.capture import Lane, Parking, Stop, advance_all, stopping
+from llmcomp.calibration.stats import GramAccumulator
+from llmcomp.checkpoint import Binding
+from llmcomp.errors import RunError
+from llmcomp.formats import Layout, witness
+from llmcomp.formats.save import ShardWriter, writing
+from llmcomp.pipeline.assign import Assignment, Task
+from llmcomp.pipeline.journal import Journal
+from llmcomp.pipeline.memory import return_freed_memory
+from llmcomp.pipeline.residency import Residency
+from llmcomp.pipeline.solve import Solved, layer_report, solve_stage
+from llmcomp.progress import Progress
+from llmcomp.report.schema import LayerReport
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything the loop needs, resolved and checked.
+
+    Attributes:
+        adapter: structure, its model's parameters on meta.
+        binding: where the parameters lie in the source.
+        assignment: what is done with each linear.
+        options: settings of the recipe's method.
+        layout: how compressed weights are stored.
+        ties: {name: name it shares storage with} in the checkpoint that is written.
+        batches: inputs of the model for calibration.
+        witness: inputs of the model for verification.
+        partial: directory of unfinished work.
+        activation_memory: bytes that the lanes' inputs may take before they go to files.
+    """
+
+    adapter: Adapter
+    binding: Binding
+    assignment: Assignment
+    options: dict[str, Any]
+    layout: Layout
+    ties: Mapping[str, str]
+    batches: Sequence[Mapping[str, Tensor]]
+    witness: Mapping[str, Tensor]
+    partial: Path
+    activation_memory: int
+
+
+@dataclass
+class Outcome:
+    """What the loop has done.
+
+    Attributes:
+        order: names of the shards, first to last. phases: seconds by phase. resumed: blocks that an earlier
+        run had finished. spilled: bytes of activations that went to files. source: name → (shape, dtype).
+    """
+
+    layers: list[LayerReport] = field(default_factory=list)
+    order: list[str] = field(default_factory=list)
+    phases: dict[str, float] = field(default_factory=dict)
+    resumed: int = 0
+    spilled: int = 0
+    source: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+
+
+class Compression:
+    """One run of the loop. Shards, digests and the witness lie in `job.partial` after `run`."""
+
+    def __init__(self, job: Job, journal: Journal, progress: Progress) -> None:
+        self._job, self._journal, self._progress = job, journal, progress
+        self._writer = ShardWriter(job.partial)
+        self._evidence = job.partial / "witness"
+        self._params = Residency(job.adapter, job.binding)
+        self._outcome = Outcome(phases=dict.fromkeys(("read", "forward", "solve", "save"), 0.0))
+        spill = job.partial / "activations"
+        spill.mkdir(parents=True, exist_ok=True)
+        self._parking = Parking(spill, job.activation_memory)
+        self._pending: dict[str, Task] = {}
+        model, calibration = job.adapter.model, job.batches if job.assignment.calibrated else ()
+        self._lanes = [Lane(model, batch) for batch in calibration]
+        self._lanes.append(Lane(model, job.witness, counted=False))
+
+    def run(self) -> Outcome:
+        """Compress, write and gather evidence.
+
+        Raises:
+            NumericalError: NaN or Inf in weights or activations.
+            RunError: a block that could not be run, or a full disk.
+            UserError: a directory that cannot be written to.
+        """
+        adapter, model = self._job.adapter, self._job.adapter.model
+        self._progress.phase("compress", len(adapter.blocks))
+        blocks = {block.name: model.get_submodule(block.name) for block in adapter.blocks}
+        linears = {name: model.get_submodule(name) for name in self._job.assignment.tasks}
+        try:
+            with writing(self._job.partial), stopping(model, blocks, linears, self._pending.__contains__):
+                self._begin()
+                reached = self._advance()
+                for block in adapter.blocks:
+                    if reached is None or reached.name != block.name:
+                        place = reached.name if reached else "the end"
+                        raise RunError(f"The model's forward reached {place} instead of {block.name}.")
+                    reached = self._block(block)
+                    self._progress.step()
+                self._end()
+        finally:
+            for lane in self._lanes:
+                lane.close()
+        self._outcome.spilled = self._parking.spilled
+        return self._outcome
+
+    # --- the parts of the model, in the order of computation ---
+
+    def _begin(self) -> None:
+        """Read what lies outside of the blocks; compress the embeddings, if they are to be."""
+        self._read(self._params.outside)
+        embeddings, tasks = self._job.adapter.embeddings, self._job.assignment.tasks
+        if embeddings.name not in tasks:
+            return
+        key = "embeddings"
+        if key in self._journal.done:
+            self._restore(key, (embeddings,))
+        else:
+            self._write(key, self._solve((embeddings,), None), [f"{embeddings.name}.weight"])
+
+    def _block(self, block: Block) -> Stop | None:
+        """Compress one block, or take it from an earlier run; where the lanes stop next."""
+        key, names = f"block-{block.index:05d}", self._params.inside(block.name)
+        self._read(names)
+        if key in self._journal.done:
+            self._restore(key, block.linears)
+            self._outcome.resumed += 1
+            reached = self._advance()
+        else:
+            solved, reached = self._stages(block.stages)
+            self._write(key, solved, names)
+        self._params.release(names)
+        self._job.binding.checkpoint.release()
+        return_freed_memory()
+        return reached
+
+    def _stages(self, stages: Sequence[Sequence[LinearRef]]) -> tuple[list[Solved], Stop | None]:
+        """Solve stages as the lanes reach them (all at once where no method reads statistics)."""
+        tasks = self._job.assignment.tasks
+        wanted = [[ref for ref in stage if ref.name in tasks] for stage in stages]
+        if not self._job.assignment.calibrated:
+            return [done for stage in wanted if stage for done in self._solve(stage, None)], self._advance()
+        self._pending.update({ref.name: tasks[ref.name] for stage in wanted for ref in stage})
+        solved: list[Solved] = []
+        while True:
+            accumulator = GramAccumulator()
+            reached = self._advance(accumulator)
+            if reached is None or reached.name not in self._pending:
+                break
+            stage = next(refs for refs in wanted if any(ref.name == reached.name for ref in refs))
+            solved += self._solve([ref for ref in stage if ref.name in self._pending], accumulator)
+        if self._pending:
+            unseen = next(iter(self._pending))
+            raise RunError(
+                f"{unseen} was never computed in the calibration run ({len(self._pending)} such); "
+                "leave it out of the recipe by an override with 'skip: true'."
+            )
+        return solved, reached
+
+    def _end(self) -> None:
+        """Compress the head, if it is to be; run the witness to its output; write the rest."""
+        head, tasks, written = self._job.adapter.head, self._job.assignment.tasks, set()
+        if head is not None and head.name in tasks:
+            if "head" in self._journal.done:
+                self._restore("head", (head,))
+            else:
+                solved, _ = self._stages(((head,),))
+                self._write("head", solved, [f"{head.name}.weight"])
+        for ref in (self._job.adapter.embeddings, head):
+            if ref is not None and ref.name in tasks:
+                written.add(f"{ref.name}.weight")
+        for lane in self._lanes[:-1]:
+            lane.close()
+        last = self._lanes[-1]
+        with self._timed("forward"):
+            if last.output is None and last.advance() is not None:
+                raise RunError("The model's forward computes a block twice; it cannot be compressed yet.")
+        self._write("outside", [], [name for name in self._params.outside if name not in written])
+        witness.save(
+            self._evidence,
+            compressed={t.ref.name: t.scheme.label for t in tasks.values() if t.ref.name not in self._job.layout.dense},
+            source=self._outcome.source,
+            inputs=self._job.witness,
+            output=witness.model_output(last.output),
+        )
+
+    # --- what is done to a part ---
+
+    def _read(self, names: Sequence[str]) -> None:
+        with self._timed("read"):
+            self._params.read(names)
+        for name in names:
+            value = self._params.value(name)
+            self._outcome.source[name] = (tuple(value.shape), witness.dtype_name(value.dtype))
+
+    def _advance(self, accumulator: GramAccumulator | None = None) -> Stop | None:
+        """Move all lanes to their next stop, gathering statistics and parking what they wait with."""
+        self._parking.new_round()
+
+        def visit(lane: Lane, stop: Stop) -> None:
+            if stop.inputs is None:
+                return
+            if accumulator is not None and stop.kind == "linear" and lane.counted:
+                accumulator.add(lane.tokens(stop.inputs))
+            self._parking.park(stop.inputs)
+
+        with self._timed("forward"):
+            return advance_all(self._lanes, visit)
+
+    def _solve(self, refs: Sequence[LinearRef], accumulator: GramAccumulator | None) -> list[Solved]:
+        """Compress linears of one input and put the result where the lanes will compute with it."""
+        with self._timed("solve"):
+            tasks = [self._job.assignment.tasks[ref.name] for ref in refs]
+            weights = [self._params.weight(ref) for ref in refs]
+            stats = None if accumulator is None else accumulator.finish(refs[0].name)
+            solved = solve_stage(tasks, weights, stats, self._job.options)
+            for done in solved:
+                self._params.install(done.task.ref, done.solution.weight.dense())
+                self._pending.pop(done.task.ref.name, None)
+                self._progress.layer(layer_report(done, self._job.layout, weights[0].element_size()))
+        return solved
+
+    def _write(self, key: str, solved: Sequence[Solved], names: Sequence[str]) -> None:
+        """One shard: the compressed weights, and of `names` what is not compressed."""
+        with self._timed("save"):
+            tensors: dict[str, Tensor] = {}
+            for done in solved:
+                tensors |= self._job.layout.tensors(done.task.ref, done.solution.weight)
+            packed = {f"{done.task.ref.name}.weight" for done in solved}
+            values = {name: self._params.value(name) for name in names}
+            stored = {n: v for n, v in values.items() if n not in packed and n not in self._job.ties}
+            shard = self._writer.write(key, tensors | stored)
+            witness.record(self._evidence, key, values)
+            itemsize = next(iter(values.values())).element_size() if values else 0
+            layers = [layer_report(done, self._job.layout, itemsize) for done in solved]
+            self._journal.add(key, shard, layers)
+        self._outcome.layers += layers
+        self._outcome.order.append(key)
+
+    def _restore(self, key: str, refs: Sequence[LinearRef]) -> None:
+        """Take compressed weights from the shard of an earlier run, decoded as a reader would."""
+        with self._timed("read"), safe_open(self._writer.path(key), framework="pt") as shard:
+            names = list(shard.keys())
+            for ref in refs:
+                if ref.name in self._job.assignment.tasks:
+                    own = {name: shard.get_tensor(name) for name in names if name.startswith(f"{ref.name}.weight")}
+                    self._params.put(f"{ref.name}.weight", self._job.layout.decode(ref, own))
+        self._outcome.layers += self._journal.done[key].layers
+        self._outcome.order.append(key)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._outcome.phases[phase] += time.perf_counter() - began

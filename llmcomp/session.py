@@ -1,0 +1,249 @@
+"""One run, from a directory to a published checkpoint: prepare, compress, put together, verify, measure,
+publish. Nothing appears under the output's name before the last of these."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from llmcomp.calibration.data import Texts, evaluation_texts
+from llmcomp.errors import LlmcompError
+from llmcomp.formats.save import ShardWriter, checkpoint_config, default_output, partial_of, preflight, publish
+from llmcomp.formats.verify import verify
+from llmcomp.formats.witness import dtype_name
+from llmcomp.measure.cost import size_of
+from llmcomp.measure.machine import this_machine
+from llmcomp.measure.run import evaluate_model
+from llmcomp.pipeline.job import Data, Plan, Source, gather, model_inputs, open_source, plan_recipe
+from llmcomp.pipeline.journal import Journal, fingerprint
+from llmcomp.pipeline.memory import PeakMemory
+from llmcomp.pipeline.run import Compression, Job, Outcome
+from llmcomp.progress import Progress
+from llmcomp.recipe import Recipe
+from llmcomp.report.html import FILE_NAME as PAGE_NAME
+from llmcomp.report.html import render
+from llmcomp.report.schema import FILE_NAME, Left, Report
+
+if TYPE_CHECKING:
+    from llmcomp.api import RunOptions
+
+RECIPE_NAME = "llmcomp_recipe.yaml"
+
+
+class Session:
+    """The run of a recipe on a model.
+
+    Args:
+        model: the name that the user gave; source: what it led to; path: the directory.
+    """
+
+    def __init__(
+        self, model: str, source: str, path: Path, recipe: Recipe, options: RunOptions, progress: Progress
+    ) -> None:
+        self.model, self.source_name, self.path = model, source, path
+        self.recipe, self.options, self.progress = recipe, options, progress
+        step = recipe.steps[0]
+        self.output = options.output or default_output(model, step.method, step.bits)
+        self.partial = partial_of(self.output)
+        self.phases: dict[str, float] = {}
+        self.notes: list[str] = []
+
+    def run(self) -> tuple[Path, Report]:
+        """Do it all.
+
+        Raises:
+            UserError, RunError: see `llmcomp.quantize`.
+        """
+        with self._timed("prepare"):
+            source = open_source(
+                self.path,
+                trust_remote_code=self.options.trust_remote_code,
+                allow_pickle=self.options.allow_pickle,
+            )
+            plan = plan_recipe(self.recipe, source.adapter)
+            preflight(self.output, self.options.overwrite, 2 * _bytes_after(source, plan))
+            texts = self._evaluation_texts()
+            data = gather(self.recipe, source, plan, self.model, self.progress)
+        with PeakMemory() as memory:
+            outcome = self._compress(source, plan, data)
+            checkpoint = self._assemble(source, plan, outcome)
+        report = self._report(source, plan, data, outcome, memory.peak)
+        if self.options.verify:
+            with self._timed("verify"):
+                self.progress.phase("verify")
+                report.verification = verify(checkpoint, self.partial / "witness")
+        if self.options.evaluate:
+            self._measure(report, checkpoint, source, texts)
+        report.size_after = size_of(checkpoint, _role_of(source))
+        report.phases, report.notes = self.phases, self.notes
+        report.labels = _labels(plan, report)
+        (checkpoint / FILE_NAME).write_text(report.to_json(), encoding="utf-8")
+        (checkpoint / PAGE_NAME).write_text(render(report), encoding="utf-8")
+        publish(self.partial, self.output, self.options.overwrite)
+        return self.output, report
+
+    # --- the phases ---
+
+    def _compress(self, source: Source, plan: Plan, data: Data) -> Outcome:
+        identity = fingerprint(
+            self.recipe.to_yaml(), source.checkpoint.fingerprint(), data.fingerprint, version("llmcomp")
+        )
+        journal = Journal(self.partial, identity)
+        if journal.discarded:
+            self._note("An unfinished run of another recipe, model or data was discarded; starting afresh.")
+        elif journal.done:
+            self._note(f"Resuming: {len(journal.done)} parts of an unfinished run are reused.")
+        job = Job(
+            adapter=source.adapter,
+            binding=source.binding,
+            assignment=plan.assignment,
+            options=plan.step.options,
+            layout=plan.layout,
+            ties=plan.ties,
+            batches=[model_inputs(batch) for batch in data.batches],
+            witness=data.witness,
+            partial=self.partial,
+            activation_memory=self.options.activation_memory,
+        )
+        outcome = Compression(job, journal, self.progress).run()
+        for phase, seconds in outcome.phases.items():
+            self.phases[phase] = seconds
+        return outcome
+
+    def _assemble(self, source: Source, plan: Plan, outcome: Outcome) -> Path:
+        """The future output in the partial directory, all but the report."""
+        model = source.adapter.model
+        config = checkpoint_config(
+            source.checkpoint.config,
+            source.adapter.architecture,
+            dtype_name(model.dtype),
+            plan.layout.config(model),
+            plan.untied,
+        )
+        files = source.checkpoint.copied_files()
+        extra = {RECIPE_NAME: self.recipe.to_yaml()}
+        with self._timed("save"):
+            writer = ShardWriter(self.partial)
+            return writer.finish(outcome.order, config, files, extra, root=source.checkpoint.path)
+
+    def _measure(self, report: Report, checkpoint: Path, source: Source, texts: Texts | None) -> None:
+        """Before and after with the same code; what cannot be measured does not cost the user the checkpoint."""
+        with self._timed("evaluate"):
+            try:
+                found = evaluate_model(
+                    checkpoint, against=self.path, data=texts, role=_role_of(source), progress=self.progress
+                )
+            except LlmcompError as error:
+                self._note(f"Not evaluated: {error}")
+                return
+        report.before, report.after, report.divergence = found.before, found.after, found.divergence
+        for note in found.notes:
+            self._note(note)
+
+    def _evaluation_texts(self) -> Texts | None:
+        """What to measure on, read before the work so that a wrong name is said at once."""
+        options = self.options
+        if not options.evaluate:
+            return None
+        source = options.eval_data or (self.model if self.model.startswith("sample:") else "default")
+        return evaluation_texts(
+            source, text_column=options.text_column, label_column=options.label_column, progress=self.progress
+        )
+
+    # --- the report ---
+
+    def _report(self, source: Source, plan: Plan, data: Data, outcome: Outcome, peak: int) -> Report:
+        adapter = source.adapter
+        fallbacks = sum(layer.fallback is not None for layer in outcome.layers)
+        if fallbacks:
+            self._note(f"{fallbacks} of {len(outcome.layers)} weights fell back; the layer table says why.")
+        self.notes += plan.layout.notes
+        if plan.untied:
+            self._note("The head no longer shares the embeddings' storage; its bytes are counted.")
+        if outcome.spilled:
+            self.notes.append(f"{outcome.spilled / 1e6:,.0f} MB of waiting activations went to mapped files.")
+        return Report(
+            command="quantize",
+            model=self.model,
+            source=str(self.path if Path(self.source_name).exists() else self.source_name),
+            output=str(self.output),
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            machine=this_machine(),
+            architecture=adapter.architecture,
+            task=adapter.task,
+            recipe=yaml.safe_load(self.recipe.to_yaml()),
+            format=self.recipe.format,
+            calibration=data.facts,
+            layers=outcome.layers,
+            left=_left(source, plan),
+            size_before=size_of(self.path, _role_of(source)),
+            peak_memory=peak,
+            resumed_blocks=outcome.resumed,
+            llmcomp_version=version("llmcomp"),
+        )
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        self.progress.note(text)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.phases[phase] = self.phases.get(phase, 0.0) + time.perf_counter() - began
+
+
+def _role_of(source: Source) -> Any:
+    """Tensor name → role, by the module it belongs to."""
+    roles = {ref.name: ref.role for ref in source.adapter.refs}
+
+    def role(name: str) -> str:
+        return roles.get(name.rpartition(".")[0], "other")
+
+    return role
+
+
+def _bytes_after(source: Source, plan: Plan) -> int:
+    """Bytes of the compressed checkpoint's tensors."""
+    total = 0
+    model = source.adapter.model.state_dict()
+    tasks = plan.assignment.tasks
+    for name, tensor in model.items():
+        module, _, leaf = name.rpartition(".")
+        if name not in source.binding.key_of or name in plan.ties:
+            continue
+        if leaf == "weight" and module in tasks:
+            total += plan.layout.nbytes(tasks[module].ref, tensor.element_size())
+        else:
+            total += tensor.numel() * tensor.element_size()
+    return total
+
+
+def _left(source: Source, plan: Plan) -> list[Left]:
+    """What was not compressed, or not stored so, with its bytes."""
+    state = source.adapter.model.state_dict()
+    found = []
+    for name, reason in plan.assignment.left.items():
+        tensor = state.get(f"{name}.weight", state.get(name))
+        found.append(Left(name, reason, 0 if tensor is None else tensor.numel() * tensor.element_size()))
+    return found
+
+
+def _labels(plan: Plan, report: Report) -> list[str]:
+    """Honest words on what the artefact is good for."""
+    if plan.layout.config is None or report.format == "dense":
+        return ["As large and as fast as before: dense weights on the quantization grid, for any software."]
+    return [
+        "Smaller on disk and to download. Plain transformers decompresses it to dense weights on a CPU at the "
+        "first forward, so there it is neither smaller in memory nor faster.",
+        "vLLM runs compressed-tensors INT4/INT8 linears with packed kernels on CUDA GPUs.",
+    ]
