@@ -78,6 +78,24 @@ def test_what_cannot_be_split_runs_whole() -> None:
     torch.testing.assert_close(runner.logits(hidden[0], ids[0]), model(ids).logits[0])
 
 
+def test_a_first_forward_that_wraps_every_module_finds_them_as_they_were() -> None:
+    """A hook of compressed-tensors takes `forward.__func__` of each module on the first forward."""
+    model = build("llama")
+    ids, mask = _batch()
+    whole = model(input_ids=ids, attention_mask=mask).logits
+    wrapped: list[Any] = []
+
+    def wrap(*_: Any) -> None:
+        hook.remove()
+        wrapped.extend(module.forward.__func__ for module in model.modules() if module is not model)
+
+    hook = model.register_forward_pre_hook(wrap)
+    runner = split.SplitModel(model)
+    hidden = runner.hidden(ids, mask)
+    assert wrapped and runner.splits
+    torch.testing.assert_close(runner.logits(hidden[0], ids[0]), whole[0], rtol=1e-4, atol=1e-5)
+
+
 def test_the_largest_logits_are_bounded() -> None:
     """With 200,000 tokens in the vocabulary, no head output holds more than `BYTES_AT_ONCE` in fp32."""
     model = build("llama-untied", vocab_size=200_000)
@@ -91,6 +109,5 @@ def test_the_largest_logits_are_bounded() -> None:
         runner.logits(hidden[start : start + at_once], ids.flatten()[start : start + at_once])
     assert at_once == split.BYTES_AT_ONCE // (4 * 200_000)
     assert max(shapes) <= split.BYTES_AT_ONCE < 256 * 200_000 * 4
-    assert (
-        sum(shapes) == (256 + 2) * 200_000 * 4
-    )  # every position once, and one a row to see the head's shape
+    # One of the first forward, one a row to see the head's shape, then every position once.
+    assert sum(shapes) == (1 + 2 + 256) * 200_000 * 4
