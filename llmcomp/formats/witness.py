@@ -68,19 +68,23 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def record(directory: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
+def record(
+    directory: Path, key: str, tensors: Mapping[str, Tensor], known: Mapping[str, Digest] | None = None
+) -> None:
     """Note the digests of some parameters; a second call with the same key replaces the first.
 
     Args:
         directory: of the witness; made if absent.
         key: such as 'block-00003'.
         tensors: dense tensors by state_dict name, as a reader of the checkpoint decodes them.
+        known: digests of further ones, whose tensors are gone.
 
     Raises:
         UserError, RunError: the directory cannot be written to.
     """
     folder = directory / "digests"
-    digests = {name: asdict(digest(tensor)) for name, tensor in tensors.items()}
+    found = {**{name: digest(tensor) for name, tensor in tensors.items()}, **(known or {})}
+    digests = {name: asdict(one) for name, one in found.items()}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(folder / f"{key}.json", digests)

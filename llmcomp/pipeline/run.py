@@ -30,7 +30,7 @@ from llmcomp.pipeline.assign import Assignment, Task
 from llmcomp.pipeline.journal import Journal
 from llmcomp.pipeline.memory import return_freed_memory
 from llmcomp.pipeline.residency import Residency
-from llmcomp.pipeline.solve import Solved, layer_report, solve_stage
+from llmcomp.pipeline.solve import layer_report, solve_stage
 from llmcomp.progress import Progress
 from llmcomp.report.schema import LayerReport
 
@@ -79,6 +79,16 @@ class Outcome:
     resumed: int = 0
     spilled: int = 0
     source: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A compressed weight as it will lie in the file: its parameter's name, digest, tensors and report."""
+
+    name: str
+    digest: witness.Digest
+    tensors: dict[str, Tensor]
+    layer: LayerReport
 
 
 class Compression:
@@ -157,21 +167,25 @@ class Compression:
         return_freed_memory()
         return reached
 
-    def _stages(self, stages: Sequence[Sequence[LinearRef]]) -> tuple[list[Solved], Stop | None]:
+    def _stages(self, stages: Sequence[Sequence[LinearRef]]) -> tuple[list[Finished], Stop | None]:
         """Solve stages as the lanes reach them (all at once where no method reads statistics)."""
         tasks = self._job.assignment.tasks
         wanted = [[ref for ref in stage if ref.name in tasks] for stage in stages]
         if not self._job.assignment.calibrated:
             return [done for stage in wanted if stage for done in self._solve(stage, None)], self._advance()
         self._pending.update({ref.name: tasks[ref.name] for stage in wanted for ref in stage})
-        solved: list[Solved] = []
+        solved: list[Finished] = []
+        latest: list[Finished] = []
         while True:
             accumulator = GramAccumulator()
             reached = self._advance(accumulator)
+            # Every lane has computed with what was solved last; the file keeps it, memory need not.
+            self._params.release([done.name for done in latest])
             if reached is None or reached.name not in self._pending:
                 break
             stage = next(refs for refs in wanted if any(ref.name == reached.name for ref in refs))
-            solved += self._solve([ref for ref in stage if ref.name in self._pending], accumulator)
+            latest = self._solve([ref for ref in stage if ref.name in self._pending], accumulator)
+            solved += latest
         if self._pending:
             unseen = next(iter(self._pending))
             raise RunError(
@@ -230,32 +244,40 @@ class Compression:
         with self._timed("forward"):
             return advance_all(self._lanes, visit)
 
-    def _solve(self, refs: Sequence[LinearRef], accumulator: GramAccumulator | None) -> list[Solved]:
+    def _solve(self, refs: Sequence[LinearRef], accumulator: GramAccumulator | None) -> list[Finished]:
         """Compress linears of one input and put the result where the lanes will compute with it."""
+        finished = []
         with self._timed("solve"):
             tasks = [self._job.assignment.tasks[ref.name] for ref in refs]
             weights = [self._params.weight(ref) for ref in refs]
+            itemsize = weights[0].element_size()
             stats = None if accumulator is None else accumulator.finish(refs[0].name)
             solved = solve_stage(tasks, weights, stats, self._job.options)
-            for done in solved:
-                self._params.install(done.task.ref, done.solution.weight.dense())
-                self._pending.pop(done.task.ref.name, None)
-                self._progress.layer(layer_report(done, self._job.layout, weights[0].element_size()))
-        return solved
+            del weights, stats
+        with self._timed("save"):
+            while solved:
+                done = solved.pop(0)
+                ref, weight = done.task.ref, done.solution.weight
+                name = f"{ref.name}.weight"
+                self._params.install(ref, weight.dense())
+                tensors = self._job.layout.tensors(ref, weight)
+                layer = layer_report(done, self._job.layout, itemsize)
+                finished.append(Finished(name, witness.digest(self._params.value(name)), tensors, layer))
+                self._pending.pop(ref.name, None)
+                self._progress.layer(layer)
+        return finished
 
-    def _write(self, key: str, solved: Sequence[Solved], names: Sequence[str]) -> None:
+    def _write(self, key: str, finished: Sequence[Finished], names: Sequence[str]) -> None:
         """One shard: the compressed weights, and of `names` what is not compressed."""
         with self._timed("save"):
-            tensors: dict[str, Tensor] = {}
-            for done in solved:
-                tensors |= self._job.layout.tensors(done.task.ref, done.solution.weight)
-            packed = {f"{done.task.ref.name}.weight" for done in solved}
-            values = {name: self._params.value(name) for name in names}
-            stored = {n: v for n, v in values.items() if n not in packed and n not in self._job.ties}
-            shard = self._writer.write(key, tensors | stored)
-            witness.record(self._evidence, key, values)
-            itemsize = next(iter(values.values())).element_size() if values else 0
-            layers = [layer_report(done, self._job.layout, itemsize) for done in solved]
+            packed = {done.name: done for done in finished}
+            values = {name: self._params.value(name) for name in names if name not in packed}
+            tensors = {name: value for name, value in values.items() if name not in self._job.ties}
+            for done in finished:
+                tensors |= done.tensors
+            shard = self._writer.write(key, tensors)
+            witness.record(self._evidence, key, values, {done.name: done.digest for done in finished})
+            layers = [done.layer for done in finished]
             self._journal.add(key, shard, layers)
         self._outcome.layers += layers
         self._outcome.order.append(key)
