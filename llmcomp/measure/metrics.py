@@ -88,7 +88,7 @@ class F1(LocalMetric):
     inputs = "predictions: predicted class; references: label; average: 'binary' or 'macro', None to choose."
     columns = {"predictions": "int64", "references": "int64"}  # noqa: RUF012
 
-    def _compute(
+    def value(
         self, predictions: Numbers, references: Numbers, average: str | None = None
     ) -> dict[str, float]:
         if average is None:
