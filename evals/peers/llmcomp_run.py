@@ -2,48 +2,60 @@
 
 What runs is what `llmcomp quantize MODEL …` runs, evaluation off as for every tool. The windows go in as
 token ids, sentences as text. Verification is llmcomp's default and reported as its own row: the peers
-do nothing like it.
+do nothing like it. llmcomp imports inside its verbs, so all that they would import is imported here before
+the IMPORTED mark, as the other tools' modules are.
 """
 
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import sys
 
-import compressed_tensors  # noqa: F401 - imported before the mark, as the others' modules are
-import datasets  # noqa: F401
-import safetensors.torch  # noqa: F401
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer  # noqa: F401
-from transformers.models.bert import modeling_bert  # noqa: F401
-from transformers.models.llama import modeling_llama  # noqa: F401
 
+import llmcomp
 from evals.common import mark
 from evals.peers.arguments import Job, parse, rows
-from llmcomp.cli.main import main as llmcomp
 
-importlib.import_module("llmcomp.api")  # loaded by the verb otherwise, after the mark
+LATE = ("compressed_tensors.quantization", "datasets", "matplotlib.figure", "rich.console", "rich.table")
+LATE += ("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
+LATE += ("transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama")
+# What our names for a method are called on its command line; its default is left for it to choose.
+METHOD_WORDS = {"gptq": [], "rtn": ["--method", "rtn"], "rtn-mse": ["--method", "rtn-clip"]}
+
+
+def import_everything() -> None:
+    """Every module of llmcomp, and what its functions import when they are called."""
+    for module in pkgutil.walk_packages(llmcomp.__path__, "llmcomp."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    for name in LATE:
+        importlib.import_module(name)
 
 
 def command(job: Job) -> list[str]:
-    """The words after `llmcomp` for a job; `gptq` is llmcomp's default and is left for it to choose."""
+    """The words after `llmcomp` for a job."""
+    if job.method not in METHOD_WORDS:
+        raise SystemExit(f"llmcomp has no method {job.method}; expected one of {', '.join(METHOD_WORDS)}")
     group = "channel" if job.group_size is None else str(job.group_size)
     sentences = job.windows.with_suffix(".jsonl")  # what the windows were tokenized from, for classifiers
     calibration = sentences if job.task == "classification" else job.windows
     words = ["quantize", str(job.model), "--bits", str(job.bits), "--group-size", group]
     words += ["--calibration", str(calibration), "--samples", str(len(rows(job.windows)))]
-    words += ["--output", str(job.output), "--no-evaluate"]
-    if job.method != "gptq":
-        words += ["--method", job.method]
+    words += ["--output", str(job.output), "--no-evaluate", *METHOD_WORDS[job.method]]
     return [*words, *job.extra]
 
 
 def main() -> int:
     """Checkpoint in, checkpoint out."""
+    import_everything()
+    from llmcomp.cli.main import main as llmcomp_command
+
     mark("IMPORTED")
     job = parse()
     torch.set_num_threads(job.threads)
-    status = int(llmcomp(command(job)))
+    status = llmcomp_command(command(job))
     if status == 0:
         mark("DONE")
     return status

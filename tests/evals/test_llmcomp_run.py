@@ -1,0 +1,41 @@
+"""llmcomp's own script asks llmcomp's command line for options that it has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from evals.peers.arguments import parse
+from evals.peers.llmcomp_run import command
+from llmcomp.cli.main import app
+
+
+@pytest.fixture
+def required(tmp_path):
+    save_file({"input_ids": torch.zeros(3, 8, dtype=torch.int64)}, tmp_path / "w.safetensors")
+    return ["--model", "m", "--windows", str(tmp_path / "w.safetensors"), "--output", "o", "--bits", "3"]
+
+
+def test_the_command_of_a_job(required):
+    words = command(parse([*required, "--group-size", "channel", "--extra=--no-verify"]))
+    assert words[:6] == ["quantize", "m", "--bits", "3", "--group-size", "channel"]
+    assert words[words.index("--samples") + 1] == "3"
+    assert words[-2:] == ["--no-evaluate", "--no-verify"]
+    assert "--method" not in words  # llmcomp's own default is what is compared
+
+
+def test_sentences_go_in_as_text_and_methods_by_llmcomps_names(required):
+    words = command(parse([*required, "--task", "classification", "--method", "rtn-mse"]))
+    assert words[words.index("--calibration") + 1].endswith("w.jsonl")
+    assert words[words.index("--method") + 1] == "rtn-clip"
+    with pytest.raises(SystemExit, match="no method gptq-mse"):
+        command(parse([*required, "--method", "gptq-mse"]))
+
+
+def test_every_option_is_one_of_llmcomps(required):
+    words = command(parse([*required, "--method", "rtn", "--extra=--no-verify"]))
+    shown = CliRunner().invoke(app, ["quantize", "--help"], env={"COLUMNS": "200"}).output
+    for option in (word for word in words if word.startswith("--")):
+        assert option in shown
