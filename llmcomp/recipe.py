@@ -55,7 +55,7 @@ class QuantizeStep:
         method: a name in `llmcomp.methods.METHODS`.
         bits: 2, 3, 4 or 8.
         group_size: weights that share a scale, or 'channel', or None for the default: 128 where the width
-            allows it, else the largest of 64 and 32 that divides it, else per channel (counted in the report).
+            allows it, else the largest of 64 and 32 that divides it, else per channel (the report counts it).
         symmetric: no zero points.
         options: the method's own settings, such as {damping: 0.01}; unknown ones are errors.
     """
@@ -77,7 +77,7 @@ STEPS: dict[str, type[Step]] = {"quantize": QuantizeStep}
 
 @dataclass(frozen=True)
 class Calibration:
-    """Which text, how much of it. `source` is 'default', 'sample', a file, or a Hub dataset `name[:config]`."""
+    """Which text, and how much. `source` is 'default', 'sample', a file or a Hub dataset `name[:config]`."""
 
     source: str = "default"
     samples: int = 128
@@ -142,6 +142,8 @@ def check(recipe: Recipe) -> None:
         BadRecipe: bits, group sizes or amounts that cannot be.
     """
     for step in recipe.steps:
+        for target in (*step.targets, *(override.target for override in step.overrides)):
+            _check_target(target)
         for override in (None, *step.overrides):
             scheme_for(step, override, 128)
     if recipe.calibration.samples < 1 or recipe.calibration.sequence_length < 2:
@@ -149,6 +151,14 @@ def check(recipe: Recipe) -> None:
             f"Calibration needs at least 1 sample of 2 tokens, got {recipe.calibration.samples} of "
             f"{recipe.calibration.sequence_length}."
         )
+
+
+def _check_target(target: str) -> None:
+    if target.startswith("re:"):
+        try:
+            re.compile(target[3:])
+        except re.error as error:
+            raise BadRecipe(f"Target '{target}' is no regular expression: {error}.") from error
 
 
 def matches(target: str, name: str, role: str, block: int | None) -> bool:
@@ -190,7 +200,7 @@ def scheme_for(step: QuantizeStep, override: Override | None, in_features: int) 
 
 
 def _step(data: Any, where: str) -> Step:
-    if not isinstance(data, dict) or data.get("kind") not in STEPS:
+    if not isinstance(data, dict) or str(data.get("kind")) not in STEPS:
         raise BadRecipe(f"{where} needs 'kind', one of {', '.join(STEPS)}; got {data!r}.")
     data = dict(data)
     kind = STEPS[data.pop("kind")]
@@ -198,7 +208,10 @@ def _step(data: Any, where: str) -> Step:
     if not isinstance(overrides, list):
         raise BadRecipe(f"{where}: 'overrides' must be a list.")
     data["overrides"] = tuple(build(Override, o, f"{where}: override {n}") for n, o in enumerate(overrides))
-    data["targets"] = tuple(data.get("targets", kind().targets))
+    targets = data.get("targets", list(kind().targets))
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise BadRecipe(f"{where}: 'targets' must be a list such as [attention, mlp], got {targets!r}.")
+    data["targets"] = tuple(targets)
     return build(kind, data, where)
 
 
@@ -224,7 +237,9 @@ def build(kind: Any, data: Any, where: str) -> Any:
         raise BadRecipe(f"{where}: {error}.") from error
 
 
-_SCALARS = {"int": int, "str": str, "bool": bool, "None": type(None)}
+_SCALARS: dict[str, Any] = {
+    "int": int, "float": (int, float), "str": str, "bool": bool, "None": type(None),
+}  # fmt: skip
 
 
 def _check_type(key: str, value: Any, annotation: str, where: str) -> None:
@@ -239,7 +254,8 @@ def _check_type(key: str, value: Any, annotation: str, where: str) -> None:
 def _plain(value: Any) -> Any:
     """Dataclasses and tuples as the dicts and lists that YAML writes; defaults of overrides left out."""
     if isinstance(value, Override):
-        return {k: v for k, v in dataclasses.asdict(value).items() if v is not None and v is not False}
+        # Compared with the default, not with truth: `symmetric: false` says something.
+        return {f.name: v for f in dataclasses.fields(value) if (v := getattr(value, f.name)) != f.default}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, (list, tuple)):
