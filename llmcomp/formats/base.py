@@ -6,7 +6,7 @@ format is asked once, with every weight that is to be compressed, and answers fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -65,7 +65,10 @@ class Layout(Protocol):
         """`quantization_config` for config.json, None where none is needed. `model` may lie on meta."""
 
 
-Format = Callable[[Sequence[Entry]], Layout]
+class Format(Protocol):
+    """A layout for a plan; `model`, which may lie on meta, tells what its family's loader cannot take."""
+
+    def __call__(self, entries: Sequence[Entry], model: nn.Module | None = None) -> Layout: ...
 
 
 def dense_tensors(ref: Ref, weight: CompressedWeight) -> dict[str, Tensor]:

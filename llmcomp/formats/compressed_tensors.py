@@ -12,12 +12,15 @@ What transformers 5.23 with compressed-tensors 0.20 reads (test_compressed_tenso
 - Conv1D (GPT-2): skipped by the skeleton, so only `"dequantize": true` decodes it, transposed, in blocks of
   [group, 1], and again by one scheme for all: widths and group sizes that differ are brought to a common
   one (lower bits fit in wider words; a scale may be repeated), and what is no Conv1D is stored dense.
+- Families whose weight initialization wants `weight` of every linear (ModernBERT) do not load packed ones:
+  one scheme for all goes with `"dequantize": true`, a mixture as `int-quantized`.
 
 Decoding is `(q - zero_point) * scale` in the scale's dtype in each of them.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -161,18 +164,23 @@ class PackedLayout:
         return 1 if group is None else ref.in_features // group
 
 
-def layout(entries: Sequence[Entry]) -> PackedLayout:
-    """How each weight is stored, so that plain from_pretrained decodes it to `weight.dense()` exactly."""
+def layout(entries: Sequence[Entry], model: nn.Module | None = None) -> PackedLayout:
+    """How each weight is stored, so that plain from_pretrained decodes it to `weight.dense()` exactly.
+
+    Args:
+        model: may lie on meta; without it, its initialization is taken to be the usual one.
+    """
     if any(ref.transposed for ref, _ in entries):
         return _transposed_layout(entries)
     linears = [entry for entry in entries if entry[0].role != "embeddings"]
     schemes = {scheme for _, scheme in linears}
-    if len(schemes) == 1 and len(linears) == len(entries) and not next(iter(schemes)).symmetric:
+    bound = model is not None and _initializes_weights(model, [ref.name for ref, _ in linears])
+    if len(schemes) == 1 and len(linears) == len(entries) and (bound or not next(iter(schemes)).symmetric):
         storage = {ref.name: _standard(scheme) for ref, scheme in linears}
         return PackedLayout(storage, {}, (), dequantize=True)
     storage, notes = {}, []
     for ref, scheme in entries:
-        if ref.role == "embeddings":
+        if bound or ref.role == "embeddings":
             storage[ref.name] = _standard(scheme, PLAIN)
             if scheme.bits < 8:
                 notes.append(f"{ref.name} has {scheme.bits}-bit values but takes 8 bits each in the file.")
@@ -184,6 +192,23 @@ def layout(entries: Sequence[Entry]) -> PackedLayout:
     if any(kept.strategy == "block" for kept in storage.values()):
         notes.append("Zero points of mixed asymmetric schemes are stored as int8; vLLM may not read them.")
     return PackedLayout(storage, {}, tuple(notes), dequantize=False)
+
+
+def _initializes_weights(model: nn.Module, names: Sequence[str]) -> bool:
+    """Whether transformers, when it loads this model, initializes the `weight` of these linears by name."""
+    initialize = getattr(model, "initialize_weights", None)
+    if initialize is None or not names:
+        return False
+    skeleton: Any = copy.deepcopy(model).to("meta")
+    for module in skeleton.modules():
+        module.__dict__.pop("_is_hf_initialized", None)
+    for name in names:
+        del skeleton.get_submodule(name).weight
+    try:
+        skeleton.initialize_weights()
+    except AttributeError as error:
+        return "'weight'" in str(error)
+    return False
 
 
 def _standard(scheme: Scheme, form: str = PACKED) -> Storage:

@@ -32,6 +32,6 @@ class DenseLayout:
         return None
 
 
-def layout(entries: Sequence[Entry]) -> DenseLayout:
+def layout(entries: Sequence[Entry], model: nn.Module | None = None) -> DenseLayout:
     """The layout for any plan."""
     return DenseLayout()

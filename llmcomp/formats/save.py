@@ -74,7 +74,7 @@ class ShardWriter:
         """
         path = self.path(name)
         temporary = path.with_suffix(".tmp")
-        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        contiguous = _apart(tensors)
         try:
             with writing(path):
                 temporary.touch()
@@ -317,6 +317,18 @@ def _enter(path: Path, file: str, index: dict[str, str]) -> int:
     with path.open("rb") as raw:
         header = int.from_bytes(raw.read(8), "little")
     return path.stat().st_size - 8 - header
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors of which no two share storage (what a broken tie leaves), as safetensors wants them."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, tensor in tensors.items():
+        tensor = tensor.contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        found[key] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return found
 
 
 def _link(source: Path, target: Path) -> None:

@@ -87,7 +87,7 @@ def plan_recipe(recipe: Recipe, adapter: Adapter) -> Plan:
     assignment = assign(adapter, step)
     method_config(step.method, step.options)
     entries = [(task.ref, task.scheme) for task in assignment.tasks.values()]
-    layout = FORMATS[recipe.format](entries)
+    layout = FORMATS[recipe.format](entries, adapter.model)
     packed = [ref.name for ref, _ in entries if ref.name not in layout.dense]
     broken = broken_ties(adapter.ties, [ref.name for ref, _ in entries])
     ties = {} if broken else dict(adapter.ties)

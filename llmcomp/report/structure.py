@@ -83,7 +83,7 @@ def structure(
     stages = {
         ref.name: n for block in adapter.blocks for n, stage in enumerate(block.stages) for ref in stage
     }
-    layout = FORMATS[format]([(task.ref, task.scheme) for task in assignment.tasks.values()])
+    layout = FORMATS[format]([(task.ref, task.scheme) for task in assignment.tasks.values()], adapter.model)
     untied = broken_ties(binding.ties, set(assignment.tasks) - set(layout.dense))
     items = tuple(
         _item(ref, stages.get(ref.name), assignment, layout, binding, f"{ref.name}.weight" in untied)
