@@ -1,0 +1,26 @@
+"""What the end-to-end tests share: a text to calibrate on and few threads."""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain text file, long enough for every run here."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text("\n\n".join(list(pydoc_data.topics.topics.values())[:6]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,93 @@
+"""Small runs for the end-to-end tests, with the witness kept; one fresh process reloads many outputs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+from torch import Tensor
+
+from llmcomp import api, session
+from llmcomp.recipe import Calibration, QuantizeStep, Recipe
+from llmcomp.report.schema import Report
+
+SAMPLES, LENGTH = 8, 32
+RELOAD = Path(__file__).with_name("reload.py")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A published checkpoint, what it was made from, and the evidence that was gathered on the way."""
+
+    source: Path
+    output: Path
+    witness: Path
+    report: Report
+
+    def left(self) -> dict[str, str]:
+        return {left.name: left.reason for left in self.report.left}
+
+    def schemes(self) -> dict[str, str]:
+        return {layer.name: layer.scheme for layer in self.report.layers}
+
+
+def recipe_of(text: Path, *, format: str = "compressed-tensors", **step: Any) -> Recipe:
+    """One quantize step, calibrated on SAMPLES windows of LENGTH tokens of a text file."""
+    return Recipe((QuantizeStep(**step),), Calibration(str(text), SAMPLES, LENGTH), format=format)
+
+
+def quantize(source: Path, output: Path, recipe: Recipe, **options: Any) -> Run:
+    """Quantize without the two slow phases; the witness is copied to `<output>.witness` before publishing."""
+    kept = output.with_name(f"{output.name}.witness")
+
+    def publish(partial: Path, *arguments: Any) -> None:
+        shutil.copytree(partial / "witness", kept)
+        keep(partial, *arguments)
+
+    keep = session.publish
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "publish", publish)
+        settings = {"output": output, "evaluate": False, "verify": False, **options}
+        result = api.quantize(str(source), recipe=recipe, **settings)
+    return Run(source, result.output, kept, result.report)
+
+
+def reload(runs: dict[str, Run]) -> dict[str, dict[str, Any]]:
+    """What a fresh process finds when it loads the outputs plainly (see reload.py), by the runs' names."""
+    cases = {
+        name: {"output": str(run.output), "source": str(run.source), "witness": str(run.witness)}
+        for name, run in runs.items()
+    }
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    child = subprocess.run(
+        [sys.executable, str(RELOAD)], input=json.dumps(cases), env=environment, text=True,
+        capture_output=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr
+    found: dict[str, dict[str, Any]] = json.loads(child.stdout.strip().splitlines()[-1])
+    return found
+
+
+def tensors(directory: Path) -> dict[str, Tensor]:
+    """Every stored tensor of a checkpoint."""
+    found: dict[str, Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as shard:
+            found |= {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 (not a dict)
+    return found
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    """{weight file: SHA-256 of its bytes}."""
+    files = sorted(directory.glob("*.safetensors"))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -1,0 +1,101 @@
+"""Every family, quantized by GPTQ at 4 bits, reloaded plainly by a fresh process, and compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from e2e_runs import Run, quantize, recipe_of, reload
+from tiny import DECODERS, TINY, tiny
+
+# Linears of a block: q k v o and gate up down; or q k v o and two; GPT-2 and ModernBERT fuse q, k and v.
+LINEARS = {"llama": 7, "llama-untied": 7, "mistral": 7, "qwen3": 7, "gpt2": 4, "modernbert": 4}
+TASKS = {"classifier": "sequence-classification", "masked": "masked-lm", "causal": "causal-lm"}
+
+
+def task_of(name: str) -> str:
+    return TASKS["classifier" if name.endswith("classifier") else "causal" if name in DECODERS else "masked"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, Run]:
+    root = tmp_path_factory.mktemp("families")
+    return {
+        name: quantize(tiny(name, root / name, tokenizer=True), root / f"{name}-q", recipe_of(text))
+        for name in TINY
+    }
+
+
+@pytest.fixture(scope="module")
+def reloaded(runs: dict[str, Run]) -> dict[str, dict[str, Any]]:
+    return reload(runs)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_fresh_process_loads_the_model_that_was_compressed(
+    name: str, runs: dict[str, Run], reloaded: dict[str, dict[str, Any]]
+) -> None:
+    found = reloaded[name]
+    assert found["imported"] == [], "llmcomp took part in the plain loading"
+    assert found["account"] == {}, "keys missing, unexpected or mismatched"
+    assert found["class"] == runs[name].report.architecture
+    assert found["from_witness"] < 1e-4
+    assert found["verification"]["passed"], found["verification"]["checks"]
+    assert found["verification"]["modules_compressed"] == len(runs[name].report.layers)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_outputs_stay_near_the_originals(name: str, reloaded: dict[str, dict[str, Any]]) -> None:
+    """The witness is llmcomp's own account; the original model is not."""
+    assert 1e-3 < reloaded[name]["from_original"] < 0.35
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_report_accounts_for_every_linear(name: str, runs: dict[str, Run]) -> None:
+    report = runs[name].report
+    blocks = 4 if name.startswith("modernbert") else 2
+    assert len(report.layers) == blocks * LINEARS.get(name.removesuffix("-classifier"), 6)
+    assert {layer.block for layer in report.layers} == set(range(blocks))
+    assert {layer.role for layer in report.layers} == {"attention", "mlp"}
+    assert {layer.scheme for layer in report.layers} == {"int4 g128"}
+    assert all(layer.fallback is None and layer.method == "gptq" for layer in report.layers)
+    assert all(layer.error is not None and 0 < layer.error < 0.05 for layer in report.layers)
+    assert all(layer.bytes_after < layer.bytes_before / 6 for layer in report.layers)
+    assert report.task == task_of(name)
+    assert report.calibration["samples"] == 8 and report.calibration["tokens"] == 8 * 32
+    assert report.resumed_blocks == 0 and report.verification is None and report.after is None
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_what_was_left_alone_has_a_reason(name: str, runs: dict[str, Run]) -> None:
+    left = runs[name].left()
+    if name.endswith("classifier"):
+        assert "classifier: its outputs are the answer itself" in left.values()
+    else:
+        assert "head not targeted" in left.values()
+    assert "embeddings not targeted" in left.values()
+    assert not set(left) & set(runs[name].schemes()), "a linear both compressed and left"
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_what_travels_along(name: str, runs: dict[str, Run]) -> None:
+    run = runs[name]
+    names = {path.name for path in run.output.iterdir()}
+    assert {"config.json", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert {"llmcomp_recipe.yaml", "llmcomp_report.json", "llmcomp_report.html"} <= names
+    assert ("generation_config.json" in names) == (run.source / "generation_config.json").is_file()
+    assert run.report.size_after is not None and run.report.size_before is not None
+    assert run.report.size_after.bytes_on_disk < 0.7 * run.report.size_before.bytes_on_disk
+    weights = sum(path.stat().st_size for path in run.output.glob("*.safetensors"))
+    assert weights < 0.7 * sum(path.stat().st_size for path in run.source.glob("*.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+def test_the_whole_run_with_its_own_verification(name: str, tmp_path: Path, text: Path) -> None:
+    source = tiny(name, tmp_path / name, tokenizer=True)
+    run = quantize(source, tmp_path / "q", recipe_of(text), verify=True)
+    verification = run.report.verification
+    assert verification is not None and verification.passed and not verification.streamed
+    assert verification.modules_compressed == len(run.report.layers)
