@@ -320,7 +320,7 @@ def _enter(path: Path, file: str, index: dict[str, str]) -> int:
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors of which no two share storage (what a broken tie leaves), as safetensors wants them."""
+    """Contiguous tensors of which no two share storage, as parameters of a broken tie still do."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for key, tensor in tensors.items():
