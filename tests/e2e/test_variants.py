@@ -1,0 +1,161 @@
+"""What a recipe can ask for, end to end: schemes, overrides, embeddings, heads, formats, other methods."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from e2e_runs import Run, quantize, recipe_of, reload, tensors
+from tiny import tiny
+
+from llmcomp.recipe import Override
+
+ALL = ("attention", "mlp", "embeddings", "head")
+INT8_ENDS = (Override("embeddings", bits=8), Override("head", bits=8))
+MIXED = (Override("down_proj", bits=8), Override("blocks:0-1", skip=True))
+
+PACKED = "compressed-tensors"
+
+# name → (model, its config's changes, the recipe's step, format)
+VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
+    **{f"llama-int{bits}": ("llama", {}, {"bits": bits}, PACKED) for bits in (2, 3, 8)},
+    **{f"bert-int{bits}": ("bert", {}, {"bits": bits}, PACKED) for bits in (2, 3, 8)},
+    "llama-tied-ends": ("llama", {}, {"targets": ALL, "overrides": INT8_ENDS}, PACKED),
+    "llama-untied-ends": ("llama-untied", {}, {"targets": ALL, "overrides": INT8_ENDS}, PACKED),
+    "llama-tied-head": ("llama", {}, {"targets": ("attention", "mlp", "head")}, PACKED),
+    "bert-tied-embeddings": ("bert", {}, {"overrides": INT8_ENDS[:1]}, PACKED),
+    "llama-mixed": ("llama", {"num_hidden_layers": 4}, {"overrides": MIXED}, PACKED),
+    "modernbert-mixed": ("modernbert", {}, {"overrides": (Override("Wo", bits=8),)}, PACKED),
+    "llama-asymmetric": ("llama", {}, {"symmetric": False}, PACKED),
+    "llama-asymmetric-mixed": ("llama", {}, {"symmetric": False, "overrides": MIXED[:1]}, PACKED),
+    "modernbert-asymmetric-mixed": (
+        "modernbert", {}, {"symmetric": False, "overrides": (Override("Wo", bits=8),)}, PACKED,
+    ),
+    "roberta-channel": ("roberta", {}, {"group_size": "channel"}, PACKED),
+    "gpt2-g32": ("gpt2", {}, {"group_size": 32}, PACKED),
+    "gpt2-embeddings": ("gpt2", {}, {"overrides": INT8_ENDS[:1]}, PACKED),
+    "opt-dense": ("opt", {}, {"bits": 3}, "dense"),
+    "qwen3-rtn": ("qwen3", {}, {"method": "rtn"}, PACKED),
+    "qwen3-rtn-clip": ("qwen3", {}, {"method": "rtn-clip"}, PACKED),
+    "qwen3-gptq": ("qwen3", {}, {}, PACKED),
+    "mistral-narrow": ("mistral", {"hidden_size": 96, "intermediate_size": 160}, {}, PACKED),
+    "bert-odd": ("bert", {"hidden_size": 72, "intermediate_size": 128}, {"group_size": 64}, PACKED),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, Run]:
+    root = tmp_path_factory.mktemp("variants")
+    made = {}
+    for name, (model, changes, step, form) in VARIANTS.items():
+        source = tiny(model, root / f"{name}-source", tokenizer=True, **changes)
+        made[name] = quantize(source, root / name, recipe_of(text, format=form, **step))
+    return made
+
+
+@pytest.fixture(scope="module")
+def reloaded(runs: dict[str, Run]) -> dict[str, dict[str, Any]]:
+    return reload(runs)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_fresh_process_loads_it_plainly(name: str, reloaded: dict[str, dict[str, Any]]) -> None:
+    found = reloaded[name]
+    assert found["account"] == {} and found["imported"] == []
+    assert found["from_witness"] < 1e-4
+    assert found["verification"]["passed"], found["verification"]["checks"]
+    assert 1e-5 < found["from_original"] < (1.5 if "int2" in name else 0.5)
+
+
+@pytest.mark.parametrize("model", ["llama", "bert"])
+def test_fewer_bits_cost_more(model: str, runs: dict[str, Run], reloaded: dict[str, dict[str, Any]]) -> None:
+    names = [f"{model}-int{bits}" for bits in (8, 3, 2)]
+    away = [reloaded[name]["from_original"] for name in names]
+    assert away == sorted(away) and away[0] < 0.02
+    by_layer = zip(*(runs[name].report.layers for name in names), strict=True)
+    for eight, three, two in by_layer:
+        assert eight.name == three.name == two.name
+        assert eight.error < three.error < two.error
+        assert eight.bytes_after > three.bytes_after > two.bytes_after
+
+
+def test_calibrated_methods_beat_rounding(runs: dict[str, Run], reloaded: dict[str, dict[str, Any]]) -> None:
+    def error(name: str) -> float:
+        layers = runs[name].report.layers
+        return sum(layer.error for layer in layers) / len(layers)
+
+    assert error("qwen3-gptq") < error("qwen3-rtn-clip")
+    assert all(layer.error is None for layer in runs["qwen3-rtn"].report.layers), "no data, no error to state"
+    assert reloaded["qwen3-gptq"]["from_original"] < reloaded["qwen3-rtn"]["from_original"]
+    assert runs["qwen3-rtn"].report.calibration == {"description": "none needed"}
+
+
+@pytest.mark.parametrize("name", ["llama-tied-ends", "llama-tied-head", "bert-tied-embeddings"])
+def test_quantizing_a_side_of_a_tie_unties_it(name: str, runs: dict[str, Run]) -> None:
+    run = runs[name]
+    config = json.loads((run.output / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    assert any("no longer shares the embeddings' storage" in note for note in run.report.notes)
+    weights = sum(tensor.nbytes for tensor in tensors(run.output).values())
+    assert sum(run.report.size_after.parts.values()) == weights
+
+
+def test_a_tie_that_is_kept_is_stored_once(runs: dict[str, Run]) -> None:
+    stored = tensors(runs["llama-int8"].output)
+    assert "model.embed_tokens.weight" in stored
+    assert not [name for name in stored if name.startswith("lm_head")]
+
+
+@pytest.mark.parametrize("name", ["llama-tied-ends", "llama-untied-ends"])
+def test_embeddings_and_head_in_int8(name: str, runs: dict[str, Run]) -> None:
+    layers = {layer.role: layer for layer in runs[name].report.layers if layer.block is None}
+    assert set(layers) == {"embeddings", "head"}
+    assert layers["embeddings"].method == "rtn" and layers["head"].method == "gptq"
+    assert layers["embeddings"].scheme == layers["head"].scheme == "int8 g128"
+    assert runs[name].left() == {}
+
+
+def test_overrides_reach_what_they_name(runs: dict[str, Run]) -> None:
+    schemes, left = runs["llama-mixed"].schemes(), runs["llama-mixed"].left()
+    assert {name for name, scheme in schemes.items() if scheme == "int8 g128"} == {
+        "model.layers.2.mlp.down_proj", "model.layers.3.mlp.down_proj",
+    }  # fmt: skip
+    assert len(schemes) == 14 and not [name for name in schemes if name.split(".")[2] in "01"]
+    skipped = [name for name, reason in left.items() if reason == "skipped by the recipe (blocks:0-1)"]
+    assert len(skipped) == 14
+
+
+def test_a_family_that_cannot_load_packed_mixtures_says_what_it_costs(runs: dict[str, Run]) -> None:
+    notes = runs["modernbert-mixed"].report.notes
+    assert sum("has 4-bit values but takes 8 bits each" in note for note in notes) == 8
+
+
+def test_dense_is_on_the_grid_and_as_large_as_before(runs: dict[str, Run]) -> None:
+    run = runs["opt-dense"]
+    assert "quantization_config" not in json.loads((run.output / "config.json").read_text())
+    weight = tensors(run.output)["model.decoder.layers.0.fc1.weight"]
+    assert max(len(row.unique()) for row in weight) <= 2**3
+    assert run.report.labels[0].startswith("As large and as fast as before")
+
+
+def fell_back(run: Run, test: Callable[[int], bool]) -> None:
+    for layer in run.report.layers:
+        assert (layer.fallback is not None) == test(layer.shape[1]), layer
+    count = sum(layer.fallback is not None for layer in run.report.layers)
+    assert count > 0
+    note = f"{count} of {len(run.report.layers)} weights fell back; the layer table says why."
+    assert note in run.report.notes
+
+
+def test_widths_that_no_default_group_divides_are_counted(runs: dict[str, Run]) -> None:
+    """Head width 32 × 4 heads gives o_proj an input of 128; 96 and 160 allow groups of 32 only."""
+    fell_back(runs["mistral-narrow"], lambda width: width != 128)
+    assert {layer.scheme for layer in runs["mistral-narrow"].report.layers} == {"int4 g128", "int4 g32"}
+
+
+def test_an_explicit_group_that_fits_some_falls_back_for_the_others(runs: dict[str, Run]) -> None:
+    fell_back(runs["bert-odd"], lambda width: width == 72)
+    assert {layer.scheme for layer in runs["bert-odd"].report.layers} == {"int4 g64", "int4 channel"}
