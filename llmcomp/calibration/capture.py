@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,39 +42,54 @@ class Stop:
 class Parking:
     """Holds waiting tensors in memory up to a budget, the rest in memory-mapped files without a name.
 
+    What has waited longest goes to a file first: a tensor that was parked stages ago (the block's input, kept
+    for the residual sum) is needed last, the newest at the very next step.
+
     Args:
         directory: where the files are made (and unlinked at once, so a kill leaves nothing).
-        budget: bytes that may stay in memory at a time.
+        budget: bytes that may stay in memory at a time, of all tensors that were parked and still live.
     """
 
     def __init__(self, directory: Path, budget: int) -> None:
         self._directory = directory
         self._budget = budget
-        self._held = 0
+        self._waiting: list[weakref.ref[Tensor]] = []
         self.spilled = 0
 
-    def new_round(self) -> None:
-        """Lanes have moved on: what was parked is being consumed."""
-        self._held = 0
-
     def park(self, tensor: Tensor) -> None:
-        """Move a tensor's storage into a file if the budget is used up; the tensor object stays the same."""
-        nbytes = tensor.numel() * tensor.element_size()
-        if self._held + nbytes <= self._budget:
-            self._held += nbytes
-            return
+        """Count a tensor; move the oldest ones' storage into files while the budget is exceeded.
+
+        The tensor objects stay the same, so whoever refers to one goes on with it.
+        """
+        # Lanes that have moved on have dropped what they waited with.
+        alive = [one for one in (held() for held in self._waiting) if one is not None]
+        known = {one.data_ptr() for one in alive}
+        if tensor.data_ptr() not in known and tensor.untyped_storage().filename is None:
+            alive.append(tensor)
+        held = sum(_nbytes(one) for one in alive)
+        while held > self._budget:
+            oldest = alive.pop(0)
+            held -= _nbytes(oldest)
+            self._spill(oldest)
+        self._waiting = [weakref.ref(one) for one in alive]
+
+    def _spill(self, tensor: Tensor) -> None:
         mapped = self._mapped(tensor.numel(), tensor.dtype).view(tensor.shape)
         mapped.copy_(tensor)
-        # The caller's frame still refers to this very tensor; swapping its storage frees the memory.
+        # The waiting frame still refers to this very tensor; swapping its storage frees the memory.
         tensor.data = mapped
-        self.spilled += nbytes
+        self.spilled += _nbytes(tensor)
 
     def _mapped(self, count: int, dtype: torch.dtype) -> Tensor:
         with tempfile.NamedTemporaryFile(dir=self._directory) as file:
-            nbytes = count * torch.empty(0, dtype=dtype).element_size()
+            nbytes = count * dtype.itemsize
             # Blocks are reserved now: a full disk must be an error here, not a SIGBUS at the first write.
             _reserve(file.fileno(), nbytes)
             return torch.from_file(file.name, shared=True, size=count, dtype=dtype)
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _reserve(descriptor: int, nbytes: int) -> None:
@@ -130,8 +146,11 @@ def stopping(
 ) -> Iterator[None]:
     """While it lasts, lanes stop at the entry of `blocks` and before each of `linears` that is `wanted`.
 
-    Forward passes outside of a lane run through.
+    Forward passes outside of a lane run through. The model keeps no cache of keys and values meanwhile: a
+    waiting lane would hold one for every block that it has passed.
     """
+    config = model.config.get_text_config() if hasattr(model, "config") else None
+    cached = getattr(config, "use_cache", None)
     home = greenlet.getcurrent()
 
     def stop(kind: str, name: str) -> Callable[..., None]:
@@ -148,9 +167,13 @@ def stopping(
         for kind, modules in (("block", blocks), ("linear", linears))
         for name, module in modules.items()
     ]
+    if cached:
+        config.use_cache = False
     try:
         yield
     finally:
+        if cached:
+            config.use_cache = cached
         for handle in handles:
             handle.remove()
 

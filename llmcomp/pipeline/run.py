@@ -104,6 +104,7 @@ class Compression:
         spill.mkdir(parents=True, exist_ok=True)
         self._parking = Parking(spill, job.activation_memory)
         self._pending: dict[str, Task] = {}
+        self._remaining = set(job.assignment.tasks) if job.assignment.calibrated else set()
         model, calibration = job.adapter.model, job.batches if job.assignment.calibrated else ()
         self._lanes = [Lane(model, batch) for batch in calibration]
         self._lanes.append(Lane(model, job.witness, counted=False))
@@ -118,10 +119,12 @@ class Compression:
         """
         adapter, model = self._job.adapter, self._job.adapter.model
         self._progress.phase("compress", len(adapter.blocks))
-        blocks = {block.name: model.get_submodule(block.name) for block in adapter.blocks}
         linears = {name: model.get_submodule(name) for name in self._job.assignment.tasks}
+        places = {block.name: model.get_submodule(block.name) for block in adapter.blocks}
+        if adapter.head is not None and adapter.head.name in linears:
+            places[adapter.head.name] = linears[adapter.head.name]
         try:
-            with writing(self._job.partial), stopping(model, blocks, linears, self._pending.__contains__):
+            with writing(self._job.partial), stopping(model, places, linears, self._pending.__contains__):
                 self._begin()
                 reached = self._advance()
                 for block in adapter.blocks:
@@ -213,9 +216,11 @@ class Compression:
             if last.output is None and last.advance() is not None:
                 raise RunError("The model's forward computes a block twice; it cannot be compressed yet.")
         self._write("outside", [], [name for name in self._params.outside if name not in written])
+        layout = self._job.layout
+        packed = {name: task.scheme.label for name, task in tasks.items() if name not in layout.dense}
         witness.save(
             self._evidence,
-            compressed={t.ref.name: t.scheme.label for t in tasks.values() if t.ref.name not in self._job.layout.dense},
+            compressed=packed if layout.config(self._job.adapter.model) else {},
             source=self._outcome.source,
             inputs=self._job.witness,
             output=witness.model_output(last.output),
@@ -232,7 +237,11 @@ class Compression:
 
     def _advance(self, accumulator: GramAccumulator | None = None) -> Stop | None:
         """Move all lanes to their next stop, gathering statistics and parking what they wait with."""
-        self._parking.new_round()
+        if not self._remaining:
+            # Nothing more is asked of calibration; its logits alone would be the largest tensors of the run.
+            for lane in self._lanes[:-1]:
+                lane.close()
+            del self._lanes[:-1]
 
         def visit(lane: Lane, stop: Stop) -> None:
             if stop.inputs is None:
@@ -264,6 +273,7 @@ class Compression:
                 layer = layer_report(done, self._job.layout, itemsize)
                 finished.append(Finished(name, witness.digest(self._params.value(name)), tensors, layer))
                 self._pending.pop(ref.name, None)
+                self._remaining.discard(ref.name)
                 self._progress.layer(layer)
         return finished
 
@@ -290,6 +300,7 @@ class Compression:
                 if ref.name in self._job.assignment.tasks:
                     own = {name: shard.get_tensor(name) for name in names if name.startswith(f"{ref.name}.weight")}
                     self._params.put(f"{ref.name}.weight", self._job.layout.decode(ref, own))
+                    self._remaining.discard(ref.name)
         self._outcome.layers += self._journal.done[key].layers
         self._outcome.order.append(key)
 
