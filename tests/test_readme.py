@@ -1,0 +1,80 @@
+"""README.md does what it says: its commands parse, those marked `<!-- run -->` run, its folders are there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from command_line import commands, parse, verbs
+
+from llmcomp.cli.main import main
+from llmcomp.methods import METHODS
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"^(<!-- run -->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = [(bool(found[1]), found[2], found[3]) for found in BLOCK.finditer(TEXT)]
+RUNNABLE = [(language, text) for run, language, text in BLOCKS if run]
+
+
+def test_the_first_two_commands_are_one_line_each() -> None:
+    first, second = [text for _, language, text in BLOCKS if language == "bash"][:2]
+    for command in (first, second):
+        assert command.count("\n") == 1
+        assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt ")
+    assert first.rstrip().endswith(".venv/bin/llmcomp quantize sample:lm --bits 4")
+    assert second.rstrip().endswith("-e '.[test]' && .venv/bin/python -m pytest")
+
+
+def test_the_first_command_is_followed_by_its_output() -> None:
+    shown = next(text for _, language, text in BLOCKS if language == "text")
+    for part in ("sample:lm  →  sample-lm-gptq-w4", "perplexity", "KL mean (nats)", "Verified", "peak memory"):
+        assert part in shown
+
+
+def test_every_command_parses() -> None:
+    found = [line for _, language, text in BLOCKS if language == "bash" for line in commands(text)]
+    assert len(found) >= 8
+    for line in found:
+        parse(line)
+
+
+def test_every_verb_and_method_is_named() -> None:
+    for verb in verbs():
+        assert f"llmcomp {verb}" in TEXT
+    for method in METHODS:
+        assert f"| `{method}`" in TEXT
+
+
+def test_marked_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order and in one directory, as a reader would; the later ones use what the former made."""
+    monkeypatch.chdir(tmp_path)
+    assert len(RUNNABLE) >= 4
+    names: dict[str, object] = {}
+    for language, text in RUNNABLE:
+        if language == "python":
+            exec(compile(text, "README.md", "exec"), names)
+            continue
+        for line in commands(text):
+            assert main(line) == 0, f"llmcomp {' '.join(line)}"
+    weights = [tmp_path / name / "model-00001-of-00004.safetensors" for name in ("small", "again")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()  # a recipe repeats the run to the bit
+    assert (tmp_path / "page.html").is_file()
+
+
+def test_the_tree_is_the_repository() -> None:
+    tree = next(text for _, language, text in reversed(BLOCKS) if language == "text")
+    listed = {line.split()[0].rstrip("/") for line in tree.splitlines()}
+    assert all((REPOSITORY / folder).is_dir() for folder in listed)
+    packages = {str(path.parent.relative_to(REPOSITORY)) for path in REPOSITORY.glob("llmcomp/*/__init__.py")}
+    assert packages <= listed
+    hidden = re.compile(r"\.(?!ci$)|build$|dist$|__pycache__$|.*\.egg-info$")
+    folders = {path.name for path in REPOSITORY.iterdir() if path.is_dir() and not hidden.match(path.name)}
+    assert folders <= listed
+
+
+def test_links_lead_somewhere() -> None:
+    for page in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))):
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert link.startswith("https://") or (page.parent / link).is_file(), f"{page.name}: {link}"
