@@ -123,13 +123,13 @@ def _candidates(
     if scheme.symmetric:
         upright = torch.maximum(high / above, -low / below)
         mirrored = torch.maximum(high / below, -low / above)
-        return [(_stored(upright, dtype), None), (_stored(-mirrored, dtype), None)]
-    scale = _stored((high - low) / (below + above), dtype)
+        return [(stored_scale(upright, dtype), None), (stored_scale(-mirrored, dtype), None)]
+    scale = stored_scale((high - low) / (below + above), dtype)
     zero = (scheme.qmin - low / scale.float()).round_().clamp_(scheme.qmin, scheme.qmax)
     return [(scale, zero)]
 
 
-def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Rounded to the stored dtype; an all-zero group gets scale 1, and none underflows to zero."""
     tiny = torch.finfo(dtype).tiny
     sign = torch.where(scale < 0, -1.0, 1.0)
@@ -159,7 +159,7 @@ def _refined(
     weighted = points * cost
     norm = (weighted * points).sum(-1)
     refined = (weighted * part).sum(-1) / norm
-    return _stored(torch.where(norm > 0, refined, scale.float()), dtype)
+    return stored_scale(torch.where(norm > 0, refined, scale.float()), dtype)
 
 
 def _better(

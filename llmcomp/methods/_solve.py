@@ -36,7 +36,7 @@ class Factor:
     """`H + damping * mean(diag H) * I = R R'` for H permuted by `order`.
 
     Attributes:
-        upper: float32 [in, in]; its upper triangle is R, what lies below is undefined.
+        upper: float32 [in, in], R; zero below the diagonal.
         order: int64 [in], the column that is quantized k-th.
         damping: share of the mean diagonal that was added until the factorization held.
         shift: what was added to every diagonal entry, damping * mean(diag H).
@@ -59,9 +59,7 @@ def row_quadratics(factor: Factor, matrix: Tensor) -> Tensor:
     with fast_matmul():
         for start in range(0, upper.shape[0], TILE):
             stop = min(start + TILE, upper.shape[0])
-            product = upper[start:stop, start:stop].triu().t() @ matrix[start:stop]
-            if start:
-                product.addmm_(upper[:start, start:stop].t(), matrix[:start])
+            product = upper[:stop, start:stop].t() @ matrix[:stop]
             total += product.square_().sum(0, dtype=torch.float64)
     return (total - factor.shift * matrix.square().sum(0, dtype=torch.float64)).clamp_min_(0)
 
@@ -91,7 +89,7 @@ def factorize(gram: Tensor, damping: float, order: Tensor | None = None) -> Fact
         shift = share * mean
         gram.diagonal().copy_(diagonal + shift)
         if _factorize_upper_(gram):
-            return Factor(gram, order, share, shift)
+            return Factor(gram.triu_(), order, share, shift)
         _restore_upper_(gram, tiles)
         share *= 10
     return None

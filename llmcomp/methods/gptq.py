@@ -7,20 +7,22 @@ What this one does beyond the paper, each chosen on calibration text (evals/RESU
 * the sweep reads the Cholesky factor of H itself; H is never inverted (`_solve`);
 * scales are searched by weighted error, the weight of column k being R_kk², exactly what its error will cost
   after compensation (`_grid`);
+* at few bits the scales are fitted anew to the integers, in the norm of H, and the sweep runs once more;
 * damping grows only as far as the factorization needs; a matrix that cannot be factorized falls back on
   `rtn-clip`, and the report counts it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from llmcomp.calibration.stats import InputStats
 from llmcomp.errors import BadRecipe
-from llmcomp.methods._grid import SEARCH, Grid, search_grid
+from llmcomp.matmul import fast_matmul
+from llmcomp.methods._grid import SEARCH, Grid, search_grid, stored_scale
 from llmcomp.methods._solve import Factor, factorize, row_quadratics, sweep
 from llmcomp.methods.rtn import rtn_clip
 from llmcomp.methods.solution import Solution, dead_columns
@@ -29,6 +31,9 @@ from llmcomp.weights import QuantizedWeight
 
 # Elements of a chunk of rows: what the sweep holds beside the factor is about ten bytes for each.
 _CHUNK_WEIGHTS = 1 << 22
+
+# Bits → how often scales are fitted anew to the chosen integers (between two fits the sweep runs again).
+REFITS = {2: 2, 3: 2, 4: 0, 8: 0}
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,8 @@ def gptq(
     step = max(64, _CHUNK_WEIGHTS // columns)
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
-        values[part], error[part], norm[part] = _solve_rows(weight[part], factor, grid.rows(part))
+        solved = _solve_rows(weight[part], factor, grid.rows(part), REFITS[scheme.bits])
+        values[part], grid.scale[part], error[part], norm[part] = solved
     solved_weight = QuantizedWeight(values, grid.scale, grid.zero_point, scheme)
     return Solution(solved_weight, error, norm, factor.damping, None, dead_columns(stats))
 
@@ -90,20 +96,38 @@ def _factor(stats: InputStats, config: GPTQConfig) -> Factor | None:
     return stats.factor
 
 
-def _solve_rows(weight: Tensor, factor: Factor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """int8 values [rows, in], float64 e'He and w'Hw [rows], for some rows of the weight."""
-    order, columns = factor.order, weight.shape[1]
-    ordered = weight.float().t()[order]  # [in, rows]
-    group = columns // grid.scale.shape[1]
-    group_of = order.div(group, rounding_mode="floor").tolist()
+def _solve_rows(
+    weight: Tensor, factor: Factor, grid: Grid, refits: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """int8 values [rows, in], scale [rows, groups], float64 e'He and w'Hw [rows], for some rows of the weight."""
+    ordered = weight.float().t()[factor.order]  # [in, rows]
+    group = weight.shape[1] // grid.scale.shape[1]
+    group_of = factor.order.div(group, rounding_mode="floor")
+    scale, chosen, error = grid.scale, *_sweep_rows(ordered, factor, group_of, grid)
+    for last in range(refits, 0, -1):
+        scale = _refit(ordered, chosen, error, factor, group_of, replace(grid, scale=scale))
+        grid = replace(grid, scale=scale)
+        if last > 1:
+            chosen, error = _sweep_rows(ordered, factor, group_of, grid)
+    if refits:
+        _decoded_error_(ordered, chosen, error, group_of, grid)
+    values = torch.empty_like(chosen)
+    values[factor.order] = chosen
+    del chosen
+    return values.t(), scale, row_quadratics(factor, error), row_quadratics(factor, ordered)
+
+
+def _sweep_rows(ordered: Tensor, factor: Factor, group_of: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """int8 values and float32 errors, both [in, rows] in the order of quantization, on a given grid."""
     scales = grid.scale.float().t().contiguous()  # [groups, rows]
     inverses = scales.reciprocal()
     zeros = None if grid.zero_point is None else grid.zero_point.float().t().contiguous()
     low, high, exact = grid.scheme.qmin, grid.scheme.qmax, grid.scale.dtype
-    chosen = torch.empty(ordered.shape, dtype=torch.int8, device=weight.device)
+    groups = group_of.tolist()
+    chosen = torch.empty(ordered.shape, dtype=torch.int8, device=ordered.device)
 
     def quantize_column(k: int, target: Tensor) -> Tensor:
-        g = group_of[k]
+        g = groups[k]
         target.mul_(inverses[g])
         if zeros is not None:
             target.add_(zeros[g])
@@ -115,8 +139,41 @@ def _solve_rows(weight: Tensor, factor: Factor, grid: Grid) -> tuple[Tensor, Ten
         # A reader multiplies in the scale's own dtype; its rounding is part of the error.
         return target if exact is torch.float32 else target.to(exact).float()
 
-    error = sweep(ordered, factor, quantize_column)
-    values = torch.empty_like(chosen)
-    values[order] = chosen
-    del chosen
-    return values.t(), row_quadratics(factor, error), row_quadratics(factor, ordered)
+    return chosen, sweep(ordered, factor, quantize_column)
+
+
+def _refit(
+    ordered: Tensor, chosen: Tensor, error: Tensor, factor: Factor, group_of: Tensor, grid: Grid
+) -> Tensor:
+    """Scales [rows, groups] that fit the chosen integers best: least squares in the norm of H, group after group.
+
+    With w - sum_g s_g q_g for the error and R' q_g = p_g, each s_g moves by <p_g, R' error> / <p_g, p_g>.
+    """
+    scale = grid.scale.float()
+    with fast_matmul():
+        residual = error.t() @ factor.upper  # [rows, in]
+        for g in range(scale.shape[1]):
+            members = (group_of == g).nonzero().flatten()
+            points = chosen[members].float()
+            if grid.zero_point is not None:
+                points -= grid.zero_point[:, g].float()
+            direction = points.t() @ factor.upper[members]
+            norm = direction.square().sum(1)
+            step = torch.where(norm > 0, (direction * residual).sum(1) / norm, 0.0)
+            # A scale must not vanish or change sides: its integers were chosen for this one.
+            moved = scale[:, g] + step
+            step = torch.where(moved * scale[:, g] > 0, step, 0.0)
+            scale[:, g] += step
+            residual -= direction.mul_(step.unsqueeze(1))
+    return stored_scale(scale, grid.scale.dtype)
+
+
+def _decoded_error_(ordered: Tensor, chosen: Tensor, error: Tensor, group_of: Tensor, grid: Grid) -> None:
+    """`error <- W - decoded`, column by column, as a reader decodes."""
+    scales = grid.scale.t()
+    zeros = None if grid.zero_point is None else grid.zero_point.t().to(scales.dtype)
+    for k, g in enumerate(group_of.tolist()):
+        points = chosen[k].to(scales.dtype)
+        if zeros is not None:
+            points = points - zeros[g]
+        torch.sub(ordered[k], (points * scales[g]).float(), out=error[k])
