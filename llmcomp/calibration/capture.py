@@ -134,9 +134,11 @@ class Lane:
 
     def tokens(self, inputs: Tensor) -> Tensor:
         """Rows [tokens, features] of a module's input that belong to real tokens, padding left out."""
-        if self.mask is not None and inputs.shape[:2] == self.mask.shape:
-            return inputs[self.mask.bool()]
-        return inputs.reshape(-1, inputs.shape[-1])
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        # Some modules flatten [batch, tokens, features] first; one that drops padding itself has fewer rows.
+        if self.mask is not None and len(rows) == self.mask.numel():
+            return rows[self.mask.bool().flatten()]
+        return rows
 
 
 @contextmanager
