@@ -39,7 +39,7 @@ class Measured:
     stages: dict[str, float] = field(default_factory=dict)
 
 
-class RunFailed(RuntimeError):  # noqa: N818 - an event of the benchmark, not an error in it
+class RunFailed(RuntimeError):  # an event of the benchmark, not an error in it
     """A tool ended with an error; the message ends with the last lines that it wrote."""
 
 

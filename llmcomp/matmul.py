@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -15,7 +16,8 @@ def fast_matmul() -> Iterator[None]:
     On x86 with AVX512-BF16 or AMX this hands float32 matrices to oneDNN, which is two to three times as fast
     as MKL here and as accurate (6e-7, `evals/RESULTS.md`). The setting is process-wide, so it is scoped.
     """
-    matmul = torch.backends.mkldnn.matmul
+    mkldnn: Any = torch.backends.mkldnn  # torch adds `matmul` at run time, where type checkers do not see it
+    matmul = mkldnn.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:

@@ -15,7 +15,7 @@ CONNECT = 1.0
 READ = 10.0
 
 
-class Unreachable(Exception):  # noqa: N818
+class Unreachable(Exception):
     """No answer; says why: no network, no such host, nobody listening, too slow, or offline mode."""
 
 

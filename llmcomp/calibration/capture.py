@@ -151,7 +151,8 @@ def stopping(
     Forward passes outside of a lane run through. The model keeps no cache of keys and values meanwhile: a
     waiting lane would hold one for every block that it has passed.
     """
-    config = model.config.get_text_config() if hasattr(model, "config") else None
+    whole: Any = getattr(model, "config", None)
+    config = None if whole is None else whole.get_text_config()
     cached = getattr(config, "use_cache", None)
     home = greenlet.getcurrent()
 
@@ -169,12 +170,12 @@ def stopping(
         for kind, modules in (("block", blocks), ("linear", linears))
         for name, module in modules.items()
     ]
-    if cached:
+    if config is not None and cached:
         config.use_cache = False
     try:
         yield
     finally:
-        if cached:
+        if config is not None and cached:
             config.use_cache = cached
         for handle in handles:
             handle.remove()

@@ -333,7 +333,7 @@ def test_padding_is_in_no_statistic() -> None:
         accumulator = GramAccumulator()
         with stopping(model, {}, {linear: model.get_submodule(linear)}, lambda _: True):
             lanes = [Lane(model, window) for window in windows]
-            advance_all(lanes, lambda lane, stop: accumulator.add(lane.tokens(stop.inputs)))
+            advance_all(lanes, lambda lane, stop, sums=accumulator: sums.add(lane.tokens(stop.inputs)))
             for lane in lanes:
                 lane.close()
         stats.append(accumulator.finish(linear))
