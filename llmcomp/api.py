@@ -92,7 +92,9 @@ def quantize(
         recipe = Recipe((step,), Calibration(calibration))
     check(recipe)
     options = replace(options, **run)
-    resolved = hub.resolve(model, revision=options.revision, progress=progress)
+    resolved = hub.resolve(
+        model, revision=options.revision, allow_pickle=options.allow_pickle, progress=progress
+    )
     from llmcomp.session import Session
 
     return QuantizeResult(*Session(model, resolved.source, resolved.path, recipe, options, progress).run())

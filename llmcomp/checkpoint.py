@@ -223,7 +223,8 @@ def _refuse_code(path: Path, config: dict[str, Any]) -> None:
     import transformers
 
     names = config.get("architectures") or ["its model class"]
-    if not hasattr(transformers, str(names[0])):
+    known = config.get("model_type") in transformers.CONFIG_MAPPING
+    if not known or not hasattr(transformers, str(names[0])):
         raise BadCheckpoint(
             f"{path} needs Python code that it brings along for {names[0]}, which could do anything here; "
             "read that code, then pass --trust-remote-code."

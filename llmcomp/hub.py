@@ -57,7 +57,12 @@ class Resolved:
 
 
 def resolve(
-    model: str, *, revision: str | None = None, config_only: bool = False, progress: Progress | None = None
+    model: str,
+    *,
+    revision: str | None = None,
+    config_only: bool = False,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
 ) -> Resolved:
     """Find the files of `model`, downloading what is missing.
 
@@ -65,11 +70,12 @@ def resolve(
         model: 'sample:…', a local directory, an alias (llmcomp.aliases), or a Hub id.
         revision: branch, tag or commit on the Hub; default main.
         config_only: config and tokenizer will do, no weights.
+        allow_pickle: pickled weights in a local directory will do; from the Hub they are never taken.
         progress: hears of downloads and of falling back to the cache.
 
     Raises:
         ModelNotFound: no such directory, sample or repository; no access; or neither cached nor reachable.
-        BadCheckpoint: config or safetensors weights missing (pickles are never loaded).
+        BadCheckpoint: config or safetensors weights missing (or only pickled).
         RunError: a download that broke off.
     """
     progress = progress or Silent()
@@ -77,7 +83,7 @@ def resolve(
         return Resolved(sample_path(model), model.replace(":", "-"), None, "sample", model)
     path = Path(model).expanduser()
     if path.is_dir():
-        _require_files(path, f"{model}", config_only)
+        _require_files(path, f"{model}", config_only, allow_pickle)
         return Resolved(path, path.resolve().name, None, "local", str(path.resolve()))
     if path.exists():
         raise ModelNotFound(
@@ -131,7 +137,7 @@ def suggestions(model: str) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def _require_files(path: Path, what: str, config_only: bool) -> None:
+def _require_files(path: Path, what: str, config_only: bool, allow_pickle: bool = False) -> None:
     names = sorted(entry.name for entry in path.iterdir())
     if "config.json" not in names:
         found = ", ".join(names[:5]) or "nothing"
@@ -142,7 +148,9 @@ def _require_files(path: Path, what: str, config_only: bool) -> None:
         return
     missing = missing_weights(path)
     if missing == [SINGLE]:
-        raise BadCheckpoint(_no_safetensors(what, names))
+        if allow_pickle and any(_PICKLE.fullmatch(name) for name in names):
+            return
+        raise BadCheckpoint(_no_safetensors(what, names, "; or trust them with --allow-pickle"))
     if missing:
         raise BadCheckpoint(
             f"{what} lacks {len(missing)} of the files that its {INDEX} names (first: {missing[0]}); "
@@ -150,12 +158,12 @@ def _require_files(path: Path, what: str, config_only: bool) -> None:
         )
 
 
-def _no_safetensors(what: str, names: list[str]) -> str:
+def _no_safetensors(what: str, names: list[str], otherwise: str = "") -> str:
     pickles = [name for name in names if _PICKLE.fullmatch(name)]
     if pickles:
         return (
             f"{what} has no {SINGLE}, only {', '.join(pickles[:3])}: such files can run code when loaded "
-            "and are never read; convert it once with save_pretrained and give that directory."
+            f"and are not read; convert it once with save_pretrained and give that directory{otherwise}."
         )
     return f"{what} has no weights: expected {SINGLE}, or {INDEX} with its shards, beside config.json."
 

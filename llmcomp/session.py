@@ -15,7 +15,15 @@ import yaml
 
 from llmcomp.calibration.data import Texts, evaluation_texts
 from llmcomp.errors import LlmcompError
-from llmcomp.formats.save import ShardWriter, checkpoint_config, default_output, partial_of, preflight, publish
+from llmcomp.formats.save import (
+    ShardWriter,
+    checkpoint_config,
+    default_output,
+    partial_of,
+    preflight,
+    publish,
+    writing,
+)
 from llmcomp.formats.verify import verify
 from llmcomp.formats.witness import dtype_name
 from llmcomp.measure.cost import size_of
@@ -24,6 +32,7 @@ from llmcomp.measure.run import evaluate_model
 from llmcomp.pipeline.job import Data, Plan, Source, gather, model_inputs, open_source, plan_recipe
 from llmcomp.pipeline.journal import Journal, fingerprint
 from llmcomp.pipeline.memory import PeakMemory
+from llmcomp.pipeline.plan import bytes_after
 from llmcomp.pipeline.run import Compression, Job, Outcome
 from llmcomp.progress import Progress
 from llmcomp.recipe import Recipe
@@ -68,7 +77,7 @@ class Session:
                 allow_pickle=self.options.allow_pickle,
             )
             plan = plan_recipe(self.recipe, source.adapter)
-            preflight(self.output, self.options.overwrite, 2 * _bytes_after(source, plan))
+            preflight(self.output, self.options.overwrite, 2 * bytes_after(source.adapter, plan, source.binding.key_of))
             texts = self._evaluation_texts()
             data = gather(self.recipe, source, plan, self.model, self.progress)
         with PeakMemory() as memory:
@@ -84,8 +93,9 @@ class Session:
         report.size_after = size_of(checkpoint, _role_of(source))
         report.phases, report.notes = self.phases, self.notes
         report.labels = _labels(plan, report)
-        (checkpoint / FILE_NAME).write_text(report.to_json(), encoding="utf-8")
-        (checkpoint / PAGE_NAME).write_text(render(report), encoding="utf-8")
+        with writing(checkpoint):
+            (checkpoint / FILE_NAME).write_text(report.to_json(), encoding="utf-8")
+            (checkpoint / PAGE_NAME).write_text(render(report), encoding="utf-8")
         publish(self.partial, self.output, self.options.overwrite)
         return self.output, report
 
@@ -183,7 +193,7 @@ class Session:
             calibration=data.facts,
             layers=outcome.layers,
             left=_left(source, plan),
-            size_before=size_of(self.path, _role_of(source)),
+            size_before=size_of(self.path, _role_of(source), allow_pickle=self.options.allow_pickle),
             peak_memory=peak,
             resumed_blocks=outcome.resumed,
             llmcomp_version=version("llmcomp"),
@@ -210,22 +220,6 @@ def _role_of(source: Source) -> Any:
         return roles.get(name.rpartition(".")[0], "other")
 
     return role
-
-
-def _bytes_after(source: Source, plan: Plan) -> int:
-    """Bytes of the compressed checkpoint's tensors."""
-    total = 0
-    model = source.adapter.model.state_dict()
-    tasks = plan.assignment.tasks
-    for name, tensor in model.items():
-        module, _, leaf = name.rpartition(".")
-        if name not in source.binding.key_of or name in plan.ties:
-            continue
-        if leaf == "weight" and module in tasks:
-            total += plan.layout.nbytes(tasks[module].ref, tensor.element_size())
-        else:
-            total += tensor.numel() * tensor.element_size()
-    return total
 
 
 def _left(source: Source, plan: Plan) -> list[Left]:

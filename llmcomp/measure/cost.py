@@ -32,11 +32,14 @@ from llmcomp.shards import TensorInfo, read_json_object, read_shard, weight_file
 _BESIDE = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale")
 
 
-def size_of(directory: str | Path, role: Callable[[str], str] | None = None) -> Size:
+def size_of(
+    directory: str | Path, role: Callable[[str], str] | None = None, *, allow_pickle: bool = False
+) -> Size:
     """Parameters and bytes, from the headers alone.
 
     Args:
         role: tensor name → role; None leaves `parts` empty.
+        allow_pickle: read pytorch_model.bin where there are no safetensors.
 
     Returns:
         `parameters` counts a quantized weight's elements, not its packed words, and neither scales nor zero
@@ -45,7 +48,7 @@ def size_of(directory: str | Path, role: Callable[[str], str] | None = None) -> 
     Raises:
         BadCheckpoint: no weights, or a file that is truncated or no safetensors.
     """
-    _, files = weight_files(Path(directory), allow_pickle=False)
+    _, files = weight_files(Path(directory), allow_pickle)
     stored = {name: info for file in files for name, info in read_shard(file).tensors.items()}
     parts: dict[str, int] = {}
     if role is not None:

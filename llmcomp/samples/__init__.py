@@ -31,7 +31,7 @@ def sample_path(name: str) -> Path:
     """
     if name not in SAMPLES:
         known = " and ".join(sorted(SAMPLES))
-        raise ModelNotFound(f"there is no sample model {name!r}; the samples are {known}")
+        raise ModelNotFound(f"There is no sample model {name!r}; the samples are {known}.")
     return SAMPLES[name]
 
 
