@@ -1,0 +1,483 @@
+"""What cannot be done: the right exit status, one sentence that says why, nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from e2e_runs import LENGTH, SAMPLES, hashes
+from safetensors.torch import load_file, save_file
+from tiny import tiny
+
+from llmcomp.cli.main import main
+from llmcomp.formats import save
+from llmcomp.formats.save import partial_of
+from llmcomp.pipeline.journal import Journal
+
+QUICK = ["--no-evaluate", "--no-verify", "--samples", str(SAMPLES), "--sequence-length", str(LENGTH)]
+ONE_FILE = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny("llama", tmp_path_factory.mktemp("bad") / "llama", tokenizer=True)
+
+
+@pytest.fixture
+def model(llama: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(llama, tmp_path / "model"))
+
+
+class Command:
+    """`llmcomp quantize MODEL … -o OUTPUT`, in this process."""
+
+    def __init__(self, output: Path, text: Path, captured: pytest.CaptureFixture[str]) -> None:
+        self.output, self.text, self._captured = output, text, captured
+
+    def run(self, model: Path | str, *more: str) -> tuple[int, str]:
+        """Exit status and stderr; `--calibration` may be given in `more`."""
+        given = [] if {"--calibration", "--recipe"} & set(more) else ["--calibration", str(self.text)]
+        options = [] if "--recipe" in more else QUICK
+        self._captured.readouterr()
+        status = main(["quantize", str(model), *options, *given, *more, "-o", str(self.output)])
+        printed, said = self._captured.readouterr()
+        assert printed == "" or status == 0
+        return status, said
+
+    def refused(self, status: int, model: Path | str, *more: str) -> str:
+        """The one sentence, after checking that it is one and that no output is there."""
+        got, said = self.run(model, *more)
+        sentences = [line for line in said.splitlines() if line.startswith("llmcomp: ")]
+        assert got == status, said
+        assert len(sentences) == 1 and said.splitlines()[-1] == sentences[0], said
+        assert "Traceback" not in said and "Unexpected failure" not in said
+        assert sentences[0].endswith((".", "?"))
+        assert not self.output.exists()
+        return sentences[0].removeprefix("llmcomp: ")
+
+
+@pytest.fixture
+def command(tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]) -> Command:
+    return Command(tmp_path / "out" / "q", text, capfd)
+
+
+def untouched(command: Command) -> bool:
+    """Whether not even a partial directory was begun."""
+    return not partial_of(command.output).exists()
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+# --- models ---
+
+
+def test_unknown_model(command: Command) -> None:
+    said = command.refused(2, "no-such-org/no-such-model")
+    assert "neither cached" in said and "llmcomp quantize sample:lm" in said
+    assert untouched(command)
+
+
+def test_unknown_path(command: Command, tmp_path: Path) -> None:
+    assert "There is no directory" in command.refused(2, tmp_path / "nowhere")
+
+
+def test_unknown_sample(command: Command) -> None:
+    assert "sample:lm" in command.refused(2, "sample:nothing")
+
+
+def test_empty_directory(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in command.refused(2, tmp_path / "empty")
+
+
+def test_config_without_weights(command: Command, model: Path) -> None:
+    (model / ONE_FILE).unlink()
+    assert "has no weights" in command.refused(2, model)
+
+
+def test_config_that_is_no_json(command: Command, model: Path) -> None:
+    (model / "config.json").write_text("{ not json")
+    assert "config.json" in command.refused(2, model)
+
+
+def test_unknown_model_type(command: Command, model: Path) -> None:
+    edit_json(model / "config.json", lambda config: config.update(model_type="nosuch"))
+    assert "names no model type that transformers" in command.refused(2, model)
+
+
+@pytest.mark.parametrize("keep", [4, 300, -5])
+def test_truncated_weights(keep: int, command: Command, model: Path) -> None:
+    weights = model / ONE_FILE
+    weights.write_bytes(weights.read_bytes()[:keep])
+    assert ONE_FILE in command.refused(2, model)
+    assert untouched(command)
+
+
+def test_corrupt_header(command: Command, model: Path) -> None:
+    content = bytearray((model / ONE_FILE).read_bytes())
+    content[8:40] = b"x" * 32
+    (model / ONE_FILE).write_bytes(content)
+    assert ONE_FILE in command.refused(2, model)
+
+
+def test_missing_shard(command: Command, tmp_path: Path) -> None:
+    model = tiny("llama", tmp_path / "sharded", tokenizer=True, shard="300KB")
+    shards = sorted(model.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    shards[1].unlink()
+    assert shards[1].name in command.refused(2, model)
+
+
+def test_index_pointing_outside(command: Command, tmp_path: Path) -> None:
+    model = tiny("llama", tmp_path / "sharded", tokenizer=True, shard="300KB")
+    shard = sorted(model.glob("model-*.safetensors"))[1]
+    shard.rename(tmp_path / "outside.safetensors")
+
+    def outside(index: dict[str, Any]) -> None:
+        table = index["weight_map"]
+        table.update({key: "../outside.safetensors" for key, name in table.items() if name == shard.name})
+
+    edit_json(model / "model.safetensors.index.json", outside)
+    assert "../outside.safetensors" in command.refused(2, model)
+
+
+def test_tensor_missing(command: Command, model: Path) -> None:
+    tensors = load_file(model / ONE_FILE)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, model / ONE_FILE, metadata={"format": "pt"})
+    assert "up_proj" in command.refused(2, model)
+
+
+def test_tensor_of_another_shape(command: Command, model: Path) -> None:
+    tensors = load_file(model / ONE_FILE)
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(8, 8)
+    save_file(tensors, model / ONE_FILE, metadata={"format": "pt"})
+    assert "up_proj" in command.refused(2, model)
+
+
+def only_a_pickle(model: Path) -> None:
+    torch.save(load_file(model / ONE_FILE), model / "pytorch_model.bin")
+    (model / ONE_FILE).unlink()
+
+
+def test_pickle_only(command: Command, model: Path) -> None:
+    only_a_pickle(model)
+    said = command.refused(2, model)
+    assert "pytorch_model.bin" in said and "--allow-pickle" in said
+
+
+def test_a_pickle_that_is_allowed(command: Command, model: Path, llama: Path) -> None:
+    only_a_pickle(model)
+    status, said = command.run(model, "--allow-pickle")
+    assert status == 0, said
+    other = Command(command.output.with_name("same"), command.text, command._captured)
+    assert other.run(llama)[0] == 0
+    assert hashes(other.output) == hashes(command.output)
+
+
+@pytest.mark.parametrize(
+    "wants",
+    [
+        {"model_type": "mine", "architectures": ["MyModel"]},
+        {"model_type": "mine"},
+        {"architectures": ["MyModel"]},
+    ],
+    ids=["type and class", "type", "class"],
+)
+def test_remote_code_wanted(wants: dict[str, Any], command: Command, model: Path, tmp_path: Path) -> None:
+    proof = tmp_path / "the-code-ran"
+    (model / "modeling_mine.py").write_text(f"open({str(proof)!r}, 'w').close()\n")
+    auto = {"AutoConfig": "modeling_mine.MyConfig", "AutoModelForCausalLM": "modeling_mine.MyModel"}
+    edit_json(model / "config.json", lambda config: config.update(wants, auto_map=auto))
+    assert "--trust-remote-code" in command.refused(2, model)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(value: float, command: Command, model: Path) -> None:
+    tensors = load_file(model / ONE_FILE)
+    tensors["model.layers.1.self_attn.v_proj.weight"][3, 5] = value
+    save_file(tensors, model / ONE_FILE, metadata={"format": "pt"})
+    assert "model.layers.1.self_attn.v_proj.weight holds NaN or Inf" in command.refused(1, model)
+
+
+def test_already_quantized(command: Command, model: Path, tmp_path: Path) -> None:
+    first = Command(tmp_path / "first", command.text, command._captured)
+    assert first.run(model)[0] == 0
+    assert "quantized" in command.refused(2, first.output)
+
+
+def test_without_a_tokenizer(command: Command, model: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    assert "tokenizer" in command.refused(2, model)
+
+
+def test_blocks_that_cannot_be_found(command: Command, tmp_path: Path) -> None:
+    from transformers import ResNetConfig, ResNetModel
+
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_channels=3)
+    ResNetModel(config).save_pretrained(tmp_path / "resnet")
+    assert "ResNetModel" in command.refused(2, tmp_path / "resnet")
+
+
+# --- recipes ---
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--bits", "5"], "--bits 5 cannot be: choose one of 2, 3, 4, 8"),
+        (["--bits", "0"], "--bits 0"),
+        (["--bits", "-4"], "--bits -4"),
+        (["--group-size", "100"], "--group-size 100 cannot be"),
+        (["--group-size", "row"], "--group-size row cannot be"),
+        (["--group-size", "0"], "--group-size 0 cannot be"),
+        (["--method", "gptqq"], "method 'gptqq' is not one of gptq"),
+        (["--format", "gguf"], "compressed-tensors"),
+        (["--target", "atention"], "target 'atention' matches no weight"),
+        (["--skip", "blocks:7-9"], "target 'blocks:7-9' matches no weight"),
+        (["--skip", "re:("], "re:("),
+        (["--override", "down_proj bit=8"], "unknown key 'bit'; did you mean 'bits'?"),
+        (["--override", "down_proj bits"], "expected NAME=VALUE"),
+        (["--override", "down_proj bits=five"], "'bits' must be int"),
+        (["--override", "down_proj bits=5"], "--bits 5 cannot be"),
+        (["--skip", "attention", "--skip", "mlp"], "nothing to quantize"),
+        (["--samples", "0"], "at least 1 sample"),
+        (["--sequence-length", "1"], "at least 1 sample of 2 tokens"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_recipes_that_cannot_be(flags: list[str], named: str, command: Command, llama: Path) -> None:
+    assert named in command.refused(2, llama, *flags)
+    assert untouched(command)
+
+
+def test_all_problems_at_once(command: Command, llama: Path) -> None:
+    said = command.refused(2, llama, "--method", "x", "--target", "y", "--skip", "z")
+    assert "method 'x'" in said and "target 'y'" in said and "target 'z'" in said
+
+
+def test_a_group_size_that_fits_no_layer(command: Command, tmp_path: Path) -> None:
+    narrow = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 3, "num_key_value_heads": 3}
+    model = tiny("llama", tmp_path / "narrow", tokenizer=True, **narrow)
+    said = command.refused(2, model, "--group-size", "128")
+    assert "group_size 128 divides none of the widths [96, 160]" in said
+    assert untouched(command)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("steps: [{kind: quantize, bitz: 4}]", "unknown key 'bitz'; did you mean 'bits'?"),
+        ("steps: [{kind: quantise}]", "kind"),
+        ("steps: []", "'steps' must be a non-empty list"),
+        ("steps: {", "is not YAML"),
+        ("- 4", "must be a mapping"),
+        ("steps: [{kind: quantize, options: {dampening: 1}}]", "dampening"),
+        ("calibration: {samples: many}", "'samples' must be int"),
+    ],
+)
+def test_recipe_files_that_cannot_be(
+    content: str, named: str, command: Command, llama: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    assert named in command.refused(2, llama, "--recipe", str(path), "--no-evaluate")
+
+
+def test_recipe_file_and_flags(command: Command, llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("steps: [{kind: quantize}]")
+    assert "drop bits" in command.refused(2, llama, "--recipe", str(path), "--bits", "8")
+
+
+def test_recipe_file_missing(command: Command, llama: Path, tmp_path: Path) -> None:
+    assert "none.yaml" in command.refused(2, llama, "--recipe", str(tmp_path / "none.yaml"))
+
+
+# --- data ---
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("missing.txt", None, "missing.txt"),
+        ("empty.txt", b"", "is empty"),
+        ("blank.txt", b" \n\n \t\n", "white space"),
+        ("latin.txt", "Größe und Maß\n".encode("latin-1") * 500, "latin.txt"),
+        ("short.txt", b"only five words in here", "fewer than one sample"),
+        ("data.docx", b"PK", ".docx"),
+        ("rows.jsonl", b'{"text": "fine"}\n{"text": \n', "rows.jsonl"),
+        ("rows.csv", b"a,b\n1,2\n", "rows.csv"),
+        ("rows.parquet", b"no parquet at all", "rows.parquet"),
+        ("ids.safetensors", b"short", "ids.safetensors"),
+    ],
+)
+def test_calibration_files(
+    name: str, content: bytes | None, named: str, command: Command, llama: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    assert named in command.refused(2, llama, "--calibration", str(path))
+    assert untouched(command)
+
+
+def test_token_ids_of_another_vocabulary(command: Command, llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "ids.safetensors"
+    save_file({"input_ids": torch.full((8, 32), 40_000)}, path)
+    assert "512" in command.refused(2, llama, "--calibration", str(path))
+
+
+def test_evaluation_data_is_looked_at_before_the_work(command: Command, llama: Path, tmp_path: Path) -> None:
+    more = ["--evaluate", "--eval-data", str(tmp_path / "none.txt")]
+    assert "none.txt" in command.refused(2, llama, *more)
+    assert untouched(command)
+
+
+# --- outputs ---
+
+
+def test_output_exists(command: Command, llama: Path, tmp_path: Path) -> None:
+    taken = Command(tmp_path / "taken", command.text, command._captured)
+    taken.output.mkdir()
+    (taken.output / "mine.txt").write_text("dear")
+    status, said = taken.run(llama)
+    assert status == 2
+    assert said == f"llmcomp: {taken.output} already exists; choose another --output or add --overwrite.\n"
+    status, said = taken.run(llama, "--overwrite")
+    assert status == 2 and "is no checkpoint, so --overwrite leaves it" in said
+    assert [path.name for path in taken.output.iterdir()] == ["mine.txt"] and untouched(taken)
+
+
+def test_output_is_a_file(command: Command, llama: Path, tmp_path: Path) -> None:
+    taken = Command(tmp_path / "file", command.text, command._captured)
+    taken.output.write_text("dear")
+    assert taken.run(llama, "--overwrite")[0] == 2
+    assert taken.output.read_text() == "dear"
+
+
+def test_read_only_output(
+    command: Command, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    if os.geteuid() == 0:  # root may write anywhere
+        may = os.access
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != closed and may(path, mode))
+    closed.chmod(0o555)
+    inside = Command(closed / "q", command.text, command._captured)
+    said = inside.refused(2, llama)
+    assert f"{closed} cannot be written to" in said
+    assert list(closed.iterdir()) == []
+
+
+def test_output_that_becomes_read_only(
+    command: Command, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(save, "save_file", forbidden)
+    assert "cannot be written" in command.refused(2, llama)
+
+
+def test_too_little_room(command: Command, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(llama)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    said = command.refused(2, llama)
+    assert "free" in said and untouched(command)
+
+
+class Full:
+    """Stands for a function that writes; from the n-th call on, the disk is full."""
+
+    def __init__(self, function: Callable[..., Any], calls: int) -> None:
+        self.function, self.left = function, calls
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.function(*arguments, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("name", "calls"), [("save_file", 0), ("save_file", 2), ("_write_text", 0), ("_write_text", 1), ("_sync", 3)]
+)
+def test_disk_becomes_full(
+    name: str, calls: int, command: Command, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(save, name, Full(getattr(save, name), calls))
+        said = command.refused(1, llama)
+    assert "is full; make room, then the same command resumes" in said
+    status, said = command.run(llama)
+    assert status == 0, said
+    assert ("Resuming" in said) == (calls > 0 or name == "_write_text")
+    assert untouched(command)
+
+
+def test_disk_too_full_for_waiting_activations(
+    command: Command, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "posix_fallocate", Full(os.posix_fallocate, 3))
+    assert "is full" in command.refused(1, llama, "--activation-memory", "0")
+
+
+def test_disk_too_full_for_the_report(
+    command: Command, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Path.write_text
+
+    def full(self: Path, *arguments: Any, **keywords: Any) -> int:
+        if self.name.startswith("llmcomp_report"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        assert "is full" in command.refused(1, llama)
+    assert command.run(llama)[0] == 0
+
+
+def test_recipe_that_cannot_be_saved(command: Command, llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "no" / "such" / "place.yaml"
+    assert "place.yaml" in command.refused(2, llama, "--save-recipe", str(path))
+
+
+# --- Ctrl-C ---
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_ctrl_c(after: int, command: Command, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add = Journal.add
+
+    def interrupted(self: Journal, *arguments: Any) -> None:
+        if len(self.done) == after:
+            os.kill(os.getpid(), signal.SIGINT)
+        add(self, *arguments)
+
+    mine = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", interrupted)
+        assert command.refused(130, llama) == "Interrupted; the same command resumes where it stopped."
+    assert signal.getsignal(signal.SIGINT) is mine, "a caller's own handler is gone"
+    assert partial_of(command.output).is_dir()
+    status, said = command.run(llama)
+    assert status == 0 and ("Resuming" in said) == (after > 0)
+    assert untouched(command)
