@@ -16,7 +16,7 @@ from tiny import PAD, VOCABULARY, build
 from torch import Tensor, nn
 
 from llmcomp.calibration.capture import Lane, Parking, Stop, advance_all, stopping
-from llmcomp.calibration.stats import GramAccumulator
+from llmcomp.calibration.stats import GramAccumulator, InputStats
 from llmcomp.errors import RunError
 
 # model → (its blocks, the stages of a block)
@@ -328,16 +328,22 @@ def test_padding_is_in_no_statistic() -> None:
         {"input_ids": ids[mask.bool()][None]}
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
     ]
-    stats = []
-    for windows in ([batch], singles):
+
+    def stats(windows: list[dict[str, Tensor]]) -> InputStats:
         accumulator = GramAccumulator()
+
+        def visit(lane: Lane, stop: Stop) -> None:
+            assert stop.inputs is not None
+            accumulator.add(lane.tokens(stop.inputs))
+
         with stopping(model, {}, {linear: model.get_submodule(linear)}, lambda _: True):
             lanes = [Lane(model, window) for window in windows]
-            advance_all(lanes, lambda lane, stop, sums=accumulator: sums.add(lane.tokens(stop.inputs)))
+            advance_all(lanes, visit)
             for lane in lanes:
                 lane.close()
-        stats.append(accumulator.finish(linear))
-    padded, plain = stats
+        return accumulator.finish(linear)
+
+    padded, plain = stats([batch]), stats(singles)
     assert padded.tokens == plain.tokens == int(batch["attention_mask"].sum()) < batch["input_ids"].numel()
     torch.testing.assert_close(padded.gram, plain.gram, rtol=1e-4, atol=1e-5 * float(plain.diagonal.max()))
     torch.testing.assert_close(padded.absmax, plain.absmax, rtol=1e-5, atol=1e-6)
