@@ -129,7 +129,7 @@ class Session:
 
     def _assemble(self, source: Source, plan: Plan, outcome: Outcome) -> Path:
         """The future output in the partial directory, all but the report."""
-        model = source.adapter.model
+        model: Any = source.adapter.model
         config = checkpoint_config(
             source.checkpoint.config,
             source.adapter.architecture,
