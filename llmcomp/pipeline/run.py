@@ -128,10 +128,11 @@ class Compression:
                 self._begin()
                 reached = self._advance()
                 for block in adapter.blocks:
+                    further = block is not adapter.blocks[-1]
                     if reached is None or reached.name != block.name:
                         place = reached.name if reached else "the end"
                         raise RunError(f"The model's forward reached {place} instead of {block.name}.")
-                    reached = self._block(block)
+                    reached = self._block(block, further)
                     self._progress.step()
                 self._end()
         finally:
@@ -154,73 +155,67 @@ class Compression:
         else:
             self._write(key, self._solve((embeddings,), None), [f"{embeddings.name}.weight"])
 
-    def _block(self, block: Block) -> Stop | None:
-        """Compress one block, or take it from an earlier run; where the lanes stop next."""
+    def _block(self, block: Block, further: bool) -> Stop | None:
+        """Compress one block, or take it from an earlier run; where the lanes stop next, if they go further."""
         key, names = f"block-{block.index:05d}", self._params.inside(block.name)
         self._read(names)
         if key in self._journal.done:
             self._restore(key, block.linears)
             self._outcome.resumed += 1
-            reached = self._advance()
         else:
-            solved, reached = self._stages(block.stages)
-            self._write(key, solved, names)
-        self._params.release(names)
+            self._write(key, self._stages(block.stages), names)
+        reached = self._advance() if further else None
+        if further:
+            self._params.release(names)
         self._job.binding.checkpoint.release()
         return_freed_memory()
         return reached
 
-    def _stages(self, stages: Sequence[Sequence[LinearRef]]) -> tuple[list[Finished], Stop | None]:
+    def _stages(self, stages: Sequence[Sequence[LinearRef]]) -> list[Finished]:
         """Solve stages as the lanes reach them (all at once where no method reads statistics)."""
         tasks = self._job.assignment.tasks
         wanted = [[ref for ref in stage if ref.name in tasks] for stage in stages]
         if not self._job.assignment.calibrated:
-            return [done for stage in wanted if stage for done in self._solve(stage, None)], self._advance()
+            return [done for stage in wanted if stage for done in self._solve(stage, None)]
         self._pending.update({ref.name: tasks[ref.name] for stage in wanted for ref in stage})
         solved: list[Finished] = []
         latest: list[Finished] = []
-        while True:
+        while self._pending:
             accumulator = GramAccumulator()
             reached = self._advance(accumulator)
             # Every lane has computed with what was solved last; the file keeps it, memory need not.
             self._params.release([done.name for done in latest])
             if reached is None or reached.name not in self._pending:
-                break
+                unseen = next(iter(self._pending))
+                raise RunError(
+                    f"{unseen} was never computed in the calibration run ({len(self._pending)} such); "
+                    "leave it out of the recipe by an override with 'skip: true'."
+                )
             stage = next(refs for refs in wanted if any(ref.name == reached.name for ref in refs))
             latest = self._solve([ref for ref in stage if ref.name in self._pending], accumulator)
             solved += latest
-        if self._pending:
-            unseen = next(iter(self._pending))
-            raise RunError(
-                f"{unseen} was never computed in the calibration run ({len(self._pending)} such); "
-                "leave it out of the recipe by an override with 'skip: true'."
-            )
-        return solved, reached
+        return solved
 
     def _end(self) -> None:
         """Compress the head, if it is to be; run the witness to its output; write the rest."""
-        head, tasks, written = self._job.adapter.head, self._job.assignment.tasks, set()
+        head, tasks = self._job.adapter.head, self._job.assignment.tasks
         if head is not None and head.name in tasks:
             if "head" in self._journal.done:
                 self._restore("head", (head,))
             else:
-                solved, _ = self._stages(((head,),))
-                self._write("head", solved, [f"{head.name}.weight"])
-        for ref in (self._job.adapter.embeddings, head):
-            if ref is not None and ref.name in tasks:
-                written.add(f"{ref.name}.weight")
+                self._write("head", self._stages(((head,),)), [f"{head.name}.weight"])
         for lane in self._lanes[:-1]:
             lane.close()
         last = self._lanes[-1]
         with self._timed("forward"):
-            if last.output is None and last.advance() is not None:
-                raise RunError("The model's forward computes a block twice; it cannot be compressed yet.")
+            while last.output is None and last.advance() is not None:
+                continue
+        written = {f"{ref.name}.weight" for ref in (self._job.adapter.embeddings, head) if ref and ref.name in tasks}
         self._write("outside", [], [name for name in self._params.outside if name not in written])
-        layout = self._job.layout
-        packed = {name: task.scheme.label for name, task in tasks.items() if name not in layout.dense}
+        packed = [task for task in tasks.values() if task.ref.name not in self._job.layout.dense]
         witness.save(
             self._evidence,
-            compressed=packed if layout.config(self._job.adapter.model) else {},
+            compressed={task.ref.name: task.scheme.label for task in packed},
             source=self._outcome.source,
             inputs=self._job.witness,
             output=witness.model_output(last.output),
