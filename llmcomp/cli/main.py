@@ -34,16 +34,22 @@ class Interrupted(BaseException):
     """Ctrl-C. Not KeyboardInterrupt, which typer would turn into its own exit status."""
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"llmcomp {version('llmcomp')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_version)
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; works after any verb, too.")] = False,
 ) -> None:
-    if version:
-        from importlib.metadata import version as installed
-
-        typer.echo(f"llmcomp {installed('llmcomp')}")
-        raise typer.Exit
+    """Options of the app itself act by callbacks; `--debug` is read by `main`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    signal.signal(signal.SIGINT, _interrupt)
+    before = signal.signal(signal.SIGINT, _interrupt)
     try:
         app(args=arguments, prog_name="llmcomp")
     except SystemExit as leaving:
@@ -69,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         sentence = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         return _say(f"Unexpected failure, please report it with --debug's output: {sentence}", 1, debug)
+    finally:
+        signal.signal(signal.SIGINT, before)
     return 0
 
 
