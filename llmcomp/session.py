@@ -59,7 +59,7 @@ class Session:
         self.model, self.source_name, self.path = model, source, path
         self.recipe, self.options, self.progress = recipe, options, progress
         step = recipe.steps[0]
-        self.output = options.output or default_output(model, step.method, step.bits)
+        self.output = Path(options.output or default_output(model, step.method, step.bits))
         self.partial = partial_of(self.output)
         self.phases: dict[str, float] = {}
         self.notes: list[str] = []
