@@ -120,11 +120,9 @@ class Compression:
         adapter, model = self._job.adapter, self._job.adapter.model
         self._progress.phase("compress", len(adapter.blocks))
         linears = {name: model.get_submodule(name) for name in self._job.assignment.tasks}
-        places = {block.name: model.get_submodule(block.name) for block in adapter.blocks}
-        if adapter.head is not None and adapter.head.name in linears:
-            places[adapter.head.name] = linears[adapter.head.name]
+        blocks = {block.name: model.get_submodule(block.name) for block in adapter.blocks}
         try:
-            with writing(self._job.partial), stopping(model, places, linears, self._pending.__contains__):
+            with writing(self._job.partial), stopping(model, blocks, linears, self._pending.__contains__):
                 self._begin()
                 reached = self._advance()
                 for block in adapter.blocks:
@@ -212,10 +210,11 @@ class Compression:
                 continue
         written = {f"{ref.name}.weight" for ref in (self._job.adapter.embeddings, head) if ref and ref.name in tasks}
         self._write("outside", [], [name for name in self._params.outside if name not in written])
-        packed = [task for task in tasks.values() if task.ref.name not in self._job.layout.dense]
+        layout = self._job.layout
+        packed = {name: task.scheme.label for name, task in tasks.items() if name not in layout.dense}
         witness.save(
             self._evidence,
-            compressed={task.ref.name: task.scheme.label for task in packed},
+            compressed=packed if layout.config(self._job.adapter.model) else {},
             source=self._outcome.source,
             inputs=self._job.witness,
             output=witness.model_output(last.output),
@@ -246,7 +245,9 @@ class Compression:
             self._parking.park(stop.inputs)
 
         with self._timed("forward"):
-            return advance_all(self._lanes, visit)
+            reached = advance_all(self._lanes, visit)
+            return_freed_memory()  # else the heap keeps what the lanes have let go, beside what comes next
+        return reached
 
     def _solve(self, refs: Sequence[LinearRef], accumulator: GramAccumulator | None) -> list[Finished]:
         """Compress linears of one input and put the result where the lanes will compute with it."""
@@ -270,6 +271,7 @@ class Compression:
                 self._pending.pop(ref.name, None)
                 self._remaining.discard(ref.name)
                 self._progress.layer(layer)
+            return_freed_memory()
         return finished
 
     def _write(self, key: str, finished: Sequence[Finished], names: Sequence[str]) -> None:
