@@ -100,8 +100,9 @@ def _factorize_upper_(matrix: Tensor) -> bool:
     of TILE are touched. False where a pivot is not positive."""
     size = matrix.shape[0]
     with fast_matmul():
-        for stop in range(size, 0, -BLOCK):
-            start = max(stop - BLOCK, 0)
+        # Blocks start at multiples of BLOCK, so that none reaches into a lower tile: a second try needs those.
+        for start in range((size - 1) // BLOCK * BLOCK, -1, -BLOCK):
+            stop = min(start + BLOCK, size)
             block = matrix[start:stop, start:stop].triu()
             # A = R R' with R upper is the Cholesky factorization of A read backwards.
             lower, info = torch.linalg.cholesky_ex((block + block.triu(1).T).flip(0, 1))
@@ -166,11 +167,12 @@ def _transpose_(matrix: Tensor) -> None:
         stop = min(row + TILE, size)
         for column in range(row, size, TILE):
             end = min(column + TILE, size)
-            upper = matrix[row:stop, column:end].contiguous()
-            lower = matrix[column:end, row:stop].contiguous()
-            matrix[column:end, row:stop].copy_(upper.T.contiguous())
+            # Copies also where a tile is a single row, which is contiguous as it stands.
+            upper = matrix[row:stop, column:end].t().clone(memory_format=torch.contiguous_format)
+            lower = matrix[column:end, row:stop].t().clone(memory_format=torch.contiguous_format)
+            matrix[column:end, row:stop].copy_(upper)
             if row != column:
-                matrix[row:stop, column:end].copy_(lower.T.contiguous())
+                matrix[row:stop, column:end].copy_(lower)
 
 
 # (position k, target [rows]) -> the value [rows] that a reader will see in column k

@@ -17,11 +17,6 @@ from llmcomp.schemes import Scheme
 from llmcomp.weights import dequantize
 
 SIZES = (1, 31, 128, 129, 513, 700)
-# Known defects; strict, so that mending them asks for these marks to go.
-ONE_WIDE = pytest.mark.xfail(strict=True, reason="a tile of one column is transposed onto itself")
-STRADDLES = pytest.mark.xfail(
-    strict=True, reason="a block that crosses a tile spoils what a second try restores"
-)
 
 
 def gram(size: int, seed: int = 0, tokens: int | None = None) -> Tensor:
@@ -58,13 +53,8 @@ def assert_factor_of(factor: Factor | None, matrix: Tensor) -> Factor:
 # --- the factor ---
 
 
-@pytest.mark.parametrize(
-    ("size", "permuted"),
-    [
-        *((size, False) for size in SIZES),
-        *(pytest.param(size, True, marks=ONE_WIDE if size == 513 else ()) for size in SIZES),
-    ],
-)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("permuted", [False, True])
 def test_the_factor_times_itself_is_the_damped_matrix(size: int, permuted: bool) -> None:
     H = gram(size)
     order = random_order(size) if permuted else None
@@ -94,7 +84,7 @@ def test_dead_columns_get_the_damping_as_pivot_and_touch_nothing(dead: int) -> N
     assert float(coupling[columns].abs().max()) == float(coupling[:, columns].abs().max()) == 0
 
 
-@pytest.mark.parametrize("size", [64, 300, 512, 640, pytest.param(700, marks=STRADDLES)])
+@pytest.mark.parametrize("size", [64, 300, 512, 640, 700])
 def test_with_fewer_tokens_than_columns_damping_grows_until_it_holds(size: int) -> None:
     H = gram(size, tokens=8)
     factor = assert_factor_of(factorize(H.clone(), 1e-10), H)
@@ -115,9 +105,7 @@ def slightly_indefinite(size: int) -> Tensor:
     return H
 
 
-@pytest.mark.parametrize(
-    "size", [2, 130, 640, pytest.param(513, marks=ONE_WIDE), pytest.param(1100, marks=STRADDLES)]
-)
+@pytest.mark.parametrize("size", [2, 130, 640, 513, 1100])
 def test_a_second_try_starts_from_the_restored_matrix(size: int) -> None:
     H = slightly_indefinite(size)
     second = assert_factor_of(factorize(H.clone(), 0.01), H)
@@ -153,7 +141,7 @@ def test_permuting_in_place_is_indexing_twice(order: list[int], seed: int) -> No
     assert torch.equal(A, wanted)
 
 
-@pytest.mark.parametrize("size", [512, 700, pytest.param(1025, marks=ONE_WIDE)])
+@pytest.mark.parametrize("size", [512, 700, 1025])
 def test_permuting_in_place_across_tiles(size: int) -> None:
     A, order = gram(size), random_order(size, 2)
     wanted = A[order][:, order]
@@ -161,7 +149,7 @@ def test_permuting_in_place_across_tiles(size: int) -> None:
     assert torch.equal(A, wanted)
 
 
-@pytest.mark.parametrize("size", [pytest.param(s, marks=ONE_WIDE if s == 513 else ()) for s in SIZES])
+@pytest.mark.parametrize("size", SIZES)
 def test_row_quadratics_are_the_undamped_loss(size: int) -> None:
     H, order = gram(size), random_order(size, 5)
     factor = factorize(H.clone(), 0.01, order)
