@@ -14,6 +14,7 @@ import typer
 from llmcomp.cli.evaluate import evaluate
 from llmcomp.cli.inspect import inspect
 from llmcomp.cli.models import models
+from llmcomp.cli.plan import plan
 from llmcomp.cli.quantize import quantize
 from llmcomp.cli.report import report
 from llmcomp.errors import LlmcompError
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for _verb in (quantize, inspect, evaluate, report, models):
+for _verb in (quantize, inspect, plan, evaluate, report, models):
     app.command(no_args_is_help=_verb is not models)(_verb)
 
 

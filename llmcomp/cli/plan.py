@@ -1,0 +1,164 @@
+"""`llmcomp plan`: what a run would need and give, before anything but the config is there."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmcomp.cli import options as o
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from llmcomp.pipeline.plan import Prospect
+    from llmcomp.recipe import Recipe
+
+_WIDTHS = (8, 4, 3, 2)
+
+
+def plan(
+    model: o.Model,
+    bits: o.Bits = None,
+    group_size: o.GroupSize = None,
+    method: o.Method = None,
+    asymmetric: o.Asymmetric = None,
+    target: o.Targets = None,
+    skip: o.Skip = None,
+    override: o.Overrides = None,
+    calibration: o.Data = None,
+    samples: o.Samples = None,
+    sequence_length: o.SequenceLength = None,
+    seed: o.Seed = None,
+    format: o.Format = None,
+    recipe: o.RecipeFile = None,
+    activation_memory: Annotated[
+        int, typer.Option("--activation-memory", help="MB of waiting activations before they go to mapped files.")
+    ] = 64,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings along.")
+    ] = False,
+    json: o.Json = False,
+) -> None:
+    """Say what quantize would need and give: bytes after, peak memory, disk and time, for every method.
+
+    Takes the flags of quantize. Only config.json is read, so it answers before a model is downloaded. Without
+    --bits it compares 8, 4, 3 and 2.
+
+    Examples:
+
+        llmcomp plan tinyllama
+
+        llmcomp plan ./my-model --bits 4 --samples 64 --json
+    """
+    from llmcomp.cli.progress import listener
+    from llmcomp.hub import resolve
+    from llmcomp.recipe import check
+
+    step = {
+        "bits": bits, "group_size": group_size, "method": method, "targets": target, "skip": skip,
+        "override": override, "symmetric": None if asymmetric is None else not asymmetric,
+    }  # fmt: skip
+    data = {"source": calibration, "samples": samples, "sequence_length": sequence_length}
+    made = o.make_recipe(recipe, step, data, {"seed": seed, "format": format})
+    check(made)
+    with listener(json) as progress:
+        found = resolve(model, revision=revision, config_only=True, progress=progress)
+        widths = _WIDTHS if bits is None and recipe is None else tuple(one.bits for one in made.steps[:1])
+        seen = _look(found.path, made, widths, activation_memory * 2**20, trust_remote_code)
+    if json:
+        typer.echo(json_module.dumps(as_json(model, seen), indent=1, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    Console().print(view(model, seen))
+
+
+def _look(path: Path, recipe: Recipe, widths: tuple[int, ...], memory: int, trust_remote_code: bool) -> Prospect:
+    """The prospect of a directory with a config.
+
+    Raises:
+        UserError: an unreadable or already compressed model, or a recipe that does not fit it.
+    """
+    import dataclasses
+
+    from llmcomp.adapters.discover import discover, skeleton
+    from llmcomp.errors import BadCheckpoint
+    from llmcomp.measure.inputs import max_positions
+    from llmcomp.pipeline.plan import prospect
+    from llmcomp.shards import read_json_object
+
+    config = read_json_object(path / "config.json")
+    if config.get("quantization_config") or config.get("compression_config"):
+        raise BadCheckpoint(f"{path} is already quantized; give the full-precision checkpoint instead.")
+    adapter = discover(skeleton(path, trust_remote_code=trust_remote_code))
+    seen = prospect(adapter, recipe, widths, memory, max_positions(adapter.model, None))
+    if config.get("dtype") or config.get("torch_dtype"):
+        return seen
+    source = "the weights' headers" if any(path.glob("*.safetensors")) else "nothing, so float32 is assumed"
+    note = f"config.json names no dtype; {seen.dtype} comes from {source}."
+    return dataclasses.replace(seen, notes=(*seen.notes, note))
+
+
+def as_json(model: str, seen: Prospect) -> dict[str, Any]:
+    """The prospect as one JSON object."""
+    import dataclasses
+
+    return {"model": model, **dataclasses.asdict(seen)}
+
+
+def view(model: str, seen: Prospect) -> RenderableType:
+    """The prospect as a terminal shows it."""
+    from rich import box
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    from llmcomp.report import words
+
+    own = seen.rows[0]
+    facts = Text(
+        f"{seen.architecture} · {seen.task} · {words.parameters(seen.parameters)} parameters · "
+        f"{words.size(seen.bytes_before)} {seen.dtype}"
+    )
+    data = Text(f"calibration of up to {seen.windows} windows × {seen.length} tokens; only the config was read")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, header_style="dim", padding=(0, 1))
+    for column in ("method", "bits", "size", "", "memory", "disk", "time"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+    ordered = sorted(seen.rows, key=lambda one: -one.bits)
+    for number, one in enumerate(ordered):
+        last = number + 1 == len(ordered) or ordered[number + 1].bits != one.bits
+        table.add_row(
+            one.method, str(one.bits), words.size(one.bytes_after), words.ratio(seen.bytes_before, one.bytes_after),
+            words.size(one.peak_memory), words.size(one.disk), f"~ {words.seconds(one.seconds)}",
+            style="bold green" if one.asked else "", end_section=last and number + 1 < len(ordered),
+        )  # fmt: skip
+    terms = {name: size for name, size in vars(own.terms).items() if size}
+    shares = ", ".join(f"{name} {words.size(size)}" for name, size in sorted(terms.items(), key=lambda t: -t[1]))
+    peak = f"Peak memory of {own.method} at {own.bits} bits, while {own.moment}: {shares}."
+    statistics = (
+        f"{own.statistics} Gram matrices are gathered; each window is computed once."
+        if own.statistics
+        else "No calibration is needed."
+    )
+    about = "Memory is over that after imports; time is of compressing and saving, good to a factor of two."
+    lines = [peak, statistics, about, *seen.notes, *_fallbacks(own.fallbacks)]
+    return Group(
+        Panel(Group(facts, data), title=Text(model, "bold"), title_align="left", border_style="cyan"),
+        table,
+        *(Text(f" · {line}") for line in lines),
+    )
+
+
+def _fallbacks(fallbacks: dict[str, str]) -> list[str]:
+    """Each reason once, with the weights that it holds for."""
+    from llmcomp.report import words
+
+    names: dict[str, list[str]] = {}
+    for name, reason in fallbacks.items():
+        names.setdefault(reason, []).append(name)
+    return [f"{', '.join(words.collapse(some))}: {reason}" for reason, some in names.items()]

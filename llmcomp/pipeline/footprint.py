@@ -1,0 +1,262 @@
+"""Peak memory of a run, term by term, from shapes alone: a model of what `pipeline.run` does, not a fit.
+
+The loop's memory is looked at where it can be highest: while the lanes move to a stage, while that stage is
+solved, while its result is decoded and packed, and at the model's end. `peak` returns the highest of these
+moments. Mapped pages (source weights, spilled activations) do not count, as in `report.peak_memory`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, replace
+
+import torch
+
+from llmcomp.adapters.base import Adapter, Block, LinearRef
+from llmcomp.methods import METHODS
+from llmcomp.pipeline.assign import Task
+from llmcomp.pipeline.job import TOKENS_PER_BATCH, Plan
+from llmcomp.pipeline.waiting import Waiting, waiting
+
+FLOAT = 4  # bytes; Gram matrices and everything that methods compute with
+_TILE = 512  # rows of the diagonal tiles that `_solve.factorize` keeps aside
+_SWEEP_WEIGHTS = 1 << 22  # elements of a chunk of rows in `methods.gptq`
+_SWEEP_BYTES = 10  # float32 weights and errors, int8 integers in two orders
+_SEARCH_WEIGHTS = 1 << 17  # elements of a chunk in `methods._grid`
+_SEARCH_BYTES = 6 * FLOAT  # the chunk, points, products and losses
+_LOSS_ROWS = 1024  # a chunk in `methods.solution.row_losses`
+_LOSS_BYTES = 4 * FLOAT  # weight, error, product with the Gram matrix, its square
+_FINITE_WEIGHTS = 1 << 22  # elements that `residency.check_finite` looks at in one go
+_WITNESS_TOKENS = 2 * 64
+# Without a traced lane: block input, sum, normed input, queries, keys and values, output (Llama holds five).
+_UNTRACED_STREAMS = 6
+# oneDNN compiles a kernel for every shape of a product and keeps the last 1024: measured, 84 MB after one GPTQ
+# of width 5632, whose factorization and sweep have some 360 shapes.
+_KERNEL_BYTES = 220_000
+_KERNELS_KEPT = 1024
+_BLOCK = 128  # columns of a step of `_solve.factorize` and `_solve.sweep`
+# What torch keeps once it has computed: thread pools, oneDNN's compiled kernels and scratch, the heap's slack.
+ALLOCATOR = 24 * 2**20
+
+
+@dataclass(frozen=True)
+class MemoryTerms:
+    """Bytes at one moment of the run.
+
+    Attributes:
+        statistics: the Gram matrix of one stage, float32 [in, in] (`GramAccumulator`).
+        widening: float32 copies of one lane's input while it is added to the Gram matrix.
+        method: what solving needs beside that: chunks of the sweep or of losses, of the search, tiles.
+        stacked: weights of a stage that share an input, copied side by side (`solve_stage`).
+        values: int8 integers of the stage.
+        installed: dense decoded weights that lanes compute with (`_solve`), with the copy that decodes one.
+        packed: finished tensors of the block, waiting for its shard (`Finished`).
+        parked: lanes' inputs that stay within --activation-memory (`Parking`).
+        held: what else the lanes' frames refer to (queries, residual sums, masks, rotary tables).
+        step: one lane's forward between two stops, at its peak.
+        logits: the witness's, where the head is computed.
+        kernels: compiled by oneDNN for each shape of the solver's products, where it serves them.
+        allocator: of torch and the C library, whatever the model.
+    """
+
+    statistics: int = 0
+    widening: int = 0
+    method: int = 0
+    stacked: int = 0
+    values: int = 0
+    installed: int = 0
+    packed: int = 0
+    parked: int = 0
+    held: int = 0
+    step: int = 0
+    logits: int = 0
+    kernels: int = 0
+    allocator: int = ALLOCATOR
+
+    @property
+    def total(self) -> int:
+        return int(sum(astuple(self)))
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes in memory at the worst moment, `terms` by name; `spilled`: the most that waits in mapped files."""
+
+    moment: str
+    terms: MemoryTerms
+    spilled: int
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """How calibration tokens are batched: `count` lanes of `rows` windows of `length` tokens."""
+
+    count: int
+    rows: int
+    length: int
+
+    @classmethod
+    def of(cls, samples: int, length: int) -> Lanes:
+        """As `calibration.data.batches` groups `samples` windows of one length."""
+        rows = min(samples, max(1, TOKENS_PER_BATCH // length))
+        return cls(-(-samples // rows), rows, length)
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+def footprint(adapter: Adapter, plan: Plan, lanes: Lanes, budget: int) -> Footprint:
+    """The worst moment of a run.
+
+    Args:
+        lanes: of the calibration windows.
+        budget: bytes of `--activation-memory`.
+    """
+    tasks = plan.assignment.tasks
+    itemsize = {name: value.element_size() for name, value in adapter.model.state_dict().items()}
+    block = _heaviest(adapter, tasks)
+    stages = [[tasks[ref.name] for ref in stage if ref.name in tasks] for stage in block.stages]
+    stages = [stage for stage in stages if stage]
+    size = itemsize[f"{block.linears[0].name}.weight"]
+    moments = list(_outside(adapter, plan, itemsize))
+    spilled = 0
+    if plan.assignment.calibrated:
+        places = _places(adapter, block, stages, lanes, size)
+        moments += _calibrated(stages, places, plan, lanes, budget, size)
+        spilled = max(place.parked for place in places) * lanes.count - budget
+    else:
+        moments += _uncalibrated(stages, plan, size)
+    moment, terms = max(moments, key=lambda one: one[1].total)
+    return Footprint(moment, replace(terms, kernels=_kernels(stages)), max(0, spilled))
+
+
+def _kernels(stages: Sequence[Sequence[Task]]) -> int:
+    """Bytes of compiled kernels, after the first block has shown every shape."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return 0  # `fast_matmul` changes nothing then: products go to MKL, which compiles none
+    shapes: set[tuple[int, ...]] = set()
+    for stage in stages:
+        if stage[0].method != "gptq":
+            continue
+        columns = stage[0].ref.in_features
+        rows = sum(task.ref.out_features for task in stage)
+        chunk = max(64, _SWEEP_WEIGHTS // columns)
+        sizes = {min(chunk, rows), rows % chunk} - {0}
+        for stop in range(_BLOCK, columns, _BLOCK):
+            shapes |= {(stop, stop - tile) for tile in range(0, stop, _TILE)}  # an outer product's tiles
+            shapes |= {(0, stop)} | {(stop, 0, size) for size in sizes}  # a panel; a block of the sweep
+    return min(len(shapes), _KERNELS_KEPT) * _KERNEL_BYTES
+
+
+def _heaviest(adapter: Adapter, tasks: dict[str, Task]) -> Block:
+    """The block with the widest input to compress; not the first, whose input is the embeddings themselves,
+    where there is another like it."""
+
+    def width(block: Block) -> tuple[int, int]:
+        refs = [ref for ref in block.linears if ref.name in tasks]
+        return max((ref.in_features for ref in refs), default=0), sum(ref.weights for ref in refs)
+
+    return max(adapter.blocks, key=lambda block: (width(block), block.index == 1))
+
+
+def _places(
+    adapter: Adapter, block: Block, stages: Sequence[Sequence[Task]], lanes: Lanes, size: int
+) -> list[Waiting]:
+    """One lane at the block's entry, at each stage, and after it."""
+    found = waiting(adapter, block, [stage[0].ref.name for stage in stages], lanes.rows, lanes.length)
+    if len(found) == len(stages) + 2:
+        return found
+    stream = adapter.embeddings.in_features * size * lanes.tokens
+    widest = max(max(ref.out_features for ref in block.linears) * size * lanes.tokens, stream)
+    inputs = [block.linears[0].in_features, *(stage[0].ref.in_features for stage in stages), 0]
+    half = _UNTRACED_STREAMS // 2 * stream
+    return [Waiting("", half + width * size * lanes.tokens, half, 3 * widest) for width in inputs]
+
+
+def _calibrated(
+    stages: Sequence[Sequence[Task]], places: Sequence[Waiting], plan: Plan, lanes: Lanes, budget: int, size: int
+) -> Iterator[tuple[str, MemoryTerms]]:
+    """Stage by stage: lanes arrive, the stage is solved, its weights are decoded and packed."""
+    installed = packed = 0
+    for number, stage in enumerate(stages):
+        ref, name = stage[0].ref, stage[0].ref.name
+        before, here = places[number], places[number + 1]
+        # Lanes that have arrived hold what they hold here, the others still what they held before.
+        parked = min(budget, lanes.count * max(before.parked, here.parked))
+        held = lanes.count * max(before.held, here.held)
+        gram = FLOAT * ref.in_features**2
+        moving = MemoryTerms(gram, 0, 0, 0, 0, installed, packed, parked, held)
+        copies = (1 if size == FLOAT else 2) * FLOAT  # x as float32, and |x|
+        widening = lanes.tokens * ref.in_features * copies
+        # An input is widened when its lane has arrived, so the two do not come together.
+        if widening > here.step:
+            yield f"adding to the statistics of {name}", replace(moving, widening=widening)
+        else:
+            yield f"computing up to {name}", replace(moving, step=here.step)
+        waiting_here = MemoryTerms(
+            0, 0, 0, 0, 0, 0, packed, min(budget, lanes.count * here.parked), lanes.count * here.held
+        )
+        solving, decoded = _solving(stage, size)
+        yield f"solving {name}", replace(waiting_here, statistics=gram, **solving)
+        packed += sum(plan.layout.nbytes(task.ref, size) for task in stage)
+        installed = decoded
+        decoding = installed + max(task.ref.weights for task in stage) * size
+        yield f"decoding {name}", replace(waiting_here, values=solving["values"], installed=decoding, packed=packed)
+    end = places[-1]
+    parked = min(budget, lanes.count * max(places[-2].parked, end.parked))
+    held = lanes.count * max(places[-2].held, end.held)
+    yield "leaving the block", MemoryTerms(0, 0, 0, 0, 0, installed, packed, parked, held, end.step)
+
+
+def _uncalibrated(stages: Sequence[Sequence[Task]], plan: Plan, size: int) -> Iterator[tuple[str, MemoryTerms]]:
+    """All stages of a block at once; only the witness goes along."""
+    installed = packed = 0
+    for stage in stages:
+        solving, decoded = _solving(stage, size)
+        yield f"solving {stage[0].ref.name}", MemoryTerms(installed=installed, packed=packed, **solving)
+        packed += sum(plan.layout.nbytes(task.ref, size) for task in stage)
+        installed += decoded
+        spare = max(task.ref.weights for task in stage) * size
+        yield (
+            f"decoding {stage[0].ref.name}",
+            MemoryTerms(values=solving["values"], installed=installed + spare, packed=packed),
+        )
+
+
+def _solving(stage: Sequence[Task], size: int) -> tuple[dict[str, int], int]:
+    """({term: bytes} of `solve_stage`, bytes of the stage's weights decoded)."""
+    weights = sum(task.ref.weights for task in stage)
+    columns = stage[0].ref.in_features
+    rows = weights // columns
+    method = _SEARCH_WEIGHTS * _SEARCH_BYTES
+    if stage[0].method == "gptq":
+        chunk = min(rows, max(64, _SWEEP_WEIGHTS // columns)) * columns
+        method = max(method, chunk * _SWEEP_BYTES, FLOAT * columns * _TILE)
+    elif METHODS[stage[0].method].calibrated:
+        method = max(method, min(rows, _LOSS_ROWS) * columns * _LOSS_BYTES)
+    stacked = weights * size if len(stage) > 1 else 0
+    return {"method": method, "stacked": stacked, "values": weights}, weights * size
+
+
+def _outside(adapter: Adapter, plan: Plan, itemsize: dict[str, int]) -> Iterator[tuple[str, MemoryTerms]]:
+    """What happens before and after the blocks."""
+    head, tasks = adapter.head, plan.assignment.tasks
+    size = itemsize[f"{adapter.embeddings.name}.weight"]
+    # isfinite makes a magnitude and masks of the chunk
+    yield "reading", MemoryTerms(method=_FINITE_WEIGHTS * (size + 2))
+    if head is not None:
+        # Outputs stay while the last operation's input is still there.
+        yield "computing the witness's output", MemoryTerms(logits=2 * _WITNESS_TOKENS * head.out_features * size)
+    for ref in (adapter.embeddings, head):
+        if ref is not None and ref.name in tasks:
+            yield from _alone(ref, tasks[ref.name], plan, itemsize[f"{ref.name}.weight"])
+
+
+def _alone(ref: LinearRef, task: Task, plan: Plan, size: int) -> Iterator[tuple[str, MemoryTerms]]:
+    """Embeddings or head as a stage of their own."""
+    solving, decoded = _solving([task], size)
+    gram = FLOAT * ref.in_features**2 if METHODS[task.method].calibrated else 0
+    yield f"solving {ref.name}", MemoryTerms(statistics=gram, **solving)
+    packed = plan.layout.nbytes(ref, size)
+    yield f"decoding {ref.name}", MemoryTerms(values=solving["values"], installed=2 * decoded, packed=packed)

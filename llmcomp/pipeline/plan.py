@@ -1,0 +1,217 @@
+"""What a run would need and give, from config.json alone: bytes after, peak memory, disk, time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcomp.adapters.base import Adapter
+from llmcomp.methods import METHODS
+from llmcomp.pipeline.footprint import Lanes, MemoryTerms, footprint
+from llmcomp.pipeline.job import Plan, plan_recipe
+from llmcomp.pipeline.timing import Rates, measure_rates, seconds
+from llmcomp.recipe import Calibration, Recipe
+from llmcomp.weights import QuantizedWeight
+
+# What a shard's header says of a tensor beside its name, shape and offsets.
+_EMPTY: dict[str, Any] = {"dtype": "F32", "shape": [], "data_offsets": [0, 0]}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one method at one width would cost.
+
+    Attributes:
+        bits: of the step; overrides keep their own.
+        bytes_after: weight files with their headers.
+        peak_memory: anonymous resident bytes of compressing and saving over those after imports.
+        moment, terms: when the peak is, and of what it is made.
+        disk: bytes that the output's disk must have free: output, and spilled activations while it runs.
+        spilled: activations beyond `--activation-memory`, in mapped files.
+        seconds: of compressing and saving, good to a factor of two.
+        statistics: Gram matrices to be gathered; each window is still computed once.
+        fallbacks: {module name: what is done instead of what was asked}.
+        asked: whether this is what the recipe says, as opposed to an alternative.
+    """
+
+    method: str
+    bits: int
+    bytes_after: int
+    peak_memory: int
+    moment: str
+    terms: MemoryTerms
+    disk: int
+    spilled: int
+    seconds: float
+    statistics: int
+    fallbacks: dict[str, str]
+    asked: bool
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """A model and what could be made of it.
+
+    Attributes:
+        dtype: of the weights, as the config says.
+        bytes_before: of the tensors as the config describes them, a shared one counted once.
+        windows, length: of calibration. rows: alternatives, the recipe's own first.
+        notes: what the user should know, one sentence each.
+    """
+
+    architecture: str
+    task: str
+    dtype: str
+    parameters: int
+    bytes_before: int
+    windows: int
+    length: int
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+
+def prospect(
+    adapter: Adapter, recipe: Recipe, bits: Sequence[int], activation_memory: int, max_length: int | None = None
+) -> Prospect:
+    """The recipe, and all methods at `bits`, side by side.
+
+    Args:
+        adapter: of a skeleton; no weights are read.
+        bits: widths to show.
+        activation_memory: bytes, as `RunOptions`.
+        max_length: the model's positions; longer windows are clipped.
+
+    Raises:
+        BadRecipe: the recipe does not fit the model.
+    """
+    calibration = recipe.calibration
+    length = min(calibration.sequence_length, max_length or calibration.sequence_length)
+    calibration = Calibration(calibration.source, calibration.samples, length)
+    dtype = adapter.model.dtype
+    assert isinstance(dtype, torch.dtype)
+    rates = measure_rates(dtype)
+    step = recipe.steps[0]
+    own = row(adapter, recipe, calibration, activation_memory, rates)
+    rows = [own]
+    for width in bits:
+        for method in METHODS:
+            if (method, width) != (step.method, step.bits):
+                options = step.options if method == step.method else {}
+                other = replace(recipe, steps=(replace(step, method=method, bits=width, options=options),))
+                found = row(adapter, other, calibration, activation_memory, rates)
+                rows.append(replace(found, asked=False))
+    before, parameters = _before(adapter)
+    notes = [*plan_recipe(recipe, adapter).layout.notes]
+    if length < recipe.calibration.sequence_length:
+        notes.append(f"Windows are cut at {length} tokens, the most that the model reads.")
+    if adapter.trace_problem is not None:
+        notes.append("Its forward could not be followed without weights, so memory is a rougher guess here.")
+    return Prospect(
+        architecture=adapter.architecture,
+        task=adapter.task,
+        dtype=str(dtype).removeprefix("torch."),
+        parameters=parameters,
+        bytes_before=before,
+        windows=calibration.samples,
+        length=length,
+        rows=tuple(rows),
+        notes=tuple(notes),
+    )
+
+
+def row(adapter: Adapter, recipe: Recipe, calibration: Calibration, activation_memory: int, rates: Rates) -> Row:
+    """What one recipe would cost.
+
+    Raises:
+        BadRecipe: it does not fit the model.
+    """
+    plan, step = plan_recipe(recipe, adapter), recipe.steps[0]
+    lanes = Lanes.of(calibration.samples, calibration.sequence_length)
+    found = footprint(adapter, plan, lanes, activation_memory)
+    after = bytes_after(adapter, plan) + header_bytes(adapter, plan)
+    tokens = calibration.samples * calibration.sequence_length
+    tasks = plan.assignment.tasks
+    fallbacks = {name: task.fallback for name, task in tasks.items() if task.fallback}
+    fallbacks |= {name: f"stored dense: {why}" for name, why in plan.layout.dense.items()}
+    calibrated = {name for name, task in tasks.items() if METHODS[task.method].calibrated}
+    stages = [stage for block in adapter.blocks for stage in block.stages]
+    passes = sum(any(ref.name in calibrated for ref in stage) for stage in stages)
+    if adapter.head is not None and adapter.head.name in calibrated:
+        passes += 1
+    return Row(
+        method=step.method,
+        bits=step.bits,
+        bytes_after=after,
+        peak_memory=found.terms.total,
+        moment=found.moment,
+        terms=found.terms,
+        disk=after + found.spilled,
+        spilled=found.spilled,
+        seconds=seconds(adapter, plan, tokens, lanes.count, rates),
+        statistics=passes,
+        fallbacks=fallbacks,
+        asked=True,
+    )
+
+
+def bytes_after(adapter: Adapter, plan: Plan, stored: Collection[str] | None = None) -> int:
+    """Bytes of the compressed checkpoint's tensors, without headers.
+
+    Args:
+        stored: names that the source holds (`Binding.key_of`); None: all that the model has.
+    """
+    total, tasks = 0, plan.assignment.tasks
+    for name, tensor in _written(adapter, plan, stored).items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and module in tasks:
+            total += plan.layout.nbytes(tasks[module].ref, tensor.element_size())
+        else:
+            total += tensor.numel() * tensor.element_size()
+    return total
+
+
+def header_bytes(adapter: Adapter, plan: Plan) -> int:
+    """Bytes of the shards' headers, one shard a block: in a model of a few megabytes they count."""
+    tasks, shards = plan.assignment.tasks, dict[int | None, dict[str, Any]]()
+    for name, tensor in _written(adapter, plan, None).items():
+        module, _, leaf = name.rpartition(".")
+        entries = {name: tensor}
+        if leaf == "weight" and module in tasks:
+            entries = _on_meta(plan, module, tensor.dtype)
+        shard = shards.setdefault(adapter.block_of(name), {"__metadata__": {"format": "pt"}})
+        for key, value in entries.items():
+            offset = value.numel() * value.element_size() * max(1, len(shard) // 2)
+            shard[key] = {**_EMPTY, "shape": list(value.shape), "data_offsets": [offset, offset]}
+    return sum(8 + len(json.dumps(shard, separators=(",", ":"))) + 4 for shard in shards.values())
+
+
+def _on_meta(plan: Plan, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors that the format would write for a weight, without values."""
+    task = plan.assignment.tasks[module]
+    shape, groups = (task.ref.out_features, task.ref.in_features), task.scheme.groups(task.ref.in_features)
+    values = torch.empty(shape, dtype=torch.int8, device="meta")
+    scale = torch.empty(shape[0], groups, dtype=dtype, device="meta")
+    zero = None if task.scheme.symmetric else torch.empty(shape[0], groups, dtype=torch.int8, device="meta")
+    return plan.layout.tensors(task.ref, QuantizedWeight(values, scale, zero, task.scheme))
+
+
+def _written(adapter: Adapter, plan: Plan, stored: Collection[str] | None) -> dict[str, Tensor]:
+    """The model's tensors that get a place of their own in the output."""
+    state = adapter.model.state_dict()
+    wanted = state if stored is None else stored
+    return {name: value for name, value in state.items() if name in wanted and name not in plan.ties}
+
+
+def _before(adapter: Adapter) -> tuple[int, int]:
+    """Bytes of the tensors, and how many parameters; what is tied counts once."""
+    state = {name: value for name, value in adapter.model.state_dict().items() if name not in adapter.ties}
+    parameters = {name for name, _ in adapter.model.named_parameters(remove_duplicate=False)}
+    return (
+        sum(value.numel() * value.element_size() for value in state.values()),
+        sum(value.numel() for name, value in state.items() if name in parameters),
+    )

@@ -1,0 +1,108 @@
+"""How long a run will take: operation counts over rates that this machine shows in half a second.
+
+An estimate, good to a factor of two: other programs, a disk that is slow, and small models (whose time goes
+into Python) all change it. Compressing and saving only; verification and evaluation come on top.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from llmcomp.adapters.base import Adapter
+from llmcomp.matmul import fast_matmul
+from llmcomp.methods import METHODS
+from llmcomp.methods._grid import SEARCH
+from llmcomp.pipeline.assign import Task
+from llmcomp.pipeline.job import Plan
+
+_SIZE = 1024  # of the matrices that are multiplied to see how fast
+_ELEMENTS = 1 << 17  # of the chunk that is rounded to see how fast
+_BUDGET = 0.15  # seconds for each rate
+_COLUMN_PASSES = 12  # elementwise operations of the sweep on each weight
+_SEARCH_PASSES = 6  # elementwise operations of one candidate scale on each weight
+_STORED_BYTES = 4e8  # a second: packing, two digests, writing and syncing
+_LANE_STOP = 0.002  # seconds: a greenlet's way to its next stop, with the Python of the model between
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine does in a second: `forward` and `exact` floating-point operations of matrix products
+    in the model's dtype and in float32 (`fast_matmul`); `elements`: elementwise operations in cache."""
+
+    forward: float
+    exact: float
+    elements: float
+
+
+def measure_rates(dtype: torch.dtype) -> Rates:
+    """Time three small kernels with the threads that torch has; under a second."""
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(_SIZE, _SIZE, generator=generator)
+    narrow = exact.to(dtype)
+    flat = torch.randn(_ELEMENTS, generator=generator)
+    with torch.no_grad():
+        forward = _rate(lambda: narrow @ narrow)
+        with fast_matmul():
+            full = _rate(lambda: exact @ exact)
+        rounding = _rate(lambda: flat.mul(3.0).round_())
+    operations = 2.0 * _SIZE**3
+    return Rates(operations * forward, operations * full, 2.0 * _ELEMENTS * rounding)
+
+
+def seconds(adapter: Adapter, plan: Plan, tokens: int, lanes: int, rates: Rates) -> float:
+    """Time to compress and save.
+
+    Args:
+        tokens: of calibration, in all.
+        lanes: batches they come in.
+    """
+    tasks, total = plan.assignment.tasks, 0.0
+    calibrated = plan.assignment.calibrated
+    for block in adapter.blocks:
+        if calibrated:
+            # Each linear is computed once for each window (`calibration.capture`).
+            total += 2.0 * tokens * sum(ref.weights for ref in block.linears) / rates.forward
+            total += _LANE_STOP * lanes * (1 + len(block.stages))
+        for stage in block.stages:
+            wanted = [tasks[ref.name] for ref in stage if ref.name in tasks]
+            if wanted:
+                total += _stage(wanted, tokens if calibrated else 0, rates)
+    for ref in (adapter.embeddings, adapter.head):
+        if ref is not None and ref.name in tasks:
+            task = tasks[ref.name]
+            total += _stage([task], tokens if METHODS[task.method].calibrated else 0, rates)
+    state = adapter.model.state_dict()
+    return total + sum(value.numel() * value.element_size() for value in state.values()) / _STORED_BYTES
+
+
+def _stage(stage: list[Task], tokens: int, rates: Rates) -> float:
+    columns = stage[0].ref.in_features
+    weights = float(sum(task.ref.weights for task in stage))
+    total = tokens * float(columns) ** 2 / rates.exact  # upper half of 2 · tokens · in²
+    for task in stage:
+        share = float(task.ref.weights)
+        shrinks, refinements = SEARCH[task.scheme.bits] if task.method != "rtn" else ((1.0,), 0)
+        candidates = len(shrinks) * (2 if task.scheme.symmetric else 1) + 2 * refinements
+        total += share * candidates * _SEARCH_PASSES / rates.elements
+    if stage[0].method == "gptq":
+        total += float(columns) ** 3 / 3 / (rates.exact / 2)  # small blocks run at half the rate
+        total += 3 * weights * columns / rates.exact  # the sweep's products and two quadratic forms
+        total += weights * _COLUMN_PASSES / rates.elements
+    elif METHODS[stage[0].method].calibrated:
+        total += 4 * weights * columns / rates.exact  # e'He and w'Hw
+    return total
+
+
+def _rate(kernel: Callable[[], object]) -> float:
+    """Runs a second of the fastest of several tries."""
+    kernel()
+    best, began = float("inf"), time.perf_counter()
+    while time.perf_counter() - began < _BUDGET:
+        start = time.perf_counter()
+        kernel()
+        best = min(best, time.perf_counter() - start)
+    return 1 / best

@@ -1,0 +1,127 @@
+"""What calibration windows hold in memory while they wait, found by running the model's own forward on meta.
+
+Between two stops a lane (`llmcomp.calibration.capture`) keeps whatever its frames refer to: the residual
+stream, the normed input, queries and keys … Which tensors those are is the model code's affair, so they are
+not guessed here: a lane is driven through a block on meta tensors of the real shape, which computes nothing,
+and the storages that live at each stop are added up.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from llmcomp.adapters.base import Adapter, Block
+from llmcomp.calibration.capture import Lane, stopping
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """One lane at one stop, in bytes.
+
+    Attributes:
+        place: module name of the stop.
+        parked: storages that were some stop's input and so may go to files (`Parking`).
+        held: all others.
+        step: what computing from the stop before to this one took at its peak, over what was held before.
+    """
+
+    place: str
+    parked: int
+    held: int
+    step: int
+
+
+def waiting(adapter: Adapter, block: Block, wanted: Sequence[str], rows: int, length: int) -> list[Waiting]:
+    """A lane of `rows` windows of `length` tokens at the entry of `block`, at each of the linears `wanted`
+    (in order), and where it stops after the block. Empty where the model cannot be run on meta tensors."""
+    if adapter.trace_problem is not None:
+        return []
+    twin: Any = copy.deepcopy(adapter.model).to("meta")
+    twin.config.pad_token_id = None
+    pending = set(wanted)
+    body = twin.base_model
+    places = {one.name: twin.get_submodule(one.name) for one in adapter.blocks}
+    linears = {name: twin.get_submodule(name) for name in wanted}
+    found: list[Waiting] = []
+    storages, parked = _Storages(), set[int]()
+    ids = torch.zeros(rows, length, dtype=torch.int64, device="meta")
+    mode = stopping(twin, places, linears, pending.__contains__)
+    with mode, _FusedAttention(), storages:
+        lane = Lane(body, {"input_ids": ids})
+        try:
+            inside, before = False, 0
+            while (stop := lane.advance()) is not None:
+                if stop.inputs is not None:
+                    parked.add(stop.inputs.untyped_storage()._cdata)
+                inside = inside or stop.name == block.name
+                files = sum(size for key, size in storages.sizes.items() if key in parked)
+                if inside:
+                    found.append(Waiting(stop.name, files, storages.now - files, storages.peak - before))
+                if inside and stop.kind == "block" and stop.name != block.name:
+                    break
+                before = storages.peak = storages.now
+            else:  # the last block: the lane has left with its output
+                found.append(Waiting("the end", 0, storages.now, storages.peak - before))
+        finally:
+            lane.close()
+    return found
+
+
+class _Storages(TorchDispatchMode):
+    """Bytes of the storages that operations have made and somebody still refers to.
+
+    Attributes:
+        sizes: storage → bytes. now: their sum. peak: the largest it has been.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sizes: dict[int, int] = {}
+        self._references: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return True  # "is this mask all ones?", "do positions rise?": windows are whole and unpadded
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor)
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key], self._references[key] = storage.nbytes(), 0
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+        self._references[key] += 1
+        weakref.finalize(tensor, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self._references[key] -= 1
+        if not self._references[key]:
+            del self._references[key]
+            self.now -= self.sizes.pop(key)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as one kernel, as the CPU has it; on meta torch would spell out the [length, length] scores."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+            query, value = named["query"], named["value"]
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,134 @@
+"""What plan says against what runs write and hold."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny
+
+from llmcomp.adapters.base import Adapter
+from llmcomp.adapters.discover import discover, skeleton
+from llmcomp.methods import METHODS
+from llmcomp.pipeline.footprint import Lanes, footprint
+from llmcomp.pipeline.job import open_source, plan_recipe
+from llmcomp.pipeline.plan import Prospect, bytes_after, prospect
+from llmcomp.pipeline.timing import Rates, seconds
+from llmcomp.pipeline.waiting import waiting
+from llmcomp.recipe import Calibration, QuantizeStep, Recipe
+
+BUDGET = 64 * 2**20
+RATES = Rates(1e11, 1e11, 1e9)
+
+
+def adapter_of(directory: Path) -> Adapter:
+    return discover(skeleton(directory))
+
+
+def seen(adapter: Adapter, **step: object) -> Prospect:
+    recipe = Recipe((QuantizeStep(**step),), Calibration(samples=4, sequence_length=16))  # type: ignore[arg-type]
+    return prospect(adapter, recipe, (recipe.steps[0].bits,), BUDGET)
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("llama", {}),
+        ("llama-untied", {"bits": 3, "group_size": 32, "symmetric": False}),
+        ("llama", {"bits": 8, "targets": ("attention", "mlp", "head")}),
+        ("gpt2", {"bits": 4}),
+        ("bert-classifier", {"bits": 8, "group_size": "channel"}),
+    ],
+)
+def test_bytes_are_those_of_the_files(tmp_path: Path, name: str, step: dict[str, object]) -> None:
+    from llmcomp import RunOptions, quantize
+
+    source = tiny(name, tmp_path / "model", tokenizer=True, dtype=torch.bfloat16)
+    planned = seen(adapter_of(source), method="rtn", **step).rows[0].bytes_after
+    recipe = Recipe((QuantizeStep(method="rtn", **step),))  # type: ignore[arg-type]
+    options = RunOptions(output=tmp_path / "out", evaluate=False, verify=False)
+    quantize(str(source), recipe=recipe, options=options)
+    written = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    assert planned == pytest.approx(written, rel=0.01)
+
+
+def test_names_that_the_source_lacks_are_not_counted(tmp_path: Path) -> None:
+    source = open_source(tiny("llama-untied", tmp_path))
+    plan = plan_recipe(Recipe(), source.adapter)
+    whole = bytes_after(source.adapter, plan)
+    some = {name for name in source.binding.key_of if name != "lm_head.weight"}
+    head = source.adapter.model.get_submodule("lm_head").weight
+    assert bytes_after(source.adapter, plan, source.binding.key_of) == whole
+    assert whole - bytes_after(source.adapter, plan, some) == head.numel() * head.element_size()
+
+
+def test_depth_changes_the_peak_by_nothing(tmp_path: Path) -> None:
+    shallow = adapter_of(tiny("llama", tmp_path / "a", num_hidden_layers=2))
+    deep = adapter_of(tiny("llama", tmp_path / "b", num_hidden_layers=4))
+    lanes = Lanes.of(8, 16)
+    two, four = (footprint(one, plan_recipe(Recipe(), one), lanes, BUDGET) for one in (shallow, deep))
+    assert four.terms.total == pytest.approx(two.terms.total, rel=0.1)
+
+
+def test_what_lanes_hold_is_what_a_real_lane_holds(tmp_path: Path) -> None:
+    adapter = adapter_of(tiny("llama", tmp_path, dtype=torch.float32))
+    block = adapter.blocks[1]
+    found = waiting(adapter, block, [stage[0].name for stage in block.stages], 2, 16)
+    assert [one.place for one in found[:-1]] == [block.name, *(stage[0].name for stage in block.stages)]
+    stream = 2 * 16 * adapter.embeddings.in_features * 4
+    # At the entry: the block's input and the embeddings, which the model's own frame keeps.
+    assert found[0].parked == 2 * stream
+    # Before gate and up: those two and the normed input; the sum after attention beside them.
+    assert found[3].parked == 3 * stream
+    assert stream <= found[3].held < 2 * stream
+
+
+def test_the_budget_bounds_what_is_parked_and_the_rest_goes_to_files(tmp_path: Path) -> None:
+    adapter = adapter_of(tiny("llama", tmp_path))
+    plan, lanes = plan_recipe(Recipe(), adapter), Lanes(64, 32, 64)
+    wide, narrow = (footprint(adapter, plan, lanes, budget) for budget in (1 << 34, 0))
+    assert wide.spilled == 0 < narrow.spilled
+    assert narrow.terms.parked == 0 < wide.terms.parked
+    assert narrow.terms.total < wide.terms.total
+
+
+def test_terms_add_up_and_every_method_has_a_row(tmp_path: Path) -> None:
+    found = seen(adapter_of(tiny("llama", tmp_path)))
+    assert {row.method for row in found.rows} == set(METHODS)
+    assert [row.asked for row in found.rows].count(True) == 1
+    for row in found.rows:
+        assert row.peak_memory == sum(astuple(row.terms))
+        assert row.disk == row.bytes_after + row.spilled
+        assert (row.statistics > 0) == METHODS[row.method].calibrated
+        assert row.seconds > 0
+
+
+def test_fallbacks_are_named(tmp_path: Path) -> None:
+    adapter = adapter_of(tiny("llama", tmp_path, hidden_size=96, intermediate_size=100, num_attention_heads=4))
+    fallbacks = seen(adapter).rows[0].fallbacks
+    assert "128 does not divide its width 100" in fallbacks["model.layers.0.mlp.down_proj"]
+
+
+def test_time_grows_with_depth_tokens_and_candidates(tmp_path: Path) -> None:
+    shallow = adapter_of(tiny("llama", tmp_path / "a", num_hidden_layers=2))
+    deep = adapter_of(tiny("llama", tmp_path / "b", num_hidden_layers=4))
+
+    def time(adapter: Adapter, tokens: int, method: str = "gptq", rates: Rates = RATES) -> float:
+        plan = plan_recipe(Recipe((QuantizeStep(method=method),)), adapter)
+        return seconds(adapter, plan, tokens, 1, rates)
+
+    assert 0 < time(shallow, 512) < time(deep, 512) < time(deep, 1024)
+    assert time(deep, 512, "rtn") < time(deep, 512, "rtn-clip") < time(deep, 512)
+    assert time(deep, 512, rates=replace(RATES, exact=1e10)) > time(deep, 512)
+
+
+def test_lanes_are_those_that_the_run_makes() -> None:
+    from llmcomp.calibration.data import batches
+    from llmcomp.pipeline.job import TOKENS_PER_BATCH
+
+    for samples, length in ((32, 512), (3, 512), (5, 5000), (128, 100)):
+        found = batches([torch.zeros(length, dtype=torch.int64)] * samples, tokens_per_batch=TOKENS_PER_BATCH, pad_id=0)
+        lanes = Lanes.of(samples, length)
+        assert (lanes.count, lanes.tokens) == (len(found), found[0].input_ids.numel())
