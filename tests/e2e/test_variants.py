@@ -25,6 +25,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     **{f"bert-int{bits}": ("bert", {}, {"bits": bits}, PACKED) for bits in (2, 3, 8)},
     "llama-tied-ends": ("llama", {}, {"targets": ALL, "overrides": INT8_ENDS}, PACKED),
     "llama-untied-ends": ("llama-untied", {}, {"targets": ALL, "overrides": INT8_ENDS}, PACKED),
+    "llama-rtn-ends": ("llama", {}, {"targets": ALL, "method": "rtn"}, PACKED),
+    "bert-head": ("bert", {}, {"targets": ALL}, PACKED),
     "llama-tied-head": ("llama", {}, {"targets": ("attention", "mlp", "head")}, PACKED),
     "bert-tied-embeddings": ("bert", {}, {"overrides": INT8_ENDS[:1]}, PACKED),
     "llama-mixed": ("llama", {"num_hidden_layers": 4}, {"overrides": MIXED}, PACKED),
