@@ -28,7 +28,7 @@ from llmcomp.formats import Layout, witness
 from llmcomp.formats.save import ShardWriter, writing
 from llmcomp.pipeline.assign import Assignment, Task
 from llmcomp.pipeline.journal import Journal
-from llmcomp.pipeline.memory import return_freed_memory
+from llmcomp.pipeline.memory import keep_large_blocks_apart, return_freed_memory
 from llmcomp.pipeline.residency import Residency
 from llmcomp.pipeline.solve import layer_report, solve_stage
 from llmcomp.progress import Progress
@@ -117,6 +117,7 @@ class Compression:
             RunError: a block that could not be run, or a full disk.
             UserError: a directory that cannot be written to.
         """
+        keep_large_blocks_apart()
         adapter, model = self._job.adapter, self._job.adapter.model
         self._progress.phase("compress", len(adapter.blocks))
         linears = {name: model.get_submodule(name) for name in self._job.assignment.tasks}
