@@ -53,7 +53,7 @@ def waiting(adapter: Adapter, block: Block, wanted: Sequence[str], rows: int, le
     places = {one.name: twin.get_submodule(one.name) for one in adapter.blocks}
     linears = {name: twin.get_submodule(name) for name in wanted}
     found: list[Waiting] = []
-    storages, parked = _Storages(), set[int]()
+    storages = _Storages()
     ids = torch.zeros(rows, length, dtype=torch.int64, device="meta")
     mode = stopping(twin, places, linears, pending.__contains__)
     with mode, _FusedAttention(), storages:
@@ -62,9 +62,9 @@ def waiting(adapter: Adapter, block: Block, wanted: Sequence[str], rows: int, le
             inside, before = False, 0
             while (stop := lane.advance()) is not None:
                 if stop.inputs is not None:
-                    parked.add(stop.inputs.untyped_storage()._cdata)
+                    storages.parked.add(stop.inputs.untyped_storage()._cdata)
                 inside = inside or stop.name == block.name
-                files = sum(size for key, size in storages.sizes.items() if key in parked)
+                files = sum(size for key, size in storages.sizes.items() if key in storages.parked)
                 if inside:
                     found.append(Waiting(stop.name, files, storages.now - files, storages.peak - before))
                 if inside and stop.kind == "block" and stop.name != block.name:
@@ -81,12 +81,13 @@ class _Storages(TorchDispatchMode):
     """Bytes of the storages that operations have made and somebody still refers to.
 
     Attributes:
-        sizes: storage → bytes. now: their sum. peak: the largest it has been.
+        sizes: storage → bytes. now: their sum. peak: the largest it has been. parked: some stop's inputs.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.sizes: dict[int, int] = {}
+        self.parked: set[int] = set()
         self._references: dict[int, int] = {}
         self.now = self.peak = 0
 
@@ -113,6 +114,7 @@ class _Storages(TorchDispatchMode):
         self._references[key] -= 1
         if not self._references[key]:
             del self._references[key]
+            self.parked.discard(key)  # another storage may come to lie at its address
             self.now -= self.sizes.pop(key)
 
 
