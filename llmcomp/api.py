@@ -19,7 +19,7 @@ from llmcomp.report.schema import Report
 if TYPE_CHECKING:
     from llmcomp.measure.run import Evaluation, Settings
 
-ACTIVATION_MEMORY = 64 * 2**20
+ACTIVATION_MEMORY = 8 * 2**20
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ class GramAccumulator:
 
     def __init__(self) -> None:
         self._gram: Tensor | None = None
+        self._buffer: Tensor | None = None
         self._absmax = torch.zeros(0)
         self._tokens = 0
 
@@ -62,14 +63,27 @@ class GramAccumulator:
         if self._gram is None:
             self._gram = torch.zeros(size, size, dtype=torch.float32, device=inputs.device)
             self._absmax = torch.zeros(size, dtype=torch.float32, device=inputs.device)
-        with fast_matmul():
-            for start in range(0, inputs.shape[0], _TOKENS):
-                part = inputs[start : start + _TOKENS].float()
-                self._absmax = torch.maximum(self._absmax, part.abs().amax(0))
-                for row in range(0, size, _TILE):
-                    stop = min(row + _TILE, size)
-                    self._gram[row:stop, row:].addmm_(part[:, row:stop].t(), part[:, row:])
+        for start in range(0, inputs.shape[0], _TOKENS):
+            part = inputs[start : start + _TOKENS]
+            self._absmax = self._absmax.maximum(part.amax(0)).maximum(-part.amin(0))
+            self._add_product(self._widened(part))
         self._tokens += inputs.shape[0]
+
+    def _widened(self, part: Tensor) -> Tensor:
+        """`part` in float32, in one buffer that serves every batch: fresh pages cost as much as the copy."""
+        if self._buffer is None or self._buffer.shape[0] < part.shape[0]:
+            self._buffer = torch.empty_like(part, dtype=torch.float32)
+        widened = self._buffer[: part.shape[0]]
+        widened.copy_(part)
+        return widened
+
+    def _add_product(self, part: Tensor) -> None:
+        gram = self._gram
+        assert gram is not None  # made by add
+        with fast_matmul():
+            for row in range(0, gram.shape[0], _TILE):
+                stop = min(row + _TILE, gram.shape[0])
+                gram[row:stop, row:].addmm_(part[:, row:stop].t(), part[:, row:])
 
     def finish(self, name: str) -> InputStats:
         """The statistics of the module `name`; the accumulator is spent.
@@ -77,7 +91,7 @@ class GramAccumulator:
         Raises:
             NumericalError: NaN or Inf among the inputs, or none at all.
         """
-        gram, self._gram = self._gram, None
+        gram, self._gram, self._buffer = self._gram, None, None
         if gram is None:
             raise NumericalError(f"No calibration token has reached {name}.")
         if not bool(torch.isfinite(gram.diagonal()).all()):

@@ -39,7 +39,7 @@ def quantize(
     label_column: Annotated[str | None, typer.Option("--label-column", help="Of --eval-data.")] = None,
     activation_memory: Annotated[
         int, typer.Option("--activation-memory", help="MB of waiting activations before they go to mapped files.")
-    ] = 64,
+    ] = 8,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings along.")

@@ -27,7 +27,7 @@ _CHUNK_WEIGHTS = 1 << 17
 SEARCH: dict[int, tuple[tuple[float, ...], int]] = {
     2: (tuple(1 - 0.05 * n for n in range(14)), 2),
     3: (tuple(1 - 0.05 * n for n in range(12)), 2),
-    4: (tuple(1 - 0.06 * n for n in range(8)), 2),
+    4: (tuple(1 - 0.07 * n for n in range(5)), 1),
     8: ((1.0, 0.95, 0.9), 1),
 }
 

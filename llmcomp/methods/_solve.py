@@ -56,10 +56,14 @@ class Factor:
 def row_quadratics(factor: Factor, matrix: Tensor) -> Tensor:
     """m' H m, float64 [rows], for each row of M given as [in, rows] in the order of quantization; undamped."""
     upper, total = factor.upper, torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
+    size = upper.shape[0]
     with fast_matmul():
-        for start in range(0, upper.shape[0], TILE):
-            stop = min(start + TILE, upper.shape[0])
-            product = upper[:stop, start:stop].t() @ matrix[:stop]
+        for start in range(0, size, TILE):
+            stop = min(start + TILE, size)
+            product = torch.zeros(stop - start, matrix.shape[1], device=matrix.device)
+            for row in range(0, stop, TILE):
+                end = min(row + TILE, stop)
+                product.addmm_(upper[row:end, start:stop].t(), matrix[row:end])
             total += product.square_().sum(0, dtype=torch.float64)
     return (total - factor.shift * matrix.square().sum(0, dtype=torch.float64)).clamp_min_(0)
 
@@ -119,11 +123,17 @@ def _factorize_upper_(matrix: Tensor) -> bool:
 
 
 def _subtract_outer_(matrix: Tensor, panel: Tensor) -> None:
-    """`A[:n, :n] -= panel panel'` for panel [n, BLOCK], on the tiles of the upper triangle only."""
+    """`A[:n, :n] -= panel panel'` for panel [n, BLOCK], on the tiles of the upper triangle only.
+
+    Tiles of one size, here and below: oneDNN compiles a kernel for every shape it meets and keeps it, so
+    products of ever-changing length would cost a second and hundreds of megabytes.
+    """
     stop = panel.shape[0]
     for row in range(0, stop, TILE):
         row_stop = min(row + TILE, stop)
-        matrix[row:row_stop, row:stop].addmm_(panel[row:row_stop], panel[row:stop].T, alpha=-1.0)
+        for column in range(row, stop, TILE):
+            end = min(column + TILE, stop)
+            matrix[row:row_stop, column:end].addmm_(panel[row:row_stop], panel[column:end].T, alpha=-1.0)
 
 
 def _restore_upper_(matrix: Tensor, tiles: list[Tensor]) -> None:
@@ -191,16 +201,17 @@ def sweep(weight: Tensor, factor: Factor, quantize_column: ColumnFunction) -> Te
     Returns:
         float32 [in, rows], `W - Q` in the order of quantization.
     """
-    size, rows = weight.shape
+    size = weight.shape[0]
     error = torch.empty_like(weight)
     scale = factor.upper.diagonal().reciprocal()
     with fast_matmul():
         for start in range(0, size, BLOCK):
             stop = min(start + BLOCK, size)
             target = weight[start:stop].clone()
-            if start:
-                coupling = factor.upper[:start, start:stop] * scale[start:stop]
-                target.addmm_(coupling.T, error[:start])
+            for row in range(0, start, TILE):
+                end = min(row + TILE, start)
+                coupling = factor.upper[row:end, start:stop] * scale[start:stop]
+                target.addmm_(coupling.T, error[row:end])
             local = (factor.upper[start:stop, start:stop] * scale[start:stop]).triu(1)
             _sweep_block(weight[start:stop], target, error[start:stop], local, start, quantize_column)
     return error
@@ -212,11 +223,12 @@ def _sweep_block(
 ) -> None:
     """One block of `sweep`: small strips by rank-one updates, the rest of the block by products."""
     size = weight.shape[0]
+    weights, targets, errors = weight.unbind(), target.unbind(), error.unbind()
     for start in range(0, size, INNER):
         stop = min(start + INNER, size)
         if start:
             target[start:stop].addmm_(coupling[:start, start:stop].T, error[:start])
         for k in range(start, stop):
-            torch.sub(weight[k], quantize_column(offset + k, target[k]), out=error[k])
+            torch.sub(weights[k], quantize_column(offset + k, targets[k]), out=errors[k])
             if k + 1 < stop:
-                target[k + 1 : stop].addr_(coupling[k, k + 1 : stop], error[k])
+                target[k + 1 : stop].addr_(coupling[k, k + 1 : stop], errors[k])

@@ -32,6 +32,9 @@ from llmcomp.weights import QuantizedWeight
 # Elements of a chunk of rows: what the sweep holds beside the factor is about ten bytes for each.
 _CHUNK_WEIGHTS = 1 << 22
 
+# Rows of a chunk whose error is measured: the mean over them stands for all.
+_MEASURED_ROWS = 128
+
 # Bits → how often scales are fitted anew to the chosen integers (between two fits the sweep runs again).
 REFITS = {2: 2, 3: 2, 4: 0, 8: 0}
 
@@ -81,8 +84,10 @@ def gptq(
     step = max(64, _CHUNK_WEIGHTS // columns)
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
-        solved = _solve_rows(weight[part], factor, grid.rows(part), REFITS[scheme.bits])
-        values[part], grid.scale[part], error[part], norm[part] = solved
+        refits = REFITS[scheme.bits]
+        values[part], grid.scale[part], error[part], norm[part] = _solve_rows(
+            weight[part], factor, grid.rows(part), refits
+        )
     solved_weight = QuantizedWeight(values, grid.scale, grid.zero_point, scheme)
     return Solution(solved_weight, error, norm, factor.damping, None, dead_columns(stats))
 
@@ -114,17 +119,34 @@ def _solve_rows(
     values = torch.empty_like(chosen)
     values[factor.order] = chosen
     del chosen
-    return values.t(), scale, row_quadratics(factor, error), row_quadratics(factor, ordered)
+    return values.t(), scale, *_sampled_losses(factor, error, ordered)
+
+
+def _sampled_losses(factor: Factor, error: Tensor, ordered: Tensor) -> tuple[Tensor, Tensor]:
+    """e'He and w'Hw, float64 [rows], of evenly spaced rows; NaN for those between, where there are many.
+
+    Both cost as much as the sweep itself, and only their ratio over a whole weight is reported.
+    """
+    rows = error.shape[1]
+    measured = torch.arange(0, rows, max(1, rows // _MEASURED_ROWS), device=error.device)
+    losses = []
+    for matrix in (error, ordered):
+        loss = torch.full((rows,), torch.nan, dtype=torch.float64, device=error.device)
+        loss[measured] = row_quadratics(factor, matrix[:, measured])
+        losses.append(loss)
+    return losses[0], losses[1]
 
 
 def _sweep_rows(ordered: Tensor, factor: Factor, group_of: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """int8 values and float32 errors, both [in, rows] in the order of quantization, on a given grid."""
-    scales = grid.scale.float().t().contiguous()  # [groups, rows]
-    inverses = scales.reciprocal()
-    zeros = None if grid.zero_point is None else grid.zero_point.float().t().contiguous()
-    low, high, exact = grid.scheme.qmin, grid.scheme.qmax, grid.scale.dtype
+    exact = grid.scale.dtype
+    stored = grid.scale.t().contiguous().unbind()  # a [rows] for each group
+    inverses = grid.scale.float().reciprocal().t().contiguous().unbind()
+    zeros = None if grid.zero_point is None else grid.zero_point.float().t().contiguous().unbind()
+    low, high = grid.scheme.qmin, grid.scheme.qmax
     groups = group_of.tolist()
     chosen = torch.empty(ordered.shape, dtype=torch.int8, device=ordered.device)
+    decoded = torch.empty(ordered.shape[1], dtype=exact, device=ordered.device)
 
     def quantize_column(k: int, target: Tensor) -> Tensor:
         g = groups[k]
@@ -135,9 +157,8 @@ def _sweep_rows(ordered: Tensor, factor: Factor, group_of: Tensor, grid: Grid) -
         chosen[k].copy_(target)
         if zeros is not None:
             target.sub_(zeros[g])
-        target.mul_(scales[g])
         # A reader multiplies in the scale's own dtype; its rounding is part of the error.
-        return target if exact is torch.float32 else target.to(exact).float()
+        return decoded.copy_(target).mul_(stored[g])
 
     return chosen, sweep(ordered, factor, quantize_column)
 

@@ -19,7 +19,8 @@ class Solution:
 
     Attributes:
         weight: rows as in the weight that was given.
-        row_error: float64 [rows], e' H e of each row's error, None without statistics.
+        row_error: float64 [rows], e' H e of each row's error, NaN where a row was not measured; None without
+            statistics.
         row_norm: float64 [rows], w' H w.
         damping: share of the mean diagonal added before factorizing, None where nothing was factorized.
         fallback: why something other than the method was done, else None.

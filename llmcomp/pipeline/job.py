@@ -24,7 +24,7 @@ from llmcomp.pipeline.solve import method_config
 from llmcomp.progress import Progress
 from llmcomp.recipe import QuantizeStep, Recipe
 
-TOKENS_PER_BATCH = 2048  # of one forward; more gains little speed and costs memory
+TOKENS_PER_BATCH = 1024  # of one forward; more gains little speed and costs memory
 _WITNESSES, _WITNESS_TOKENS = 2, 64
 
 

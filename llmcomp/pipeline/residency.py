@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -73,11 +73,11 @@ class Residency:
         return self._model.get_submodule(path), leaf
 
 
-def check_finite(tensor: Tensor, name: str) -> None:
+def check_finite(tensor: Tensor, name: str, chunk: int = 1 << 22) -> None:
     """Raise NumericalError where a floating tensor holds NaN or Inf."""
-    if tensor.is_floating_point() and not all(bool(torch.isfinite(part).all()) for part in _parts(tensor)):
-        raise NumericalError(f"{name} holds NaN or Inf; the checkpoint is damaged or was saved so.")
-
-
-def _parts(tensor: Tensor, chunk: int = 1 << 22) -> Iterator[Tensor]:
-    yield from tensor.reshape(-1).split(chunk)
+    if not tensor.is_floating_point():
+        return
+    for part in tensor.reshape(-1).split(chunk):
+        # A finite sum has finite terms, and is ten times as fast; one that overflows is looked at again.
+        if not bool(torch.isfinite(part.sum(dtype=torch.float32))) and not bool(torch.isfinite(part).all()):
+            raise NumericalError(f"{name} holds NaN or Inf; the checkpoint is damaged or was saved so.")

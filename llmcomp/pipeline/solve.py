@@ -71,8 +71,8 @@ def layer_report(solved: Solved, layout: Layout, itemsize: int) -> LayerReport:
     ref, solution, scheme = solved.task.ref, solved.solution, solved.task.scheme
     error = None
     if solution.row_error is not None and solution.row_norm is not None:
-        norm = float(solution.row_norm.sum())
-        error = float(solution.row_error.sum()) / norm if norm > 0 else 0.0
+        norm = float(solution.row_norm.nansum())
+        error = float(solution.row_error.nansum()) / norm if norm > 0 else 0.0
     stored_dense = ref.name in layout.dense
     reasons = [solved.task.fallback, solution.fallback]
     return LayerReport(
