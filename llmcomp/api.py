@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,9 @@ def quantize(
     """
     from llmcomp import hub
 
+    # Large tensors on huge pages, where Linux has them on request: half the time in page faults. torch reads
+    # this at its first allocation, so it has an effect only where torch has not been used before.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     progress = progress or Silent()
     if recipe is None:
         step = QuantizeStep(method=method, bits=bits, group_size=group_size, symmetric=symmetric)

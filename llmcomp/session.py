@@ -234,10 +234,15 @@ def _left(source: Source, plan: Plan) -> list[Left]:
 
 def _labels(plan: Plan, report: Report) -> list[str]:
     """Honest words on what the artefact is good for."""
-    if plan.layout.config is None or report.format == "dense":
+    if report.format == "dense":
         return ["As large and as fast as before: dense weights on the quantization grid, for any software."]
-    return [
+    labels = [
         "Smaller on disk and to download. Plain transformers decompresses it to dense weights on a CPU at the "
-        "first forward, so there it is neither smaller in memory nor faster.",
-        "vLLM runs compressed-tensors INT4/INT8 linears with packed kernels on CUDA GPUs.",
+        "first forward, so there it is neither smaller in memory nor faster."
     ]
+    tasks = plan.assignment.tasks.values()
+    if all(task.scheme.bits in (4, 8) and task.scheme.symmetric and not task.ref.transposed for task in tasks):
+        labels.append("A format for which vLLM has packed kernels on CUDA GPUs; not run here.")
+    else:
+        labels.append("Not a format for which packed kernels are common: expect smaller, not faster, on GPUs.")
+    return labels

@@ -36,7 +36,7 @@ def plan(
     recipe: o.RecipeFile = None,
     activation_memory: Annotated[
         int, typer.Option("--activation-memory", help="MB of waiting activations before they go to mapped files.")
-    ] = 64,
+    ] = 8,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings along.")

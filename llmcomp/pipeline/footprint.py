@@ -34,6 +34,7 @@ _UNTRACED_STREAMS = 6
 # widths 2048 and 5632 holds at its end, lanes and tensors gone, over some 550 shapes.
 _KERNEL_BYTES = 560_000
 _KERNELS_KEPT = 1024
+_MEASURED = 256  # rows whose loss is taken at a time, at most
 _BLOCK = 128  # columns of a step of `_solve.factorize` and `_solve.sweep`
 # What the first forward leaves behind: modules that torch and transformers import as it runs, thread pools,
 # scratch, the heap's slack. Measured on a small BERT and a small Llama.
@@ -143,11 +144,13 @@ def _kernels(stages: Sequence[Sequence[Task]]) -> int:
         columns = stage[0].ref.in_features
         rows = sum(task.ref.out_features for task in stage)
         chunk = max(64, _SWEEP_WEIGHTS // columns)
-        sizes = {min(chunk, rows), rows % chunk} - {0}
-        shapes |= {(-1, stop, size) for stop in range(0, columns, _TILE) for size in sizes}  # its losses
-        for stop in range(_BLOCK, columns, _BLOCK):
-            shapes |= {(stop, stop - tile) for tile in range(0, stop, _TILE)}  # an outer product's tiles
-            shapes |= {(0, stop)} | {(stop, 0, size) for size in sizes}  # a panel; a block of the sweep
+        rests = {_TILE, *range(_BLOCK, min(_TILE, columns), _BLOCK)}  # tiles, and what is left at an edge
+        for size in {min(chunk, rows), rows % chunk} - {0}:
+            shapes |= {(rest, size) for rest in rests}  # a block of the sweep
+            shapes |= {(0, rest, min(size, _MEASURED)) for rest in rests}  # its losses
+        shapes |= {(stop, 0, 0) for stop in range(_BLOCK, columns, _BLOCK)}  # panels of the factor
+        shapes |= {(rest, other, 1) for rest in rests for other in rests}  # tiles of their outer products
+        shapes |= {(columns - start, 0, 1, 0) for start in range(0, columns, _TILE)}  # strips of the Gram matrix
     return min(len(shapes), _KERNELS_KEPT) * _KERNEL_BYTES
 
 

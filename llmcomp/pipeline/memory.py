@@ -10,7 +10,7 @@ import psutil
 
 _INTERVAL = 0.02
 _M_MMAP_THRESHOLD = -3  # of mallopt, in glibc's malloc.h
-_LARGE = 8 * 2**20
+_LARGE = 2 * 2**20
 
 
 class PeakMemory:
