@@ -13,8 +13,8 @@ import torch
 def fast_matmul() -> Iterator[None]:
     """float32 products on the machine's fastest float32-accurate path.
 
-    On x86 with AVX512-BF16 or AMX this hands float32 matrices to oneDNN, which is two to three times as fast
-    as MKL here and as accurate (6e-7, `evals/RESULTS.md`). The setting is process-wide, so it is scoped.
+    On x86 with AVX512-BF16 this hands float32 matrices to oneDNN instead of MKL, which was two to three times
+    as fast on an EPYC; tests/test_matmul.py bounds its error. The setting is process-wide, so it is scoped.
     """
     mkldnn: Any = torch.backends.mkldnn  # torch adds `matmul` at run time, where type checkers do not see it
     matmul = mkldnn.matmul

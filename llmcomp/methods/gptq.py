@@ -1,6 +1,6 @@
 """GPTQ: each column's rounding error is compensated in the columns that follow (arXiv:2210.17323).
 
-What this one does beyond the paper, each chosen on calibration text (evals/RESULTS.md):
+What this one does beyond the paper:
 
 * columns in the order of falling activation (act-order) with *static* groups: scales are found before the
   sweep, so groups stay contiguous in the file and no reader needs a permutation;

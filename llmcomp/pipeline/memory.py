@@ -58,7 +58,7 @@ def keep_large_blocks_apart() -> None:
     """Make the C library (glibc) map every block of two megabytes or more by itself, for the whole process.
 
     Left alone it raises that limit up to 32 MB as blocks are freed, and then activations come from one heap,
-    where what waits and what is let go lie mixed (two blocks of TinyLlama's shape: 1,025 MB against 710).
+    where what waits and what is let go lie mixed.
     """
     tune = getattr(ctypes.CDLL(None), "mallopt", None)
     if tune is not None:
