@@ -163,7 +163,9 @@ def _cost_rows(before: Measured | None, after: Measured | None) -> list[Row]:
         return rows
     faster, leaner = "", ""
     if old and new:
-        faster = times(old.latency, new.latency, "faster", "slower", _NOISE)
+        overlapping = old.latency_low < new.latency_high and new.latency_low < old.latency_high
+        alike = new.latency if overlapping else old.latency  # spans that overlap show no difference
+        faster = times(alike, new.latency, "faster", "slower", _NOISE)
         leaner = times(old.peak_memory, new.peak_memory, "less", "more", _NOISE)
     rows.append(
         Row(

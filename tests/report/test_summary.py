@@ -27,6 +27,14 @@ def test_rows_of_a_language_model(report: Report) -> None:
     assert rows["latency 1×128"].change == "1.04× slower"
 
 
+def test_latencies_whose_spans_overlap_are_the_same(report: Report) -> None:
+    assert report.after is not None
+    assert report.after.cost is not None
+    report.after.cost.latency_low = 0.81  # the original's span ends at 0.83
+    row = _rows(report)["latency 1×128"]
+    assert (row.change, row.verdict) == ("same", "same")
+
+
 def _measured(value: float, low: float, high: float, name: str) -> Measured:
     return Measured(Size(10, 100), 0.0, Quality({name: Interval(value, low, high)}, 1821, 0, "sst2.csv"))
 
