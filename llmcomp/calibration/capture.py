@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcomp.errors import RunError
+from llmcomp.matmul import WideProducts
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Lane:
 
     def advance(self) -> Stop | None:
         """Run to the next stop; None when the model's forward has returned (`output` holds what)."""
-        with torch.no_grad():
+        with torch.no_grad(), WideProducts():
             reached = self._greenlet.switch()
         if self._greenlet.dead:
             self.output = reached

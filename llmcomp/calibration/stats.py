@@ -66,7 +66,7 @@ class GramAccumulator:
         for start in range(0, inputs.shape[0], _TOKENS):
             part = inputs[start : start + _TOKENS]
             self._absmax = self._absmax.maximum(part.amax(0)).maximum(-part.amin(0))
-            self._add_product(self._widened(part))
+            self._add_product(self._widened(part), part.dtype == torch.bfloat16)
         self._tokens += inputs.shape[0]
 
     def _widened(self, part: Tensor) -> Tensor:
@@ -77,10 +77,10 @@ class GramAccumulator:
         widened.copy_(part)
         return widened
 
-    def _add_product(self, part: Tensor) -> None:
+    def _add_product(self, part: Tensor, bf16_values: bool) -> None:
         gram = self._gram
         assert gram is not None  # made by add
-        with fast_matmul():
+        with fast_matmul(bf16_values):
             for row in range(0, gram.shape[0], _TILE):
                 stop = min(row + _TILE, gram.shape[0])
                 gram[row:stop, row:].addmm_(part[:, row:stop].t(), part[:, row:])

@@ -28,6 +28,7 @@ from llmcomp.errors import LlmcompError, VerificationFailed
 from llmcomp.formats import witness as witnesses
 from llmcomp.formats.save import INDEX
 from llmcomp.formats.witness import Digest, Witness, digest, dtype_name, model_output
+from llmcomp.matmul import WideProducts
 from llmcomp.report.schema import Verification
 
 # Root mean square of the outputs' difference over the outputs' standard deviation. The parameters are equal
@@ -238,7 +239,7 @@ def _load_and_run(directory: Path, known: Witness) -> tuple[nn.Module, Tensor]:
     model.eval()
     rows = next(iter(known.inputs.values())).shape[0]
     outputs = []
-    with torch.inference_mode():
+    with torch.inference_mode(), WideProducts():
         for row in range(rows):  # one by one: the logits of a large vocabulary decide the peak
             result = model(**{name: value[row : row + 1] for name, value in known.inputs.items()})
             outputs.append(model_output(result).float())

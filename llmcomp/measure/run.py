@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from llmcomp.errors import BadCheckpoint, RunError
+from llmcomp.matmul import WideProducts
 from llmcomp.measure import cost, harness, load, quality
 from llmcomp.measure.forward import BYTES_AT_ONCE
 from llmcomp.measure.inputs import Inputs, default_texts, make_inputs
@@ -168,11 +169,12 @@ def _quality(
     result: Evaluation, measured: list[Measured], models: list[nn.Module], inputs: Inputs, progress: Progress
 ) -> None:
     progress.phase("evaluate", sum(len(batch.input_ids) for batch in inputs.batches))
-    if len(models) == 1:
-        measured[0].quality = quality.assess(models[0], inputs.batches, inputs.subject, progress)
-    else:
-        found = quality.compare(models[0], models[1], inputs.batches, inputs.subject, progress)
-        measured[0].quality, measured[1].quality, result.divergence = found
+    with WideProducts():
+        if len(models) == 1:
+            measured[0].quality = quality.assess(models[0], inputs.batches, inputs.subject, progress)
+        else:
+            found = quality.compare(models[0], models[1], inputs.batches, inputs.subject, progress)
+            measured[0].quality, measured[1].quality, result.divergence = found
     if measured[-1].quality is None and result.divergence is None:
         result.notes.append(
             f"No quality was measured: {result.task} needs labels (--eval-data with --label-column) or a "

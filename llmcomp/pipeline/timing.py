@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from llmcomp.adapters.base import Adapter
-from llmcomp.matmul import fast_matmul
+from llmcomp.matmul import WideProducts, fast_matmul
 from llmcomp.methods import METHODS
 from llmcomp.methods._grid import SEARCH
 from llmcomp.pipeline.assign import Task
@@ -45,7 +46,8 @@ def measure_rates(dtype: torch.dtype) -> Rates:
     narrow = exact.to(dtype)
     flat = torch.randn(_ELEMENTS, generator=generator)
     with torch.no_grad():
-        forward = _rate(lambda: narrow @ narrow)
+        with WideProducts():
+            forward = _rate(lambda: F.linear(narrow, narrow))
         with fast_matmul():
             full = _rate(lambda: exact @ exact)
         rounding = _rate(lambda: flat.mul(3.0).round_())

@@ -115,6 +115,15 @@ def test_auto_model_loads_it_without_the_head(tmp_path: Path, make: Callable, mi
         assert torch.equal(weight, written.dense[f"{name}.weight"])
 
 
+def test_a_linear_that_only_the_bare_model_makes_is_not_taken_for_a_packed_one(tmp_path: Path) -> None:
+    """BERT's pooler is in no checkpoint of a masked LM: decoded, it would be whatever memory held."""
+    model = bert()
+    written = write(tmp_path, model, dict.fromkeys(linears(model), G128))
+    base, info = AutoModel.from_pretrained(written.directory, output_loading_info=True)
+    assert "pooler.dense.weight" in info["missing_keys"]
+    assert not [name for name in base.state_dict() if name.startswith("pooler.dense.weight_")]
+
+
 def test_embeddings_below_8_bits_say_that_they_take_8(tmp_path: Path) -> None:
     written = write(tmp_path, llama(), {"model.embed_tokens": G128})
     loads(written)
