@@ -174,6 +174,8 @@ class Session:
         fallbacks = sum(layer.fallback is not None for layer in outcome.layers)
         if fallbacks:
             self._note(f"{fallbacks} of {len(outcome.layers)} weights fell back; the layer table says why.")
+        if plan.assignment.calibrated and not adapter.stages_known:
+            self._note(f"Which linears share an input is not known, so each was calibrated alone: {adapter.trace_problem}.")
         self.notes += plan.layout.notes
         if plan.untied:
             self._note("The head no longer shares the embeddings' storage; its bytes are counted.")

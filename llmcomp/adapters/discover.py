@@ -237,6 +237,8 @@ def _trace(model: nn.Module) -> tuple[dict[str, Tensor], str | None]:
     """
     twin: Any = copy.deepcopy(model).to("meta")
     twin.config.pad_token_id = None  # else some models look for padding among ids that have no values
+    # Without a cache transformers looks for packed sequences among positions, which have no values either.
+    twin.config.get_text_config().use_cache = True
     calls: dict[str, Tensor] = {}
 
     def record(name: str) -> Any:

@@ -19,7 +19,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,16 @@ from llmcomp.matmul import WideProducts
 
 @dataclass(frozen=True)
 class Stop:
-    """Where a lane waits: `kind` 'block' or 'linear', the module's name, and its (first) input."""
+    """Where a lane waits: `kind` 'block' or 'linear', the module's name, and its (first) input.
+
+    `held`: what else its frames keep for later and no view shares, such as the sum that a residual connection
+    adds to; as far as some module of the block has been given it.
+    """
 
     kind: str
     name: str
     inputs: Tensor | None
+    held: tuple[Tensor, ...] = ()
 
 
 class Parking:
@@ -156,21 +161,28 @@ def stopping(
     config = None if whole is None else whole.get_text_config()
     cached = getattr(config, "use_cache", None)
     home = greenlet.getcurrent()
+    given: weakref.WeakKeyDictionary[Any, _Given] = weakref.WeakKeyDictionary()
+
+    def note(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        here, tensor = greenlet.getcurrent(), _first_tensor(positional, keywords)
+        if here is not home and tensor is not None:
+            given.setdefault(here, _Given()).add(tensor)
 
     def stop(kind: str, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             here = greenlet.getcurrent()
             if here is home or (kind == "linear" and not wanted(name)):
                 return
-            home.switch(Stop(kind, name, _first_tensor(positional, keywords)))
+            inputs = _first_tensor(positional, keywords)
+            held = tuple(one for one in given.setdefault(here, _Given()).alive() if one is not inputs)
+            home.switch(Stop(kind, name, inputs, held))
 
         return hook
 
-    handles = [
-        module.register_forward_pre_hook(stop(kind, name), with_kwargs=True)
-        for kind, modules in (("block", blocks), ("linear", linears))
-        for name, module in modules.items()
-    ]
+    stops = {module: (kind, name) for kind, of in (("block", blocks), ("linear", linears)) for name, module in of.items()}
+    inside = [module for block in blocks.values() for module in block.modules() if module not in stops]
+    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in dict.fromkeys(inside)]
+    handles += [module.register_forward_pre_hook(stop(*place), with_kwargs=True) for module, place in stops.items()]
     if config is not None and cached:
         config.use_cache = False
     try:
@@ -180,6 +192,29 @@ def stopping(
             config.use_cache = cached
         for handle in handles:
             handle.remove()
+
+
+class _Given:
+    """Tensors that modules were given and that live still, oldest first."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, weakref.ref[Tensor]] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        if tensor.is_floating_point() and not isinstance(tensor, nn.Parameter):
+            self._known[id(tensor)] = weakref.ref(tensor)
+
+    def alive(self) -> list[Tensor]:
+        """Those that own their storage alone: to move one that has views would free nothing."""
+        found = {key: one for key, held in self._known.items() if (one := held()) is not None}
+        self._known = {key: self._known[key] for key in found}
+        return [one for one in found.values() if _users(one) == 1]
+
+
+def _users(tensor: Tensor) -> int:
+    """Tensors that share its storage, itself included."""
+    storage = tensor.untyped_storage()
+    return int(torch._C._storage_Use_Count(storage._cdata)) - 1  # `storage` itself is one
 
 
 def _first_tensor(positional: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor | None:
@@ -193,7 +228,8 @@ def advance_all(lanes: list[Lane], visit: Callable[[Lane, Stop], None]) -> Stop 
     """Move every lane to its next stop, visiting each as it arrives.
 
     Returns:
-        The stop that all have reached, None when all have finished.
+        The stop that all have reached, without its tensors (who keeps it must not keep a lane's memory); None
+        when all have finished.
 
     Raises:
         RunError: lanes stopped at different places.
@@ -203,7 +239,7 @@ def advance_all(lanes: list[Lane], visit: Callable[[Lane, Stop], None]) -> Stop 
         stop = lane.advance()
         place = (stop.kind, stop.name) if stop else None
         if number == 0:
-            first = stop
+            first = replace(stop, inputs=None, held=()) if stop else None
         elif place != ((first.kind, first.name) if first else None):
             raise RunError(
                 f"Calibration windows take different ways through the model: one reached {place}, "

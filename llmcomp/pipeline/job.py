@@ -68,7 +68,6 @@ def open_source(path: Path, *, trust_remote_code: bool = False, allow_pickle: bo
     checkpoint = Checkpoint.open(path, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     checkpoint.require_dense()
     model: Any = skeleton(path, trust_remote_code=trust_remote_code)
-    model.config.use_cache = False  # keys and values of every block would stay in memory
     binding = bind(checkpoint, model)
     adapter = dataclasses.replace(discover(model), ties=binding.ties)
     return Source(checkpoint, adapter, binding)

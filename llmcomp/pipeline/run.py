@@ -243,7 +243,8 @@ class Compression:
                 return
             if accumulator is not None and stop.kind == "linear" and lane.counted:
                 accumulator.add(lane.tokens(stop.inputs))
-            self._parking.park(stop.inputs)
+            for tensor in (*stop.held, stop.inputs):
+                self._parking.park(tensor)
 
         with self._timed("forward"):
             reached = advance_all(self._lanes, visit)

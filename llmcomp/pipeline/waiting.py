@@ -30,7 +30,7 @@ class Waiting:
 
     Attributes:
         place: module name of the stop.
-        parked: storages that were some stop's input and so may go to files (`Parking`).
+        parked: storages that some stop named and that so may go to files (`Parking`).
         held: all others.
         step: what computing from the stop before to this one took at its peak, over what was held before.
     """
@@ -61,8 +61,8 @@ def waiting(adapter: Adapter, block: Block, wanted: Sequence[str], rows: int, le
         try:
             inside, before = False, 0
             while (stop := lane.advance()) is not None:
-                if stop.inputs is not None:
-                    storages.parked.add(stop.inputs.untyped_storage()._cdata)
+                waits = (*stop.held, *(() if stop.inputs is None else (stop.inputs,)))
+                storages.parked |= {one.untyped_storage()._cdata for one in waits}
                 inside = inside or stop.name == block.name
                 files = sum(size for key, size in storages.sizes.items() if key in storages.parked)
                 if inside:
@@ -81,7 +81,7 @@ class _Storages(TorchDispatchMode):
     """Bytes of the storages that operations have made and somebody still refers to.
 
     Attributes:
-        sizes: storage → bytes. now: their sum. peak: the largest it has been. parked: some stop's inputs.
+        sizes: storage → bytes. now: their sum. peak: the largest it has been. parked: what stops have named.
     """
 
     def __init__(self) -> None:

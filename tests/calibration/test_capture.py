@@ -175,7 +175,7 @@ def test_hooks_and_settings_are_gone_afterwards_also_after_an_error() -> None:
     assert (hooks(model), model.config.use_cache) == (before, cached)
     block = {"model.layers.0": model.model.layers[0]}
     with pytest.raises(ZeroDivisionError), stopping(model, block, {}, lambda _: True):
-        assert hooks(model) == before + 1
+        assert hooks(model) > before
         raise ZeroDivisionError
     assert (hooks(model), model.config.use_cache) == (before, cached)
 

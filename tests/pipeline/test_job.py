@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pydoc_data.topics
 from pathlib import Path
 
@@ -30,6 +31,17 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_opening_reads_no_weights(llama: Source) -> None:
     parameters = list(llama.adapter.model.parameters())
     assert parameters and all(parameter.is_meta for parameter in parameters)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "bert", "gpt2"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_which_linears_share_an_input_is_known(name: str, use_cache: bool, tmp_path: Path) -> None:
+    path = tiny(name, tmp_path / name)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"use_cache": use_cache}))
+    adapter = open_source(path).adapter
+    assert adapter.trace_problem is None
+    assert len(adapter.blocks[0].stages) == 4
 
 
 def test_a_tie_is_kept_until_a_side_of_it_is_quantized(llama: Source) -> None:
