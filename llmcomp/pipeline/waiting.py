@@ -60,14 +60,13 @@ def waiting(adapter: Adapter, block: Block, wanted: Sequence[str], rows: int, le
         lane = Lane(body, {"input_ids": ids})
         try:
             inside, before = False, 0
-            while (stop := lane.advance()) is not None:
-                waits = (*stop.held, *(() if stop.inputs is None else (stop.inputs,)))
-                storages.parked |= {one.untyped_storage()._cdata for one in waits}
-                inside = inside or stop.name == block.name
+            while (reached := _advance(lane, storages.parked)) is not None:
+                kind, name = reached
+                inside = inside or name == block.name
                 files = sum(size for key, size in storages.sizes.items() if key in storages.parked)
                 if inside:
-                    found.append(Waiting(stop.name, files, storages.now - files, storages.peak - before))
-                if inside and stop.kind == "block" and stop.name != block.name:
+                    found.append(Waiting(name, files, storages.now - files, storages.peak - before))
+                if inside and kind == "block" and name != block.name:
                     break
                 before = storages.peak = storages.now
             else:  # the last block: the lane has left with its output
@@ -75,6 +74,16 @@ def waiting(adapter: Adapter, block: Block, wanted: Sequence[str], rows: int, le
         finally:
             lane.close()
     return found
+
+
+def _advance(lane: Lane, parked: set[int]) -> tuple[str, str] | None:
+    """Where the lane stops next; adds to `parked` what could wait in files there, and keeps none of it."""
+    stop = lane.advance()
+    if stop is None:
+        return None
+    waits = (*stop.held, *(() if stop.inputs is None else (stop.inputs,)))
+    parked |= {one.untyped_storage()._cdata for one in waits}
+    return stop.kind, stop.name
 
 
 class _Storages(TorchDispatchMode):
