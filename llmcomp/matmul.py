@@ -30,7 +30,7 @@ def fast_matmul(bf16_values: bool = False) -> Iterator[None]:
     Args:
         bf16_values: every entry of both factors is a bf16 number.
     """
-    if not (bf16_values or _switch_is_exact()):
+    if not (bf16_values or switch_is_exact()):
         yield
         return
     mkldnn: Any = torch.backends.mkldnn  # torch adds `matmul` at run time, where type checkers do not see it
@@ -44,7 +44,8 @@ def fast_matmul(bf16_values: bool = False) -> Iterator[None]:
 
 
 @functools.cache
-def _switch_is_exact() -> bool:
+def switch_is_exact() -> bool:
+    """Whether oneDNN's switch for float32 products keeps float32's accuracy on this CPU."""
     return bool(torch.cpu._is_avx512_bf16_supported()) and not torch.cpu._is_amx_tile_supported()
 
 

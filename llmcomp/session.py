@@ -175,7 +175,8 @@ class Session:
         if fallbacks:
             self._note(f"{fallbacks} of {len(outcome.layers)} weights fell back; the layer table says why.")
         if plan.assignment.calibrated and not adapter.stages_known:
-            self._note(f"Which linears share an input is not known, so each was calibrated alone: {adapter.trace_problem}.")
+            why = f"the model's forward could not be traced, {adapter.trace_problem}"
+            self._note(f"Each weight was calibrated alone, whatever shares its input: {why}.")
         self.notes += plan.layout.notes
         if plan.untied:
             self._note("The head no longer shares the embeddings' storage; its bytes are counted.")

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,76 +26,104 @@ from typing import Any
 import greenlet
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from llmcomp.errors import RunError
 from llmcomp.matmul import WideProducts
 
+_WORTH_MOVING = 1 << 16  # bytes that may wait in a file; a file for less costs more than it frees
+
 
 @dataclass(frozen=True)
 class Stop:
-    """Where a lane waits: `kind` 'block' or 'linear', the module's name, and its (first) input.
-
-    `held`: what else its frames keep for later and no view shares, such as the sum that a residual connection
-    adds to; as far as some module of the block has been given it.
-    """
+    """Where a lane waits: `kind` 'block' or 'linear', the module's name, and its (first) input."""
 
     kind: str
     name: str
     inputs: Tensor | None
-    held: tuple[Tensor, ...] = ()
+
+
+# Tensors that share one storage, all that there are.
+Group = list[Tensor]
 
 
 class Parking:
-    """Holds waiting tensors in memory up to a budget, the rest in memory-mapped files without a name.
+    """Holds what waits in memory up to a budget, the rest in memory-mapped files without a name.
 
     What has waited longest goes to a file first: a tensor that was parked stages ago (the block's input, kept
     for the residual sum) is needed last, the newest at the very next step.
 
     Args:
         directory: where the files are made (and unlinked at once, so a kill leaves nothing).
-        budget: bytes that may stay in memory at a time, of all tensors that were parked and still live.
+        budget: bytes that may stay in memory at a time, of all storages that were parked and still live.
     """
 
     def __init__(self, directory: Path, budget: int) -> None:
         self._directory = directory
         self._budget = budget
-        self._waiting: list[weakref.ref[Tensor]] = []
+        self._waiting: dict[int, list[weakref.ref[Tensor]]] = {}  # by address, the oldest first
+        self._files: dict[int, list[Tensor]] = {}  # mapped bytes, by their number
         self.spilled = 0
 
-    def park(self, tensor: Tensor) -> None:
-        """Count a tensor; move the oldest ones' storage into files while the budget is exceeded.
+    def park(self, groups: Iterable[Group]) -> None:
+        """Count storages; move the oldest ones' bytes into files while the budget is exceeded.
 
         The tensor objects stay the same, so whoever refers to one goes on with it.
         """
+        for group in groups:
+            storage = group[0].untyped_storage()
+            if storage.filename is None:
+                self._waiting[storage.data_ptr()] = [weakref.ref(one) for one in group]
         # Lanes that have moved on have dropped what they waited with.
-        alive = [one for one in (held() for held in self._waiting) if one is not None]
-        known = {one.data_ptr() for one in alive}
-        if tensor.data_ptr() not in known and tensor.untyped_storage().filename is None:
-            alive.append(tensor)
-        held = sum(_nbytes(one) for one in alive)
-        while held > self._budget:
-            oldest = alive.pop(0)
-            held -= _nbytes(oldest)
-            self._spill(oldest)
-        self._waiting = [weakref.ref(one) for one in alive]
+        alive = {at: group for at, held in self._waiting.items() if (group := _alive(held))}
+        held = sum(group[0].untyped_storage().nbytes() for group in alive.values())
+        for at in list(alive):
+            if held <= self._budget:
+                break
+            oldest = alive.pop(at)
+            held -= oldest[0].untyped_storage().nbytes()
+            if _complete(oldest):  # a lane that has not stopped since may have made another view
+                self._spill(oldest)
+        self._waiting = {at: self._waiting[at] for at in alive}
 
-    def _spill(self, tensor: Tensor) -> None:
-        mapped = self._mapped(tensor.numel(), tensor.dtype).view(tensor.shape)
-        mapped.copy_(tensor)
-        # The waiting frame still refers to this very tensor; swapping its storage frees the memory.
-        tensor.data = mapped
-        self.spilled += _nbytes(tensor)
+    def _spill(self, group: Group) -> None:
+        storage = group[0].untyped_storage()
+        mapped = self._mapped(storage.nbytes())
+        mapped.copy_(torch.empty(0, dtype=torch.uint8).set_(storage))
+        target = mapped.untyped_storage()
+        for one in group:
+            # Waiting frames still refer to these very tensors; swapping their storage frees the memory.
+            moved = torch.empty(0, dtype=one.dtype)
+            one.data = moved.set_(target, one.storage_offset(), one.shape, one.stride())
+        self.spilled += storage.nbytes()
 
-    def _mapped(self, count: int, dtype: torch.dtype) -> Tensor:
-        with tempfile.NamedTemporaryFile(dir=self._directory) as file:
-            nbytes = count * dtype.itemsize
+    def _mapped(self, nbytes: int) -> Tensor:
+        """uint8 [nbytes] in a file: one whose tensors are gone, or a new one. To make and map a file takes
+        longer than to write to it."""
+        files = self._files.setdefault(nbytes, [])
+        for file in files:
+            if _users(file) == 1:
+                return file
+        with tempfile.NamedTemporaryFile(dir=self._directory) as made:
             # Blocks are reserved now: a full disk must be an error here, not a SIGBUS at the first write.
-            _reserve(file.fileno(), nbytes)
-            return torch.from_file(file.name, shared=True, size=count, dtype=dtype)
+            _reserve(made.fileno(), nbytes)
+            files.append(torch.from_file(made.name, shared=True, size=nbytes, dtype=torch.uint8))
+        return files[-1]
 
 
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _alive(held: Iterable[weakref.ref[Tensor]]) -> Group:
+    return [one for one in (reference() for reference in held) if one is not None]
+
+
+def _complete(group: Group) -> bool:
+    """Whether no other tensor shares the storage, so that all of its users can be moved together."""
+    return _users(group[0]) == len(group)
+
+
+def _users(tensor: Tensor) -> int:
+    """How many tensors share its storage, itself included."""
+    storage = tensor.untyped_storage()
+    return int(torch._C._storage_Use_Count(storage._cdata)) - 1  # `storage` itself is one
 
 
 def _reserve(descriptor: int, nbytes: int) -> None:
@@ -120,11 +148,12 @@ class Lane:
         self.counted = counted
         self.mask = inputs.get("attention_mask")
         self.output: Any = None
+        self._made = _Made()
         self._greenlet = greenlet.greenlet(lambda: model(**inputs))
 
     def advance(self) -> Stop | None:
         """Run to the next stop; None when the model's forward has returned (`output` holds what)."""
-        with torch.no_grad(), WideProducts():
+        with torch.no_grad(), WideProducts(), self._made:
             reached = self._greenlet.switch()
         if self._greenlet.dead:
             self.output = reached
@@ -132,6 +161,11 @@ class Lane:
         if not isinstance(reached, Stop):
             raise RunError("A calibration window stopped at no known place; please report this model.")
         return reached
+
+    def held(self) -> list[Group]:
+        """What its frames keep while it waits, the oldest first: the next module's input, what a residual
+        connection will add, queries and keys."""
+        return self._made.groups()
 
     def close(self) -> None:
         """Leave the forward pass where it is and free what it holds."""
@@ -161,28 +195,21 @@ def stopping(
     config = None if whole is None else whole.get_text_config()
     cached = getattr(config, "use_cache", None)
     home = greenlet.getcurrent()
-    given: weakref.WeakKeyDictionary[Any, _Given] = weakref.WeakKeyDictionary()
-
-    def note(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        here, tensor = greenlet.getcurrent(), _first_tensor(positional, keywords)
-        if here is not home and tensor is not None:
-            given.setdefault(here, _Given()).add(tensor)
 
     def stop(kind: str, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             here = greenlet.getcurrent()
             if here is home or (kind == "linear" and not wanted(name)):
                 return
-            inputs = _first_tensor(positional, keywords)
-            held = tuple(one for one in given.setdefault(here, _Given()).alive() if one is not inputs)
-            home.switch(Stop(kind, name, inputs, held))
+            home.switch(Stop(kind, name, _first_tensor(positional, keywords)))
 
         return hook
 
-    stops = {module: (kind, name) for kind, of in (("block", blocks), ("linear", linears)) for name, module in of.items()}
-    inside = [module for block in blocks.values() for module in block.modules() if module not in stops]
-    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in dict.fromkeys(inside)]
-    handles += [module.register_forward_pre_hook(stop(*place), with_kwargs=True) for module, place in stops.items()]
+    handles = [
+        module.register_forward_pre_hook(stop(kind, name), with_kwargs=True)
+        for kind, modules in (("block", blocks), ("linear", linears))
+        for name, module in modules.items()
+    ]
     if config is not None and cached:
         config.use_cache = False
     try:
@@ -194,27 +221,34 @@ def stopping(
             handle.remove()
 
 
-class _Given:
-    """Tensors that modules were given and that live still, oldest first."""
+class _Made(TorchFunctionMode):
+    """Remembers, without keeping them alive, the tensors that operations make while it lasts, oldest first."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._known: dict[int, weakref.ref[Tensor]] = {}
 
-    def add(self, tensor: Tensor) -> None:
-        if tensor.is_floating_point() and not isinstance(tensor, nn.Parameter):
-            self._known[id(tensor)] = weakref.ref(tensor)
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for one in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(one, Tensor) and one.is_floating_point():
+                self._known.pop(id(one), None)
+                self._known[id(one)] = weakref.ref(one)
+        return result
 
-    def alive(self) -> list[Tensor]:
-        """Those that own their storage alone: to move one that has views would free nothing."""
+    def groups(self) -> list[Group]:
+        """Those that live still, by storage; a storage that somebody else shares is left out."""
         found = {key: one for key, held in self._known.items() if (one := held()) is not None}
         self._known = {key: self._known[key] for key in found}
-        return [one for one in found.values() if _users(one) == 1]
-
-
-def _users(tensor: Tensor) -> int:
-    """Tensors that share its storage, itself included."""
-    storage = tensor.untyped_storage()
-    return int(torch._C._storage_Use_Count(storage._cdata)) - 1  # `storage` itself is one
+        shared: dict[int, dict[int, Tensor]] = {}
+        for one in found.values():
+            # A view keeps the tensor that it was made from alive, whether anything else does or not.
+            for member in (one, one._base):
+                if member is not None and member.untyped_storage().nbytes() >= _WORTH_MOVING:
+                    shared.setdefault(member.untyped_storage()._cdata, {})[id(member)] = member
+        return [group for members in shared.values() if _complete(group := list(members.values()))]
 
 
 def _first_tensor(positional: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor | None:
@@ -239,7 +273,7 @@ def advance_all(lanes: list[Lane], visit: Callable[[Lane, Stop], None]) -> Stop 
         stop = lane.advance()
         place = (stop.kind, stop.name) if stop else None
         if number == 0:
-            first = replace(stop, inputs=None, held=()) if stop else None
+            first = replace(stop, inputs=None) if stop else None
         elif place != ((first.kind, first.name) if first else None):
             raise RunError(
                 f"Calibration windows take different ways through the model: one reached {place}, "

@@ -16,6 +16,7 @@ from llmcomp.errors import NumericalError
 from llmcomp.matmul import fast_matmul
 
 _TILE = 512  # columns of a strip: only the strips' part right of the diagonal is computed
+_STRIP = 2048  # columns that one product yields
 _TOKENS = 2048  # tokens that are widened to float32 at a time
 
 
@@ -81,9 +82,13 @@ class GramAccumulator:
         gram = self._gram
         assert gram is not None  # made by add
         with fast_matmul(bf16_values):
-            for row in range(0, gram.shape[0], _TILE):
-                stop = min(row + _TILE, gram.shape[0])
-                gram[row:stop, row:].addmm_(part[:, row:stop].t(), part[:, row:])
+            size = gram.shape[0]
+            for row in range(0, size, _TILE):
+                stop = min(row + _TILE, size)
+                # Pieces of one width: strips of ever other lengths would each want a kernel and its scratch.
+                for column in range(row, size, _STRIP):
+                    end = min(column + _STRIP, size)
+                    gram[row:stop, column:end].addmm_(part[:, row:stop].t(), part[:, column:end])
 
     def finish(self, name: str) -> InputStats:
         """The statistics of the module `name`; the accumulator is spent.

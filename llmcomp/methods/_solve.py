@@ -116,7 +116,9 @@ def _factorize_upper_(matrix: Tensor) -> bool:
             matrix[start:stop, start:stop].copy_(corner)
             if start:
                 inverse = torch.linalg.solve_triangular(corner, torch.eye(stop - start), upper=True)
-                panel = matrix[:start, start:stop] @ inverse.T
+                panel = matrix[:start, start:stop].clone()
+                for rows in panel.split(TILE):
+                    rows.copy_(rows @ inverse.T)
                 matrix[:start, start:stop].copy_(panel)
                 _subtract_outer_(matrix, panel)
     return True

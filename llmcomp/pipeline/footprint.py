@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 
-import torch
-
 from llmcomp.adapters.base import Adapter, Block, LinearRef
+from llmcomp.matmul import switch_is_exact
 from llmcomp.methods import METHODS
 from llmcomp.pipeline.assign import Task
 from llmcomp.pipeline.job import TOKENS_PER_BATCH, Plan
@@ -20,6 +19,7 @@ from llmcomp.pipeline.waiting import Waiting, waiting
 
 FLOAT = 4  # bytes; Gram matrices and everything that methods compute with
 _TILE = 512  # rows of the diagonal tiles that `_solve.factorize` keeps aside
+_STRIP = 2048  # columns of a piece of the Gram matrix (`calibration.stats`)
 _SWEEP_WEIGHTS = 1 << 22  # elements of a chunk of rows in `methods.gptq`
 _SWEEP_BYTES = 10  # float32 weights and errors, int8 integers in two orders
 _SEARCH_WEIGHTS = 1 << 17  # elements of a chunk in `methods._grid`
@@ -37,8 +37,11 @@ _KERNELS_KEPT = 1024
 _MEASURED = 256  # rows whose loss is taken at a time, at most
 _BLOCK = 128  # columns of a step of `_solve.factorize` and `_solve.sweep`
 # What the first forward leaves behind: modules that torch and transformers import as it runs, thread pools,
-# scratch, the heap's slack. Measured on a small BERT and a small Llama.
-ALLOCATOR = 48 * 2**20
+# scratch. Measured on a small BERT, a small Llama and a block of a large one.
+ALLOCATOR = 12 * 2**20
+# Tensors below this many bytes come from the C library's heap and leave holes there, given back in portions.
+_HEAP_BYTES = 2 * 2**20
+_HOLES = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class MemoryTerms:
 
     Attributes:
         statistics: the Gram matrix of one stage, float32 [in, in] (`GramAccumulator`).
-        widening: float32 copies of one lane's input while it is added to the Gram matrix.
+        widening: the float32 copy of one lane's input that is added to the Gram matrix.
         method: what solving needs beside that: chunks of the sweep or of losses, of the search, tiles.
         stacked: weights of a stage that share an input, copied side by side (`solve_stage`).
         values: int8 integers of the stage.
@@ -58,7 +61,7 @@ class MemoryTerms:
         step: one lane's forward between two stops, at its peak.
         logits: the witness's, where the head is computed.
         kernels: compiled by oneDNN for each shape of the solver's products, where it serves them.
-        allocator: of torch and the C library, whatever the model.
+        allocator: of torch and the C library, with the holes that small tensors leave in its heap.
     """
 
     statistics: int = 0
@@ -135,8 +138,8 @@ def footprint(adapter: Adapter, plan: Plan, lanes: Lanes, budget: int) -> Footpr
 
 def _kernels(stages: Sequence[Sequence[Task]]) -> int:
     """Bytes of compiled kernels, after the first block has shown every shape."""
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return 0  # `fast_matmul` changes nothing then: products go to MKL, which compiles none
+    if not switch_is_exact():
+        return 0  # products go to MKL, which compiles none
     shapes: set[tuple[int, ...]] = set()
     for stage in stages:
         if stage[0].method != "gptq":
@@ -148,9 +151,10 @@ def _kernels(stages: Sequence[Sequence[Task]]) -> int:
         for size in {min(chunk, rows), rows % chunk} - {0}:
             shapes |= {(rest, size) for rest in rests}  # a block of the sweep
             shapes |= {(0, rest, min(size, _MEASURED)) for rest in rests}  # its losses
-        shapes |= {(stop, 0, 0) for stop in range(_BLOCK, columns, _BLOCK)}  # panels of the factor
+        shapes |= {(rest, 0, 0) for rest in rests}  # panels of the factor
         shapes |= {(rest, other, 1) for rest in rests for other in rests}  # tiles of their outer products
-        shapes |= {(columns - start, 0, 1, 0) for start in range(0, columns, _TILE)}  # strips of the Gram matrix
+        # pieces of the Gram matrix
+        shapes |= {(min(_STRIP, columns - start), 0, 1, 0) for start in range(0, columns, _TILE)}
     return min(len(shapes), _KERNELS_KEPT) * _KERNEL_BYTES
 
 
@@ -191,14 +195,11 @@ def _calibrated(
         parked = min(budget, lanes.count * max(before.parked, here.parked))
         held = lanes.count * max(before.held, here.held)
         gram = FLOAT * ref.in_features**2
-        moving = MemoryTerms(gram, 0, 0, 0, 0, installed, packed, parked, held)
-        copies = (1 if size == FLOAT else 2) * FLOAT  # x as float32, and |x|
-        widening = lanes.tokens * ref.in_features * copies
-        # An input is widened when its lane has arrived, so the two do not come together.
-        if widening > here.step:
-            yield f"adding to the statistics of {name}", replace(moving, widening=widening)
-        else:
-            yield f"computing up to {name}", replace(moving, step=here.step)
+        # The float32 copy of an input stays for the next lane's.
+        widening = FLOAT * lanes.tokens * ref.in_features
+        holes = _HOLES if lanes.tokens * stages[0][0].ref.in_features * size < _HEAP_BYTES else 0
+        moving = MemoryTerms(gram, widening, 0, 0, 0, installed, packed, parked, held, here.step)
+        yield f"computing up to {name}", replace(moving, allocator=moving.allocator + holes)
         waiting_here = MemoryTerms(
             0, 0, 0, 0, 0, 0, packed, min(budget, lanes.count * here.parked), lanes.count * here.held
         )

@@ -34,6 +34,8 @@ from llmcomp.pipeline.solve import layer_report, solve_stage
 from llmcomp.progress import Progress
 from llmcomp.report.schema import LayerReport
 
+_HOLES = 8 * 2**20  # bytes that went to files and left holes in the heap, too scattered to be filled again
+
 
 @dataclass(frozen=True)
 class Job:
@@ -103,6 +105,7 @@ class Compression:
         spill = job.partial / "activations"
         spill.mkdir(parents=True, exist_ok=True)
         self._parking = Parking(spill, job.activation_memory)
+        self._trimmed = 0  # of `spilled`, when the heap last gave its free pages back
         self._pending: dict[str, Task] = {}
         self._remaining = set(job.assignment.tasks) if job.assignment.calibrated else set()
         model, calibration = job.adapter.model, job.batches if job.assignment.calibrated else ()
@@ -243,8 +246,10 @@ class Compression:
                 return
             if accumulator is not None and stop.kind == "linear" and lane.counted:
                 accumulator.add(lane.tokens(stop.inputs))
-            for tensor in (*stop.held, stop.inputs):
-                self._parking.park(tensor)
+            self._parking.park(lane.held())
+            if self._parking.spilled - self._trimmed > _HOLES:
+                return_freed_memory()
+                self._trimmed = self._parking.spilled
 
         with self._timed("forward"):
             reached = advance_all(self._lanes, visit)

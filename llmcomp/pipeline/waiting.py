@@ -30,7 +30,7 @@ class Waiting:
 
     Attributes:
         place: module name of the stop.
-        parked: storages that some stop named and that so may go to files (`Parking`).
+        parked: storages that a lane holds alone and that so may go to files (`Parking`).
         held: all others.
         step: what computing from the stop before to this one took at its peak, over what was held before.
     """
@@ -81,8 +81,7 @@ def _advance(lane: Lane, parked: set[int]) -> tuple[str, str] | None:
     stop = lane.advance()
     if stop is None:
         return None
-    waits = (*stop.held, *(() if stop.inputs is None else (stop.inputs,)))
-    parked |= {one.untyped_storage()._cdata for one in waits}
+    parked |= {group[0].untyped_storage()._cdata for group in lane.held()}
     return stop.kind, stop.name
 
 
@@ -90,7 +89,7 @@ class _Storages(TorchDispatchMode):
     """Bytes of the storages that operations have made and somebody still refers to.
 
     Attributes:
-        sizes: storage → bytes. now: their sum. peak: the largest it has been. parked: what stops have named.
+        sizes: storage → bytes. now: their sum. peak: the largest it has been. parked: what may go to files.
     """
 
     def __init__(self) -> None:
