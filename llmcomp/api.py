@@ -127,8 +127,11 @@ def evaluate(
     path = hub.resolve(str(directory), progress=progress).path
     other = None if against is None else hub.resolve(str(against), progress=progress).path
     from llmcomp.measure.run import evaluate_model
+    from llmcomp.pipeline.streaming import open_streamed
 
-    return evaluate_model(path, against=other, data=data, settings=settings, progress=progress)
+    return evaluate_model(
+        path, against=other, data=data, settings=settings, progress=progress, streamer=open_streamed
+    )
 
 
 def load(directory: str | Path, *, progress: Progress | None = None) -> Any:

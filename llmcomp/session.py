@@ -34,6 +34,7 @@ from llmcomp.pipeline.journal import Journal, fingerprint
 from llmcomp.pipeline.memory import PeakMemory
 from llmcomp.pipeline.plan import bytes_after
 from llmcomp.pipeline.run import Compression, Job, Outcome
+from llmcomp.pipeline.streaming import open_streamed
 from llmcomp.progress import Progress
 from llmcomp.recipe import Recipe
 from llmcomp.report.html import FILE_NAME as PAGE_NAME
@@ -148,7 +149,12 @@ class Session:
         with self._timed("evaluate"):
             try:
                 found = evaluate_model(
-                    checkpoint, against=self.path, data=texts, role=_role_of(source), progress=self.progress
+                    checkpoint,
+                    against=self.path,
+                    data=texts,
+                    role=_role_of(source),
+                    progress=self.progress,
+                    streamer=open_streamed,
                 )
             except LlmcompError as error:
                 self._note(f"Not evaluated: {error}")

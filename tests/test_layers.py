@@ -34,7 +34,7 @@ ROWS = [
 # In these packages every file stands for itself, but for what they share (gptq falls back on rtn).
 SHARED = {
     "cli": {"options", "progress"},
-    "formats": {"base", "save", "witness"},
+    "formats": {"base", "reading", "save", "witness"},
     "methods": {"_grid", "_solve", "solution", "rtn"},
 }
 COLLECTORS = {"cli.main", "formats", "methods"}  # the three that name every file of their package

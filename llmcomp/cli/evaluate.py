@@ -70,6 +70,7 @@ def evaluate(
         from llmcomp.calibration.data import evaluation_texts
         from llmcomp.measure.inputs import default_against
         from llmcomp.measure.run import Settings, evaluate_model
+        from llmcomp.pipeline.streaming import open_streamed
 
         base = against or default_against(path)
         data = None
@@ -91,6 +92,7 @@ def evaluate(
             data=data,
             settings=settings,
             progress=progress,
+            streamer=open_streamed,
         )
     report = found.as_report()
     if json:

@@ -15,18 +15,27 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from llmcomp.errors import LlmcompError, VerificationFailed
 from llmcomp.formats import witness as witnesses
-from llmcomp.formats.save import INDEX
+from llmcomp.formats.reading import (
+    PARTS,
+    auto_class,
+    config_of,
+    decoded,
+    first_line,
+    require_same,
+    skeleton_of,
+    stored_modules,
+    stored_tensors,
+)
 from llmcomp.formats.witness import Digest, Witness, digest, dtype_name, model_output
 from llmcomp.matmul import WideProducts
 from llmcomp.report.schema import Verification
@@ -34,17 +43,6 @@ from llmcomp.report.schema import Verification
 # Root mean square of the outputs' difference over the outputs' standard deviation. The parameters are equal
 # to the bit, so what is left is the order of summation: units in the last place, grown through the blocks.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-_AUTO = (
-    "ForCausalLM",
-    "ForMaskedLM",
-    "ForSequenceClassification",
-    "ForTokenClassification",
-    "ForQuestionAnswering",
-    "ForMultipleChoice",
-    "",
-)
-_PARTS = ("_packed", "_scale", "_shape", "_zero_point")
-
 
 def verify(directory: Path, witness: Path, timeout: float | None = None) -> Verification:
     """Run `check` in a fresh process.
@@ -91,10 +89,10 @@ def check(directory: Path, witness: Path, stream: bool | None = None) -> Verific
         RunError: the witness is incomplete.
     """
     known = witnesses.load(witness)
-    tensors = _files(directory)
+    tensors = stored_tensors(directory)
     _same_dtype(directory, known)
-    stored = _stored_modules(directory, tensors)
-    _same(set(stored), set(known.compressed), "stored compressed", "planned to be")
+    stored = stored_modules(directory, tensors)
+    require_same(set(stored), set(known.compressed), "stored compressed", "planned to be")
     files = len(set(tensors.values()))
     checks = [f"{files} files complete, {len(stored)} modules stored compressed as planned"]
     if stream is None:
@@ -117,110 +115,11 @@ def check(directory: Path, witness: Path, stream: bool | None = None) -> Verific
     return Verification(True, checks, largest, len(stored))
 
 
-def _files(directory: Path) -> dict[str, Path]:
-    """{tensor name: its file}, after comparing the index with what the files hold."""
-    present = sorted(directory.glob("*.safetensors"))
-    held: dict[str, Path] = {}
-    for path in present:
-        try:
-            with safe_open(path, framework="pt") as shard:
-                for key in shard.keys():  # noqa: SIM118 (not a dict)
-                    if key in held:
-                        raise VerificationFailed(f"{key} stands in both {held[key].name} and {path.name}.")
-                    held[key] = path
-        except (SafetensorError, OSError) as error:
-            raise VerificationFailed(f"{path.name} is not a whole safetensors file: {error}.") from error
-    index = directory / INDEX
-    if not index.is_file():
-        if [path.name for path in present] != ["model.safetensors"]:
-            raise VerificationFailed(f"{directory} has no {INDEX} and not exactly one model.safetensors.")
-        return held
-    try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError) as error:
-        raise VerificationFailed(f"{INDEX} is not an index: {error}.") from error
-    for key, name in sorted(listed.items()):
-        if not (directory / name).is_file():
-            raise VerificationFailed(f"Shard {name}, which should hold {key}, is missing.")
-        if key not in held or held[key].name != name:
-            where = held[key].name if key in held else "no file"
-            raise VerificationFailed(f"The index places {key} in {name}, but {where} holds it.")
-    if extra := sorted(set(held) - set(listed)):
-        raise VerificationFailed(f"{extra[0]} in {held[extra[0]].name} is not in the index.")
-    return held
-
-
-def _stored_modules(directory: Path, tensors: Iterable[str]) -> dict[str, Any]:
-    """{module name: (scheme, format)} of the modules stored compressed, as the reader resolves them."""
-    scaled = sorted(key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale"))
-    config = _config(directory).get("quantization_config")
-    if not scaled and config is None:
-        return {}
-    if config is None:
-        raise VerificationFailed(f"config.json has no quantization_config, but {scaled[0]} is compressed.")
-    from compressed_tensors.quantization import QuantizationConfig
-    from compressed_tensors.utils.match import match_targets
-
-    try:
-        parsed = QuantizationConfig.model_validate(config)
-        modules = dict(_skeleton(directory).named_modules())
-        groups = list(parsed.config_groups.values())
-    except (ValueError, KeyError, AttributeError) as error:
-        raise VerificationFailed(f"config.json cannot be read: {_line(error)}") from error
-    by_target = {target: group for group in groups for target in group.targets}
-    found: dict[str, Any] = {}
-    for name, module in modules.items():
-        targets = match_targets(name, module, list(by_target))
-        if targets and not match_targets(name, module, parsed.ignore or []):
-            found[name] = groups[0] if config.get("dequantize") else by_target[targets[0]]
-    _same(set(found), set(scaled), "compressed by config.json", "stored compressed")
-    return {name: (scheme, scheme.format or parsed.format) for name, scheme in found.items()}
-
-
-def _config(directory: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise VerificationFailed(f"config.json cannot be read: {_line(error)}") from error
-    if not isinstance(config, dict):
-        raise VerificationFailed("config.json is not an object.")
-    return config
-
-
 def _same_dtype(directory: Path, known: Witness) -> None:
     """transformers casts what it loads to config.json's dtype."""
-    said, dtypes = _config(directory).get("dtype"), sorted({dtype for _, dtype in known.source.values()})
+    said, dtypes = config_of(directory).get("dtype"), sorted({dtype for _, dtype in known.source.values()})
     if said not in dtypes:
         raise VerificationFailed(f"config.json says {said}, the source's tensors are {', '.join(dtypes)}.")
-
-
-def _auto_class(config: Any) -> Any:
-    """The Auto class whose table leads from this config to its architecture, else the class itself."""
-    import transformers
-
-    architecture = (config.architectures or [""])[0]
-    for task in _AUTO:
-        auto = getattr(transformers, f"AutoModel{task}")
-        found = auto._model_mapping.get(type(config), None)
-        if found is not None and getattr(found, "__name__", "") == architecture:
-            return auto
-    try:
-        return getattr(transformers, architecture)
-    except AttributeError as error:
-        raise VerificationFailed(f"transformers has no class for architecture '{architecture}'.") from error
-
-
-def _skeleton(directory: Path) -> nn.Module:
-    """The model without weights."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(directory)
-    auto = _auto_class(config)
-    with torch.device("meta"):
-        model = auto.from_config(config) if hasattr(auto, "from_config") else auto(config)
-    if not isinstance(model, nn.Module):
-        raise VerificationFailed(f"{auto.__name__} made no model from config.json.")
-    return model
 
 
 def _load_and_run(directory: Path, known: Witness) -> tuple[nn.Module, Tensor]:
@@ -228,10 +127,10 @@ def _load_and_run(directory: Path, known: Witness) -> tuple[nn.Module, Tensor]:
     from transformers import AutoConfig
 
     try:
-        auto = _auto_class(AutoConfig.from_pretrained(directory))
+        auto = auto_class(AutoConfig.from_pretrained(directory))
         model, info = auto.from_pretrained(directory, dtype="auto", output_loading_info=True)
     except Exception as error:  # any library may raise anything here; the user needs one sentence
-        raise VerificationFailed(f"from_pretrained fails on the checkpoint: {_line(error)}") from error
+        raise VerificationFailed(f"from_pretrained fails on the checkpoint: {first_line(error)}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if found := info.get(kind):
             first = sorted(str(item) for item in found)[0]
@@ -249,11 +148,11 @@ def _load_and_run(directory: Path, known: Witness) -> tuple[nn.Module, Tensor]:
 def _compare_model(model: nn.Module, stored: Iterable[str], known: Witness) -> None:
     state = model.state_dict()
     for name in stored:  # compressed-tensors keeps scales beside the decompressed weight
-        for part in _PARTS:
+        for part in PARTS:
             state.pop(f"{name}.weight{part}", None)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     loaded = {name for name in state if name in parameters or name in known.digests}
-    _same(loaded, set(known.digests), "in the loaded model", "in the compressed one")
+    require_same(loaded, set(known.digests), "in the loaded model", "in the compressed one")
     _complete(state, known)
     for name, expected in sorted(known.digests.items()):
         _compare_tensor(name, state[name], expected, known)
@@ -300,9 +199,9 @@ def _compare_streamed(
     directory: Path, tensors: dict[str, Path], stored: dict[str, Any], known: Witness
 ) -> None:
     """Compare with the witness one tensor at a time, decoded as the reader would."""
-    ties: dict[str, str] = getattr(_skeleton(directory), "all_tied_weights_keys", {})
+    ties: dict[str, str] = getattr(skeleton_of(directory), "all_tied_weights_keys", {})
     seen: set[str] = set()
-    for name, tensor in _decoded(tensors, stored):
+    for name, tensor in decoded(tensors, stored):
         if name not in known.digests:
             raise VerificationFailed(f"{name} is in the files, but not in the compressed model.")
         _compare_tensor(name, tensor, known.digests[name], known)
@@ -310,52 +209,13 @@ def _compare_streamed(
     for one, other in [*ties.items(), *((source, target) for target, source in ties.items())]:
         if one not in seen and other in seen and known.digests.get(one) == known.digests[other]:
             seen.add(one)
-    _same(seen, set(known.digests), "in the files", "in the compressed model")
+    require_same(seen, set(known.digests), "in the files", "in the compressed model")
     _complete(seen, known)
-
-
-def _decoded(tensors: dict[str, Path], stored: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of the files, dense, one at a time."""
-    from compressed_tensors.compressors import BaseCompressor
-
-    for name, (scheme, form) in stored.items():
-        prefix = f"{name}.weight"
-        parts = [prefix + part for part in ("", *_PARTS) if prefix + part in tensors]
-        state = {full.removeprefix(f"{name}."): _tensor(tensors[full], full) for full in parts}
-        try:
-            decoder = BaseCompressor.get_value_from_registry(getattr(form, "value", form))
-            dense = decoder.decompress(state, scheme)["weight"]
-        except (RuntimeError, ValueError, KeyError, AssertionError, IndexError) as error:
-            raise VerificationFailed(f"{prefix} cannot be decoded: {_line(error)}") from error
-        yield prefix, dense
-    packed = {f"{name}.weight{part}" for name in stored for part in ("", *_PARTS)}
-    for key, path in tensors.items():
-        if key not in packed:
-            yield key, _tensor(path, key)
-
-
-def _tensor(path: Path, key: str) -> Tensor:
-    with safe_open(path, framework="pt") as shard:
-        tensor: Tensor = shard.get_tensor(key)
-    return tensor
 
 
 def _complete(names: Iterable[str], known: Witness) -> None:
     if absent := sorted(set(known.source) - set(names)):
         raise VerificationFailed(f"{absent[0]} of the source model is missing ({len(absent)} such).")
-
-
-def _same(found: set[str], wanted: set[str], here: str, there: str) -> None:
-    if extra := sorted(found - wanted):
-        raise VerificationFailed(f"{extra[0]} is {here}, but not {there} ({len(extra)} such).")
-    if absent := sorted(wanted - found):
-        raise VerificationFailed(f"{absent[0]} is {there}, but not {here} ({len(absent)} such).")
-
-
-def _line(error: BaseException) -> str:
-    """The first telling line of an exception's message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def _main(arguments: list[str]) -> int:

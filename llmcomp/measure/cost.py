@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,15 +71,20 @@ def loaded_bytes(directory: str | Path) -> int:
     return size_of(directory).parameters * (2 if dtype.endswith("16") else 8 if dtype == "float64" else 4)
 
 
+def weights_of(model: nn.Module) -> Iterator[Tensor]:
+    """A loaded model's parameters as it computes with them, without what compressed-tensors keeps beside them."""
+    first_forward(model)
+    return (value for name, value in model.named_parameters() if not name.endswith(_BESIDE))
+
+
 @torch.inference_mode()
-def sparsity_of(model: nn.Module) -> float:
-    """Share of exact zeros among a loaded model's weights as it computes with them (matrices and larger).
+def sparsity_of(parameters: Iterable[Tensor]) -> float:
+    """Share of exact zeros among a model's weights as it computes with them (matrices and larger).
 
     Norms and biases are left out: their zeros are no saving, and a fresh bias is all zeros.
     """
-    first_forward(model)
     zeros = total = 0
-    for parameter in model.parameters():
+    for parameter in parameters:
         if parameter.ndim > 1 and parameter.is_floating_point():
             zeros += int((parameter == 0).sum())
             total += parameter.numel()

@@ -8,26 +8,30 @@ Both models are loaded as a user would load them and run side by side on the sam
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmcomp.errors import BadCheckpoint, RunError
 from llmcomp.matmul import WideProducts
 from llmcomp.measure import cost, harness, load, quality
 from llmcomp.measure.forward import BYTES_AT_ONCE
-from llmcomp.measure.inputs import Inputs, default_texts, make_inputs
+from llmcomp.measure.inputs import default_texts, make_inputs
 from llmcomp.measure.machine import this_machine
 from llmcomp.progress import Progress, Silent
 from llmcomp.report.schema import Cost, Divergence, Measured, Quality, Report
 from llmcomp.shards import read_json_object
+
+# Opens a checkpoint that memory does not hold: the model, and a walk through its parameters.
+Streamer = Callable[[Path], tuple[nn.Module, Callable[[], Iterable[Tensor]]]]
+_STREAMED_TOKENS = 8192  # of a batch: each batch reads the whole model again
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ def evaluate_model(
     task: str | None = None,
     role: Callable[[str], str] | None = None,
     progress: Progress | None = None,
+    streamer: Streamer | None = None,
 ) -> Evaluation:
     """Measure the checkpoint in `directory`, side by side with the one in `against` where that is given.
 
@@ -116,6 +121,8 @@ def evaluate_model(
         task: see `load.AUTO`; None reads it off config.json.
         role: tensor name → role, for `Size.parts`.
         progress: hears of the phases 'measure memory', 'evaluate', 'time' and 'lm-eval'.
+        streamer: opens models that do not fit into memory; their cost is then not measured. Without one they
+            are an error.
 
     Raises:
         BadCheckpoint: a directory without a loadable model, or two that do not belong together.
@@ -133,29 +140,55 @@ def evaluate_model(
             f"{directory} is for {task} and {against} for {other}; compare models of one task."
         )
     measured = [Measured(cost.size_of(path, role), sparsity=0.0) for path in paths]
-    _require_memory(paths)
     result = Evaluation(str(directory), None if against is None else str(against), task, measured[-1])
+    lacking = _lacking_memory(paths)
+    if lacking and streamer is None:
+        raise RunError(f"{lacking}; close other programs, use a larger machine, or skip this with --no-evaluate.")
+    if lacking and streamer is not None:
+        _measure_streamed(result, measured, paths, data, settings, progress, streamer)
+        result.notes.append(f"{lacking}, so blocks were read as they were needed; no latency or memory was measured.")
+    else:
+        _measure_loaded(result, measured, paths, data, settings, progress)
+    result.before = measured[0] if against is not None else None
+    return result
+
+
+def _measure_loaded(
+    result: Evaluation, measured: list[Measured], paths: list[Path], data: Any | None, settings: Settings,
+    progress: Progress,
+) -> None:
+    """Models held whole."""
     peaks: list[int] = []
     if settings.cost:
         with _timed(result, "memory"):
-            peaks = _peaks(paths, task, settings, progress)
+            peaks = _peaks(paths, result.task, settings, progress)
     with _timed(result, "evaluate"):
-        tokenizer = load.load_tokenizer(paths[0])
-        models = [load.load(path, task) for path in paths]
-        texts = data if data is not None else default_texts(directory, progress)
-        inputs = make_inputs(texts, tokenizer, models[0], task, settings)
-        result.notes += [*texts.warnings, *inputs.notes]
-        _quality(result, measured, models, inputs, progress)
+        models = [load.load(path, result.task) for path in paths]
+        tokenizer = _quality(result, measured, models, data, paths, settings, progress)
     with _timed(result, "time"):
         if settings.cost:
             _cost(measured, models, peaks, settings, progress)
         for one, model in zip(measured, models, strict=True):
-            one.sparsity = cost.sparsity_of(model)
+            one.sparsity = cost.sparsity_of(cost.weights_of(model))
     if settings.lm_eval:
         with _timed(result, "lm-eval"):
             _lm_eval(measured, models, tokenizer, settings, progress)
-    result.before = measured[0] if against is not None else None
-    return result
+
+
+def _measure_streamed(
+    result: Evaluation, measured: list[Measured], paths: list[Path], data: Any | None, settings: Settings,
+    progress: Progress, streamer: Streamer,
+) -> None:
+    """Models of which memory holds a block at a time."""
+    with _timed(result, "evaluate"):
+        opened = [streamer(path) for path in paths]
+        models = [model for model, _ in opened]
+        larger = replace(settings, tokens_per_batch=max(settings.tokens_per_batch, _STREAMED_TOKENS))
+        _quality(result, measured, models, data, paths, larger, progress)
+        for one, (_, parameters) in zip(measured, opened, strict=True):
+            one.sparsity = cost.sparsity_of(parameters())
+    if settings.lm_eval:
+        result.notes.append("lm-eval's tasks were left out: they need the models in memory.")
 
 
 @contextmanager
@@ -166,8 +199,14 @@ def _timed(result: Evaluation, phase: str) -> Iterator[None]:
 
 
 def _quality(
-    result: Evaluation, measured: list[Measured], models: list[nn.Module], inputs: Inputs, progress: Progress
-) -> None:
+    result: Evaluation, measured: list[Measured], models: list[nn.Module], data: Any | None, paths: list[Path],
+    settings: Settings, progress: Progress,
+) -> Any:
+    """Quality and divergence, into `result` and `measured`; the tokenizer."""
+    tokenizer = load.load_tokenizer(paths[0])
+    texts = data if data is not None else default_texts(result.directory, progress)
+    inputs = make_inputs(texts, tokenizer, models[0], result.task, settings)
+    result.notes += [*texts.warnings, *inputs.notes]
     progress.phase("evaluate", sum(len(batch.input_ids) for batch in inputs.batches))
     with WideProducts():
         if len(models) == 1:
@@ -180,6 +219,7 @@ def _quality(
             f"No quality was measured: {result.task} needs labels (--eval-data with --label-column) or a "
             "model to compare with (--against)."
         )
+    return tokenizer
 
 
 def _peaks(paths: Sequence[Path], task: str, settings: Settings, progress: Progress) -> list[int]:
@@ -219,17 +259,13 @@ def _lm_eval(
         progress.step()
 
 
-def _require_memory(paths: Sequence[Path]) -> None:
-    """All models are held whole and dense; where that cannot be, say so before anything is loaded.
-
-    Raises:
-        RunError: less memory is available than they will take.
-    """
+def _lacking_memory(paths: Sequence[Path]) -> str | None:
+    """All models are held whole and dense; where that cannot be, how much is lacking, as a clause."""
     needed = sum(cost.loaded_bytes(path) + 4 * BYTES_AT_ONCE for path in paths)
     available = psutil.virtual_memory().available
-    if needed > available:
-        what = "The model" if len(paths) == 1 else "The two models together"
-        raise RunError(
-            f"{what} would need {needed / 1e9:.1f} GB of memory to be evaluated and {available / 1e9:.1f} GB "
-            "are available; close other programs, use a larger machine, or skip this with --no-evaluate."
-        )
+    if needed <= available:
+        return None
+    what = "The model" if len(paths) == 1 else "The two models together"
+    return (
+        f"{what} would need {needed / 1e9:.1f} GB of memory to be evaluated and {available / 1e9:.1f} GB are available"
+    )

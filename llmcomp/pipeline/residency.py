@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from llmcomp.adapters.base import Adapter, LinearRef
-from llmcomp.checkpoint import Binding
 from llmcomp.errors import NumericalError
+
+
+class Values(Protocol):
+    """Dense values of a model's parameters and stored buffers; the keys of `key_of` are their names."""
+
+    @property
+    def key_of(self) -> dict[str, str]: ...
+
+    def tensor(self, name: str) -> Tensor: ...
 
 
 class Residency:
     """Puts values into a model whose parameters lie on meta, and takes them out again."""
 
-    def __init__(self, adapter: Adapter, binding: Binding) -> None:
-        self._model, self._binding = adapter.model, binding
-        self._outside = [name for name in binding.key_of if adapter.block_of(name) is None]
+    def __init__(self, adapter: Adapter, values: Values) -> None:
+        self._model, self._values = adapter.model, values
+        self._outside = [name for name in values.key_of if adapter.block_of(name) is None]
 
     @property
     def outside(self) -> list[str]:
@@ -26,7 +35,7 @@ class Residency:
 
     def inside(self, block: str) -> list[str]:
         """Names of those of a block."""
-        return [name for name in self._binding.key_of if name.startswith(block + ".")]
+        return [name for name in self._values.key_of if name.startswith(block + ".")]
 
     def read(self, names: Iterable[str]) -> None:
         """Map the values of `names` from the source's files.
@@ -35,7 +44,7 @@ class Residency:
             NumericalError: a value that is NaN or Inf.
         """
         for name in names:
-            value = self._binding.tensor(name)
+            value = self._values.tensor(name)
             check_finite(value, name)
             self.put(name, value)
 

@@ -1,0 +1,175 @@
+"""A written checkpoint as its readers see it: which tensors, which of them compressed, each decoded on demand.
+
+Nothing of llmcomp decodes here: schemes are resolved and weights decompressed by compressed-tensors itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from llmcomp.errors import VerificationFailed
+from llmcomp.formats.save import INDEX
+
+_AUTO = (
+    "ForCausalLM",
+    "ForMaskedLM",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+    "",
+)
+PARTS = ("_packed", "_scale", "_shape", "_zero_point")
+
+
+def stored_tensors(directory: Path) -> dict[str, Path]:
+    """{tensor name: its file}, after comparing the index with what the files hold."""
+    present = sorted(directory.glob("*.safetensors"))
+    held: dict[str, Path] = {}
+    for path in present:
+        try:
+            with safe_open(path, framework="pt") as shard:
+                for key in shard.keys():  # noqa: SIM118 (not a dict)
+                    if key in held:
+                        raise VerificationFailed(f"{key} stands in both {held[key].name} and {path.name}.")
+                    held[key] = path
+        except (SafetensorError, OSError) as error:
+            raise VerificationFailed(f"{path.name} is not a whole safetensors file: {error}.") from error
+    index = directory / INDEX
+    if not index.is_file():
+        if [path.name for path in present] != ["model.safetensors"]:
+            raise VerificationFailed(f"{directory} has no {INDEX} and not exactly one model.safetensors.")
+        return held
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError) as error:
+        raise VerificationFailed(f"{INDEX} is not an index: {error}.") from error
+    for key, name in sorted(listed.items()):
+        if not (directory / name).is_file():
+            raise VerificationFailed(f"Shard {name}, which should hold {key}, is missing.")
+        if key not in held or held[key].name != name:
+            where = held[key].name if key in held else "no file"
+            raise VerificationFailed(f"The index places {key} in {name}, but {where} holds it.")
+    if extra := sorted(set(held) - set(listed)):
+        raise VerificationFailed(f"{extra[0]} in {held[extra[0]].name} is not in the index.")
+    return held
+
+
+def stored_modules(directory: Path, tensors: Iterable[str]) -> dict[str, Any]:
+    """{module name: (scheme, format)} of the modules stored compressed, as the reader resolves them."""
+    scaled = sorted(key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale"))
+    config = config_of(directory).get("quantization_config")
+    if not scaled and config is None:
+        return {}
+    if config is None:
+        raise VerificationFailed(f"config.json has no quantization_config, but {scaled[0]} is compressed.")
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils.match import match_targets
+
+    try:
+        parsed = QuantizationConfig.model_validate(config)
+        modules = dict(skeleton_of(directory).named_modules())
+        groups = list(parsed.config_groups.values())
+    except (ValueError, KeyError, AttributeError) as error:
+        raise VerificationFailed(f"config.json cannot be read: {first_line(error)}") from error
+    by_target = {target: group for group in groups for target in group.targets}
+    found: dict[str, Any] = {}
+    for name, module in modules.items():
+        targets = match_targets(name, module, list(by_target))
+        if targets and not match_targets(name, module, parsed.ignore or []):
+            found[name] = groups[0] if config.get("dequantize") else by_target[targets[0]]
+    require_same(set(found), set(scaled), "compressed by config.json", "stored compressed")
+    return {name: (scheme, scheme.format or parsed.format) for name, scheme in found.items()}
+
+
+def config_of(directory: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise VerificationFailed(f"config.json cannot be read: {first_line(error)}") from error
+    if not isinstance(config, dict):
+        raise VerificationFailed("config.json is not an object.")
+    return config
+
+
+def auto_class(config: Any) -> Any:
+    """The Auto class whose table leads from this config to its architecture, else the class itself."""
+    import transformers
+
+    architecture = (config.architectures or [""])[0]
+    for task in _AUTO:
+        auto = getattr(transformers, f"AutoModel{task}")
+        found = auto._model_mapping.get(type(config), None)
+        if found is not None and getattr(found, "__name__", "") == architecture:
+            return auto
+    try:
+        return getattr(transformers, architecture)
+    except AttributeError as error:
+        raise VerificationFailed(f"transformers has no class for architecture '{architecture}'.") from error
+
+
+def skeleton_of(directory: Path) -> nn.Module:
+    """The model without weights."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(directory)
+    auto = auto_class(config)
+    with torch.device("meta"):
+        model = auto.from_config(config) if hasattr(auto, "from_config") else auto(config)
+    if not isinstance(model, nn.Module):
+        raise VerificationFailed(f"{auto.__name__} made no model from config.json.")
+    return model
+
+
+def decoded_weight(name: str, tensors: dict[str, Path], stored: dict[str, Any]) -> Tensor:
+    """The dense weight of a module that is stored compressed."""
+    from compressed_tensors.compressors import BaseCompressor
+
+    scheme, form = stored[name]
+    prefix = f"{name}.weight"
+    parts = [prefix + part for part in ("", *PARTS) if prefix + part in tensors]
+    state = {full.removeprefix(f"{name}."): stored_tensor(tensors[full], full) for full in parts}
+    try:
+        decoder = BaseCompressor.get_value_from_registry(getattr(form, "value", form))
+        dense: Tensor = decoder.decompress(state, scheme)["weight"]
+    except (RuntimeError, ValueError, KeyError, AssertionError, IndexError) as error:
+        raise VerificationFailed(f"{prefix} cannot be decoded: {first_line(error)}") from error
+    return dense
+
+
+def decoded(tensors: dict[str, Path], stored: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of the files, dense, one at a time."""
+    for name in stored:
+        yield f"{name}.weight", decoded_weight(name, tensors, stored)
+    packed = {f"{name}.weight{part}" for name in stored for part in ("", *PARTS)}
+    for key, path in tensors.items():
+        if key not in packed:
+            yield key, stored_tensor(path, key)
+
+
+def stored_tensor(path: Path, key: str) -> Tensor:
+    with safe_open(path, framework="pt") as shard:
+        tensor: Tensor = shard.get_tensor(key)
+    return tensor
+
+
+def require_same(found: set[str], wanted: set[str], here: str, there: str) -> None:
+    if extra := sorted(found - wanted):
+        raise VerificationFailed(f"{extra[0]} is {here}, but not {there} ({len(extra)} such).")
+    if absent := sorted(wanted - found):
+        raise VerificationFailed(f"{absent[0]} is {there}, but not {here} ({len(absent)} such).")
+
+
+def first_line(error: BaseException) -> str:
+    """The first telling line of an exception's message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
