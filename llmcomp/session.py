@@ -155,6 +155,7 @@ class Session:
                     role=_role_of(source),
                     progress=self.progress,
                     streamer=open_streamed,
+                    allow_pickle=self.options.allow_pickle,
                 )
             except LlmcompError as error:
                 self._note(f"Not evaluated: {error}")
@@ -232,11 +233,11 @@ def _role_of(source: Source) -> Any:
 
 
 def _left(source: Source, plan: Plan) -> list[Left]:
-    """What was not compressed, or not stored so, with its bytes."""
+    """What was not compressed, or not stored so, with its bytes; what shares another's storage has none."""
     state = source.adapter.model.state_dict()
     found = []
     for name, reason in plan.assignment.left.items():
-        tensor = state.get(f"{name}.weight", state.get(name))
+        tensor = None if f"{name}.weight" in plan.ties else state.get(f"{name}.weight", state.get(name))
         found.append(Left(name, reason, 0 if tensor is None else tensor.numel() * tensor.element_size()))
     return found
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from llmcomp.matmul import fast_matmul
+from llmcomp import matmul
+from llmcomp.matmul import WideProducts, fast_matmul
 
 SHAPES = [(1, 1, 1), (3, 5, 7), (32, 32, 300), (129, 513, 65), (512, 2048, 512), (256, 128, 1024)]
 
@@ -60,3 +62,63 @@ def test_the_setting_is_scoped_also_when_an_error_leaves() -> None:
     with pytest.raises(ValueError, match="out"), fast_matmul():
         raise ValueError("out")
     assert setting.fp32_precision == before
+
+
+def test_bf16_values_lose_nothing_on_any_machine() -> None:
+    """Where the switch rounds factors to bf16, it may serve factors that are bf16 already."""
+    generator = torch.Generator().manual_seed(2)
+    a, b = (torch.randn(256, 256, generator=generator).bfloat16().float() for _ in range(2))
+    with fast_matmul(bf16_values=True):
+        product = a @ b
+    assert relative(product, a.double() @ b.double(), a.double().abs() @ b.double().abs()) < 2e-6
+
+
+# --- 16-bit products on CPUs without units for them ---
+
+
+@pytest.fixture
+def no_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "multiplies", lambda dtype: dtype == torch.float32)
+
+
+def products(dtype: torch.dtype) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """name → (result in `dtype`, the same in float64)."""
+    generator = torch.Generator().manual_seed(3)
+    x, w = torch.randn(2, 7, 96, generator=generator).to(dtype), torch.randn(40, 96, generator=generator).to(dtype)
+    bias = torch.randn(40, generator=generator).to(dtype)
+    X, W, B = x.double(), w.double(), bias.double()
+    flat = x.view(-1, 96)
+    return {
+        "linear": (F.linear(x, w), X @ W.t()),
+        "with bias": (F.linear(x, w, bias), X @ W.t() + B),
+        "addmm": (torch.addmm(bias, flat, w.t()), X.view(-1, 96) @ W.t() + B),
+        "matmul": (torch.matmul(x, w.t()), X @ W.t()),
+        "operator": (x @ w.t(), X @ W.t()),
+        "bmm": (torch.bmm(x, x.transpose(1, 2)), X @ X.transpose(1, 2)),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_wide_products_round_once(dtype: torch.dtype, no_units: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_PIECE", 64 * 96 // 2)  # two pieces of the weight
+    with WideProducts():
+        found = products(dtype)
+    for name, (result, exact) in found.items():
+        assert result.dtype == dtype, name
+        half_a_unit = torch.finfo(dtype).eps / 2 * exact.abs()
+        assert bool(((result.double() - exact).abs() <= 1.01 * half_a_unit + 1e-5).all()), name
+
+
+def test_wide_products_leave_float32_and_machines_with_units_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_linear", None)  # would fail where it is called
+    monkeypatch.setattr(matmul, "multiplies", lambda dtype: True)
+    plain = products(torch.bfloat16)
+    with WideProducts():
+        for name, (result, _) in products(torch.bfloat16).items():
+            assert torch.equal(result, plain[name][0])
+
+
+def test_wide_products_keep_torchs_own_errors(no_units: None) -> None:
+    x = torch.randn(3, 4).bfloat16()
+    with WideProducts(), pytest.raises(RuntimeError, match="dtype"):
+        F.linear(x, torch.randn(5, 4))

@@ -58,7 +58,7 @@ def size_of(
     return Size(parameters, sum(file.stat().st_size for file in files), parts)
 
 
-def loaded_bytes(directory: str | Path) -> int:
+def loaded_bytes(directory: str | Path, *, allow_pickle: bool = False) -> int:
     """Bytes of the model in memory once it has run: every parameter dense, in the dtype the config names.
 
     compressed-tensors models are decompressed by their first forward (measured on transformers 5.23, CPU).
@@ -68,7 +68,7 @@ def loaded_bytes(directory: str | Path) -> int:
     """
     settings = read_json_object(Path(directory) / "config.json")
     dtype = str(settings.get("dtype") or settings.get("torch_dtype") or "float32")
-    return size_of(directory).parameters * (2 if dtype.endswith("16") else 8 if dtype == "float64" else 4)
+    return size_of(directory, allow_pickle=allow_pickle).parameters * (2 if dtype.endswith("16") else 8 if dtype == "float64" else 4)
 
 
 def weights_of(model: nn.Module) -> Iterator[Tensor]:

@@ -112,6 +112,7 @@ def evaluate_model(
     role: Callable[[str], str] | None = None,
     progress: Progress | None = None,
     streamer: Streamer | None = None,
+    allow_pickle: bool = False,
 ) -> Evaluation:
     """Measure the checkpoint in `directory`, side by side with the one in `against` where that is given.
 
@@ -123,6 +124,7 @@ def evaluate_model(
         progress: hears of the phases 'measure memory', 'evaluate', 'time' and 'lm-eval'.
         streamer: opens models that do not fit into memory; their cost is then not measured. Without one they
             are an error.
+        allow_pickle: measure pytorch_model.bin where there are no safetensors.
 
     Raises:
         BadCheckpoint: a directory without a loadable model, or two that do not belong together.
@@ -139,9 +141,9 @@ def evaluate_model(
         raise BadCheckpoint(
             f"{directory} is for {task} and {against} for {other}; compare models of one task."
         )
-    measured = [Measured(cost.size_of(path, role), sparsity=0.0) for path in paths]
+    measured = [Measured(cost.size_of(path, role, allow_pickle=allow_pickle), sparsity=0.0) for path in paths]
     result = Evaluation(str(directory), None if against is None else str(against), task, measured[-1])
-    lacking = _lacking_memory(paths)
+    lacking = _lacking_memory(paths, allow_pickle)
     if lacking and streamer is None:
         raise RunError(f"{lacking}; close other programs, use a larger machine, or skip this with --no-evaluate.")
     if lacking and streamer is not None:
@@ -259,9 +261,9 @@ def _lm_eval(
         progress.step()
 
 
-def _lacking_memory(paths: Sequence[Path]) -> str | None:
+def _lacking_memory(paths: Sequence[Path], allow_pickle: bool) -> str | None:
     """All models are held whole and dense; where that cannot be, how much is lacking, as a clause."""
-    needed = sum(cost.loaded_bytes(path) + 4 * BYTES_AT_ONCE for path in paths)
+    needed = sum(cost.loaded_bytes(path, allow_pickle=allow_pickle) + 4 * BYTES_AT_ONCE for path in paths)
     available = psutil.virtual_memory().available
     if needed <= available:
         return None

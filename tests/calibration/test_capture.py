@@ -355,6 +355,24 @@ def test_what_a_waiting_lane_holds_can_all_be_moved(monkeypatch: pytest.MonkeyPa
     assert counts[0] > 4
 
 
+def test_a_file_whose_tensors_are_gone_is_used_again(tmp_path: Path) -> None:
+    parking = Parking(tmp_path, budget=0)
+    first = torch.randn(100)
+    parking.park([[first]])
+    at = first.data_ptr()
+    view = first[10:]
+    del first
+    second = torch.randn(100)
+    parking.park([[second]])
+    assert second.data_ptr() != at, "a view of the first still reads its file"
+    del view
+    third = torch.randn(100)
+    values = third.clone()
+    parking.park([[third]])
+    assert third.data_ptr() == at
+    assert torch.equal(third, values)
+
+
 def test_a_directory_that_is_gone_is_an_error_not_a_crash(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="absent"):
         Parking(tmp_path / "absent", budget=0).park([[torch.randn(4)]])

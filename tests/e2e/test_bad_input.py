@@ -17,6 +17,7 @@ from e2e_runs import LENGTH, SAMPLES, hashes
 from safetensors.torch import load_file, save_file
 from tiny import tiny
 
+import llmcomp
 from llmcomp.cli.main import main
 from llmcomp.formats import save
 from llmcomp.formats.save import partial_of
@@ -186,6 +187,12 @@ def test_a_pickle_that_is_allowed(command: Command, model: Path, llama: Path) ->
     other = Command(command.output.with_name("same"), command.text, command._captured)
     assert other.run(llama)[0] == 0
     assert hashes(other.output) == hashes(command.output)
+
+
+def test_a_pickle_that_is_allowed_is_measured_too(model: Path, tmp_path: Path) -> None:
+    only_a_pickle(model)
+    found = llmcomp.quantize(str(model), method="rtn", allow_pickle=True, verify=False, output=tmp_path / "out")
+    assert found.report.divergence is not None and found.report.divergence.kl_mean.value > 0
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,8 @@ def test_a_tie_that_is_kept_is_stored_once(runs: dict[str, Run]) -> None:
     stored = tensors(runs["llama-int8"].output)
     assert "model.embed_tokens.weight" in stored
     assert not [name for name in stored if name.startswith("lm_head")]
+    sizes = {left.name: left.bytes for left in runs["llama-int8"].report.left}
+    assert sizes == {"model.embed_tokens": stored["model.embed_tokens.weight"].nbytes, "lm_head": 0}
 
 
 @pytest.mark.parametrize("name", ["llama-tied-ends", "llama-untied-ends"])
