@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pydoc_data.topics
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from e2e_command import Command
+from tiny import tiny
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +27,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny("llama", tmp_path_factory.mktemp("bad") / "llama", tokenizer=True)
+
+
+@pytest.fixture
+def model(llama: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(llama, tmp_path / "model"))
+
+
+@pytest.fixture
+def command(tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]) -> Command:
+    return Command(tmp_path / "out" / "q", text, capfd)
