@@ -8,7 +8,7 @@ block, whose weights are then read, and before the first linear of a stage that 
 lanes stop at the same place; the pipeline looks at their inputs, compresses, and lets them go on. The model's
 own code decides every argument.
 
-While lanes wait, their inputs may be parked in memory-mapped files (`Parking`). This is the only place of
+While lanes wait, what they hold may be parked in memory-mapped files (`Parking`). This is the only place of
 llmcomp that registers hooks for calibration.
 """
 
