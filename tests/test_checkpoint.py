@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import EMBEDDING, HEAD, plain, rewrite, same_outputs, saved, set_config
+from spoiled import EMBEDDING, HEAD, plain, rewrite, same_outputs, saved, set_config
 from tiny import TINY, VOCABULARY, tiny
 from torch import Tensor
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import EMBEDDING, HEAD, rewrite, same_outputs, saved, set_config
 from safetensors.torch import load_file
+from spoiled import EMBEDDING, HEAD, rewrite, same_outputs, saved, set_config
 from tiny import tiny
 
 from llmcomp.adapters.discover import skeleton

@@ -68,7 +68,8 @@ def loaded_bytes(directory: str | Path, *, allow_pickle: bool = False) -> int:
     """
     settings = read_json_object(Path(directory) / "config.json")
     dtype = str(settings.get("dtype") or settings.get("torch_dtype") or "float32")
-    return size_of(directory, allow_pickle=allow_pickle).parameters * (2 if dtype.endswith("16") else 8 if dtype == "float64" else 4)
+    itemsize = 2 if dtype.endswith("16") else 8 if dtype == "float64" else 4
+    return size_of(directory, allow_pickle=allow_pickle).parameters * itemsize
 
 
 def weights_of(model: nn.Module) -> Iterator[Tensor]:
