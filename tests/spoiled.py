@@ -47,7 +47,7 @@ def batch() -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def same_outputs(directory: Path) -> Binding:
+def assert_same_outputs(directory: Path) -> Binding:
     """Assert that skeleton + bind is from_pretrained to the bit; return the binding."""
     checkpoint = Checkpoint.open(directory)
     model = skeleton(directory)

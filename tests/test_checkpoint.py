@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from spoiled import EMBEDDING, HEAD, plain, rewrite, same_outputs, saved, set_config
+from spoiled import EMBEDDING, HEAD, assert_same_outputs, plain, rewrite, saved, set_config
 from tiny import TINY, VOCABULARY, tiny
 from torch import Tensor
 
@@ -25,31 +25,31 @@ AGAIN = "copy or download it again"
 
 @pytest.mark.parametrize("name", TINY)
 def test_logits_are_those_of_from_pretrained(name: str, tmp_path: Path) -> None:
-    binding = same_outputs(tiny(name, tmp_path))
+    binding = assert_same_outputs(tiny(name, tmp_path))
     assert binding.unused == []
     assert set(binding.missing) == set(binding.ties)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "modernbert"])
 def test_bfloat16_logits_too(name: str, tmp_path: Path) -> None:
-    same_outputs(tiny(name, tmp_path, dtype=torch.bfloat16))
+    assert_same_outputs(tiny(name, tmp_path, dtype=torch.bfloat16))
 
 
 def test_stored_in_another_dtype_than_the_config_says(tmp_path: Path) -> None:
     """from_pretrained casts to the config's dtype; so does a binding."""
-    binding = same_outputs(set_config(tiny("llama", tmp_path), dtype="bfloat16"))
+    binding = assert_same_outputs(set_config(tiny("llama", tmp_path), dtype="bfloat16"))
     assert set(binding.dtypes.values()) == {torch.bfloat16}
 
 
 def test_shards_and_index(tmp_path: Path) -> None:
-    binding = same_outputs(tiny("qwen3", tmp_path, shard="500KB"))
+    binding = assert_same_outputs(tiny("qwen3", tmp_path, shard="500KB"))
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     assert binding.checkpoint.nbytes == sum(t.nbytes for t in plain(tmp_path).parameters())
 
 
 @pytest.mark.parametrize("folder", ["lm", "minilm-sst2"])
 def test_trained_models(folder: str, assets: Path) -> None:
-    assert same_outputs(assets / "models" / folder).unused == []
+    assert assert_same_outputs(assets / "models" / folder).unused == []
 
 
 # --- names as the Hub has them ---
@@ -72,7 +72,7 @@ def test_bert_as_google_stored_it(tmp_path: Path) -> None:
         }
         return renamed | extra
 
-    binding = same_outputs(rewrite(tiny("bert", tmp_path), old))
+    binding = assert_same_outputs(rewrite(tiny("bert", tmp_path), old))
     assert binding.key_of["bert.embeddings.LayerNorm.weight"] == "bert.embeddings.LayerNorm.gamma"
     assert binding.key_of["bert.embeddings.LayerNorm.bias"] == "bert.embeddings.LayerNorm.beta"
     assert sorted(binding.unused) == [
@@ -87,7 +87,7 @@ def test_bert_as_google_stored_it(tmp_path: Path) -> None:
 def test_body_stored_without_the_base_prefix(name: str, prefix: str, tmp_path: Path) -> None:
     """As openai-community/gpt2 is: 'h.0.ln_1.weight' for 'transformer.h.0.ln_1.weight'."""
     rewrite(tiny(name, tmp_path), lambda s: {key.removeprefix(prefix): value for key, value in s.items()})
-    binding = same_outputs(tmp_path)
+    binding = assert_same_outputs(tmp_path)
     body = [name for name in binding.key_of if name.startswith(prefix)]
     assert body and all(prefix + binding.key_of[name] == name for name in body)
     assert binding.unused == []
@@ -95,7 +95,7 @@ def test_body_stored_without_the_base_prefix(name: str, prefix: str, tmp_path: P
 
 def test_bare_model_out_of_a_headed_checkpoint(tmp_path: Path) -> None:
     set_config(tiny("bert-classifier", tmp_path), architectures=["BertModel"])
-    binding = same_outputs(tmp_path)
+    binding = assert_same_outputs(tmp_path)
     assert binding.key_of["encoder.layer.0.output.dense.weight"] == "bert.encoder.layer.0.output.dense.weight"
     assert binding.unused == ["classifier.bias", "classifier.weight"]
 
@@ -106,20 +106,20 @@ def test_bare_model_out_of_a_headed_checkpoint(tmp_path: Path) -> None:
 
 def test_tie_supplied_by_the_other_end(tmp_path: Path) -> None:
     rewrite(tiny("llama", tmp_path), lambda s: {HEAD if k == EMBEDDING else k: v for k, v in s.items()})
-    binding = same_outputs(tmp_path)
+    binding = assert_same_outputs(tmp_path)
     assert binding.key_of[EMBEDDING] == binding.key_of[HEAD] == HEAD
     assert binding.missing == [EMBEDDING] and binding.ties == {HEAD: EMBEDDING}
 
 
 def test_tie_stored_twice(tmp_path: Path) -> None:
     rewrite(tiny("llama", tmp_path), lambda s: s | {HEAD: s[EMBEDDING].clone()})
-    binding = same_outputs(tmp_path)
+    binding = assert_same_outputs(tmp_path)
     assert binding.missing == [] and binding.ties == {HEAD: EMBEDDING}
 
 
 def test_tie_that_the_weights_contradict(tmp_path: Path) -> None:
     rewrite(tiny("llama", tmp_path), lambda s: s | {HEAD: s[EMBEDDING].flip(0)})
-    assert same_outputs(tmp_path).ties == {}
+    assert assert_same_outputs(tmp_path).ties == {}
     model = skeleton(tmp_path)
     bind(Checkpoint.open(tmp_path), model)
     assert discover(model).ties == {}
@@ -159,7 +159,7 @@ def test_hub_cache_links_its_files(tmp_path: Path) -> None:
     for number, file in enumerate(sorted(path.iterdir())):
         file.rename(tmp_path / "blobs" / str(number))
         file.symlink_to(Path("../../blobs") / str(number))
-    same_outputs(path)
+    assert_same_outputs(path)
 
 
 def test_fingerprint_tells_changes(tmp_path: Path) -> None:

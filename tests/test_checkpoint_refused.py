@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from spoiled import EMBEDDING, HEAD, rewrite, same_outputs, saved, set_config
+from spoiled import EMBEDDING, HEAD, assert_same_outputs, rewrite, saved, set_config
 from tiny import tiny
 
 from llmcomp.adapters.discover import skeleton
@@ -192,18 +192,13 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
         "{path}/model.safetensors is truncated or corrupt (its header should take 6513249 bytes, the file "
         "has 3); copy or download it again.",
     ),
-    "index leaves upwards": (
-        make_indexed({"a": "../one.safetensors"}),
-        INDEX + " points at '../one.safetensors'; expected the name of a .safetensors file in the directory.",
-    ),
-    "index leaves absolutely": (
-        make_indexed({"a": "/one.safetensors"}),
-        INDEX + " points at '/one.safetensors'; expected the name of a .safetensors file in the directory.",
-    ),
-    "index names a pickle": (
-        make_indexed({"a": "pytorch_model.bin"}),
-        INDEX + " points at 'pytorch_model.bin'; expected the name of a .safetensors file in the directory.",
-    ),
+    **{
+        f"index leads to {target}": (
+            make_indexed({"a": target}),
+            INDEX + f" points at '{target}'; expected the name of a .safetensors file in the directory.",
+        )
+        for target in ("../one.safetensors", "/one.safetensors", "pytorch_model.bin")
+    },
     "shard missing": (
         make_indexed({"a": "two.safetensors"}),
         INDEX + " names two.safetensors, which is not there; copy or download it again.",
@@ -212,14 +207,12 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
         make_indexed({"a": "one.safetensors"}),
         "{path}: the index places a in one.safetensors, which lacks it; copy or download it again.",
     ),
-    "index without map": (
-        make_indexed(None),
-        INDEX + " has no weight_map from tensor names to files; copy or download it again.",
-    ),
-    "index of numbers": (
-        make_indexed({"a": 3}),
-        INDEX + " has no weight_map from tensor names to files; copy or download it again.",
-    ),
+    **{
+        f"index whose map is {listed}": (
+            make_indexed(listed), INDEX + " has no weight_map from tensor names to files; copy or download it again."
+        )
+        for listed in (None, {"a": 3})
+    },
 }
 
 
@@ -264,7 +257,7 @@ def test_remote_code_is_wanted(tmp_path: Path) -> None:
 def test_remote_code_that_is_not_needed(tmp_path: Path) -> None:
     path = set_config(saved(tmp_path), auto_map={"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"})
     (path / "modeling_llama.py").write_text("raise SystemExit('executed')")
-    same_outputs(path)
+    assert_same_outputs(path)
 
 
 def test_remote_code_runs_when_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

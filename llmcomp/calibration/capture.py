@@ -8,30 +8,23 @@ block, whose weights are then read, and before the first linear of a stage that 
 lanes stop at the same place; the pipeline looks at their inputs, compresses, and lets them go on. The model's
 own code decides every argument.
 
-While lanes wait, what they hold may be parked in memory-mapped files (`Parking`). This is the only place of
-llmcomp that registers hooks for calibration.
+This is the only place of llmcomp that registers hooks for calibration.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import greenlet
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from llmcomp.calibration.parking import Group, Made
 from llmcomp.errors import RunError
 from llmcomp.matmul import WideProducts
-
-_WORTH_MOVING = 1 << 16  # bytes that may wait in a file; a file for less costs more than it frees
 
 
 @dataclass(frozen=True)
@@ -41,97 +34,6 @@ class Stop:
     kind: str
     name: str
     inputs: Tensor | None
-
-
-# Tensors that share one storage, all that there are.
-Group = list[Tensor]
-
-
-class Parking:
-    """Holds what waits in memory up to a budget, the rest in memory-mapped files without a name.
-
-    What has waited longest goes to a file first: a tensor that was parked stages ago (the block's input, kept
-    for the residual sum) is needed last, the newest at the very next step.
-
-    Args:
-        directory: where the files are made (and unlinked at once, so a kill leaves nothing).
-        budget: bytes that may stay in memory at a time, of all storages that were parked and still live.
-    """
-
-    def __init__(self, directory: Path, budget: int) -> None:
-        self._directory = directory
-        self._budget = budget
-        self._waiting: dict[int, list[weakref.ref[Tensor]]] = {}  # by address, the oldest first
-        self._files: dict[int, list[Tensor]] = {}  # mapped bytes, by their number
-        self.spilled = 0
-
-    def park(self, groups: Iterable[Group]) -> None:
-        """Count storages; move the oldest ones' bytes into files while the budget is exceeded.
-
-        The tensor objects stay the same, so whoever refers to one goes on with it.
-        """
-        for group in groups:
-            storage = group[0].untyped_storage()
-            if storage.filename is None:
-                self._waiting[storage.data_ptr()] = [weakref.ref(one) for one in group]
-        # Lanes that have moved on have dropped what they waited with.
-        alive = {at: group for at, held in self._waiting.items() if (group := _alive(held))}
-        held = sum(group[0].untyped_storage().nbytes() for group in alive.values())
-        for at in list(alive):
-            if held <= self._budget:
-                break
-            oldest = alive.pop(at)
-            held -= oldest[0].untyped_storage().nbytes()
-            if _complete(oldest):  # a lane that has not stopped since may have made another view
-                self._spill(oldest)
-        self._waiting = {at: self._waiting[at] for at in alive}
-
-    def _spill(self, group: Group) -> None:
-        storage = group[0].untyped_storage()
-        mapped = self._mapped(storage.nbytes())
-        mapped.copy_(torch.empty(0, dtype=torch.uint8).set_(storage))
-        target = mapped.untyped_storage()
-        for one in group:
-            # Waiting frames still refer to these very tensors; swapping their storage frees the memory.
-            moved = torch.empty(0, dtype=one.dtype)
-            one.data = moved.set_(target, one.storage_offset(), one.shape, one.stride())
-        self.spilled += storage.nbytes()
-
-    def _mapped(self, nbytes: int) -> Tensor:
-        """uint8 [nbytes] in a file: one whose tensors are gone, or a new one. To make and map a file takes
-        longer than to write to it."""
-        files = self._files.setdefault(nbytes, [])
-        for file in files:
-            if _users(file) == 1:
-                return file
-        with tempfile.NamedTemporaryFile(dir=self._directory) as made:
-            # Blocks are reserved now: a full disk must be an error here, not a SIGBUS at the first write.
-            _reserve(made.fileno(), nbytes)
-            files.append(torch.from_file(made.name, shared=True, size=nbytes, dtype=torch.uint8))
-        return files[-1]
-
-
-def _alive(held: Iterable[weakref.ref[Tensor]]) -> Group:
-    return [one for one in (reference() for reference in held) if one is not None]
-
-
-def _complete(group: Group) -> bool:
-    """Whether no other tensor shares the storage, so that all of its users can be moved together."""
-    return _users(group[0]) == len(group)
-
-
-def _users(tensor: Tensor) -> int:
-    """How many tensors share its storage, itself included."""
-    storage = tensor.untyped_storage()
-    return int(torch._C._storage_Use_Count(storage._cdata)) - 1  # `storage` itself is one
-
-
-def _reserve(descriptor: int, nbytes: int) -> None:
-    """Give a file `nbytes` of real disk blocks."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, nbytes)
-    else:  # macOS and Windows have no such call; there writing zeros does the same
-        os.write(descriptor, bytes(nbytes))
 
 
 class Lane:
@@ -148,7 +50,7 @@ class Lane:
         self.counted = counted
         self.mask = inputs.get("attention_mask")
         self.output: Any = None
-        self._made = _Made()
+        self._made = Made()
         self._greenlet = greenlet.greenlet(lambda: model(**inputs))
 
     def advance(self) -> Stop | None:
@@ -219,36 +121,6 @@ def stopping(
             config.use_cache = cached
         for handle in handles:
             handle.remove()
-
-
-class _Made(TorchFunctionMode):
-    """Remembers, without keeping them alive, the tensors that operations make while it lasts, oldest first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._known: dict[int, weakref.ref[Tensor]] = {}
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for one in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(one, Tensor) and one.is_floating_point():
-                self._known.pop(id(one), None)
-                self._known[id(one)] = weakref.ref(one)
-        return result
-
-    def groups(self) -> list[Group]:
-        """Those that live still, by storage; a storage that somebody else shares is left out."""
-        found = {key: one for key, held in self._known.items() if (one := held()) is not None}
-        self._known = {key: self._known[key] for key in found}
-        shared: dict[int, dict[int, Tensor]] = {}
-        for one in found.values():
-            # A view keeps the tensor that it was made from alive, whether anything else does or not.
-            for member in (one, one._base):
-                if member is not None and member.untyped_storage().nbytes() >= _WORTH_MOVING:
-                    shared.setdefault(member.untyped_storage()._cdata, {})[id(member)] = member
-        return [group for members in shared.values() if _complete(group := list(members.values()))]
 
 
 def _first_tensor(positional: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor | None:

@@ -67,12 +67,11 @@ def evaluate(
     with listener(json) as progress:
         path = resolve(directory, progress=progress).path
 
+        from llmcomp import api
         from llmcomp.calibration.data import evaluation_texts
         from llmcomp.measure.inputs import default_against
-        from llmcomp.measure.run import Settings, evaluate_model
-        from llmcomp.pipeline.streaming import open_streamed
+        from llmcomp.measure.run import Settings
 
-        base = against or default_against(path)
         data = None
         if eval_data is not None:
             data = evaluation_texts(
@@ -86,13 +85,8 @@ def evaluate(
             cost=cost,
             lm_eval=tuple(name.strip() for name in lm_eval.split(",")) if lm_eval else (),
         )
-        found = evaluate_model(
-            path,
-            against=None if base is None else resolve(base, progress=progress).path,
-            data=data,
-            settings=settings,
-            progress=progress,
-            streamer=open_streamed,
+        found = api.evaluate(
+            path, against=against or default_against(path), data=data, settings=settings, progress=progress
         )
     report = found.as_report()
     if json:

@@ -143,85 +143,85 @@ def evaluate_model(
         )
     measured = [Measured(cost.size_of(path, role, allow_pickle=allow_pickle), sparsity=0.0) for path in paths]
     result = Evaluation(str(directory), None if against is None else str(against), task, measured[-1])
-    lacking = _lacking_memory(paths, allow_pickle)
-    if lacking and streamer is None:
-        raise RunError(f"{lacking}; close other programs, use a larger machine, or skip this with --no-evaluate.")
-    if lacking and streamer is not None:
-        _measure_streamed(result, measured, paths, data, settings, progress, streamer)
-        result.notes.append(f"{lacking}, so blocks were read as they were needed; no latency or memory was measured.")
-    else:
-        _measure_loaded(result, measured, paths, data, settings, progress)
     result.before = measured[0] if against is not None else None
+    measuring = _Measuring(result, measured, paths, data, settings, progress)
+    lacking = _lacking_memory(paths, allow_pickle)
+    if lacking is None:
+        measuring.loaded()
+    elif streamer is None:
+        raise RunError(f"{lacking}; close other programs, use a larger machine, or skip this with --no-evaluate.")
+    else:
+        measuring.streamed(streamer)
+        result.notes.append(f"{lacking}, so blocks were read as they were needed; no latency or memory was measured.")
     return result
 
 
-def _measure_loaded(
-    result: Evaluation, measured: list[Measured], paths: list[Path], data: Any | None, settings: Settings,
-    progress: Progress,
-) -> None:
-    """Models held whole."""
-    peaks: list[int] = []
-    if settings.cost:
-        with _timed(result, "memory"):
-            peaks = _peaks(paths, result.task, settings, progress)
-    with _timed(result, "evaluate"):
-        models = [load.load(path, result.task) for path in paths]
-        tokenizer = _quality(result, measured, models, data, paths, settings, progress)
-    with _timed(result, "time"):
-        if settings.cost:
-            _cost(measured, models, peaks, settings, progress)
-        for one, model in zip(measured, models, strict=True):
-            one.sparsity = cost.sparsity_of(cost.weights_of(model))
-    if settings.lm_eval:
-        with _timed(result, "lm-eval"):
-            _lm_eval(measured, models, tokenizer, settings, progress)
+@dataclass(frozen=True)
+class _Measuring:
+    """One evaluation under way: `measured` of each of `paths`, and `result`, are filled in."""
 
+    result: Evaluation
+    measured: list[Measured]
+    paths: list[Path]
+    data: Any | None
+    settings: Settings
+    progress: Progress
 
-def _measure_streamed(
-    result: Evaluation, measured: list[Measured], paths: list[Path], data: Any | None, settings: Settings,
-    progress: Progress, streamer: Streamer,
-) -> None:
-    """Models of which memory holds a block at a time."""
-    with _timed(result, "evaluate"):
-        opened = [streamer(path) for path in paths]
-        models = [model for model, _ in opened]
-        larger = replace(settings, tokens_per_batch=max(settings.tokens_per_batch, _STREAMED_TOKENS))
-        _quality(result, measured, models, data, paths, larger, progress)
-        for one, (_, parameters) in zip(measured, opened, strict=True):
-            one.sparsity = cost.sparsity_of(parameters())
-    if settings.lm_eval:
-        result.notes.append("lm-eval's tasks were left out: they need the models in memory.")
+    def loaded(self) -> None:
+        """Models held whole."""
+        peaks: list[int] = []
+        if self.settings.cost:
+            with self._timed("memory"):
+                peaks = _peaks(self.paths, self.result.task, self.settings, self.progress)
+        with self._timed("evaluate"):
+            models = [load.load(path, self.result.task) for path in self.paths]
+            tokenizer = self._quality(models, self.settings)
+        with self._timed("time"):
+            if self.settings.cost:
+                _cost(self.measured, models, peaks, self.settings, self.progress)
+            for one, model in zip(self.measured, models, strict=True):
+                one.sparsity = cost.sparsity_of(cost.weights_of(model))
+        if self.settings.lm_eval:
+            with self._timed("lm-eval"):
+                _lm_eval(self.measured, models, tokenizer, self.settings, self.progress)
 
+    def streamed(self, streamer: Streamer) -> None:
+        """Models of which memory holds a block at a time."""
+        with self._timed("evaluate"):
+            opened = [streamer(path) for path in self.paths]
+            tokens = max(self.settings.tokens_per_batch, _STREAMED_TOKENS)
+            self._quality([model for model, _ in opened], replace(self.settings, tokens_per_batch=tokens))
+            for one, (_, parameters) in zip(self.measured, opened, strict=True):
+                one.sparsity = cost.sparsity_of(parameters())
+        if self.settings.lm_eval:
+            self.result.notes.append("lm-eval's tasks were left out: they need the models in memory.")
 
-@contextmanager
-def _timed(result: Evaluation, phase: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    result.phases[phase] = time.perf_counter() - start
+    def _quality(self, models: list[nn.Module], settings: Settings) -> Any:
+        """Quality and divergence; the tokenizer."""
+        result, measured = self.result, self.measured
+        tokenizer = load.load_tokenizer(self.paths[0])
+        texts = self.data if self.data is not None else default_texts(result.directory, self.progress)
+        inputs = make_inputs(texts, tokenizer, models[0], result.task, settings)
+        result.notes += [*texts.warnings, *inputs.notes]
+        self.progress.phase("evaluate", sum(len(batch.input_ids) for batch in inputs.batches))
+        with WideProducts():
+            if len(models) == 1:
+                measured[0].quality = quality.assess(models[0], inputs.batches, inputs.subject, self.progress)
+            else:
+                found = quality.compare(models[0], models[1], inputs.batches, inputs.subject, self.progress)
+                measured[0].quality, measured[1].quality, result.divergence = found
+        if measured[-1].quality is None and result.divergence is None:
+            result.notes.append(
+                f"No quality was measured: {result.task} needs labels (--eval-data with --label-column) or a "
+                "model to compare with (--against)."
+            )
+        return tokenizer
 
-
-def _quality(
-    result: Evaluation, measured: list[Measured], models: list[nn.Module], data: Any | None, paths: list[Path],
-    settings: Settings, progress: Progress,
-) -> Any:
-    """Quality and divergence, into `result` and `measured`; the tokenizer."""
-    tokenizer = load.load_tokenizer(paths[0])
-    texts = data if data is not None else default_texts(result.directory, progress)
-    inputs = make_inputs(texts, tokenizer, models[0], result.task, settings)
-    result.notes += [*texts.warnings, *inputs.notes]
-    progress.phase("evaluate", sum(len(batch.input_ids) for batch in inputs.batches))
-    with WideProducts():
-        if len(models) == 1:
-            measured[0].quality = quality.assess(models[0], inputs.batches, inputs.subject, progress)
-        else:
-            found = quality.compare(models[0], models[1], inputs.batches, inputs.subject, progress)
-            measured[0].quality, measured[1].quality, result.divergence = found
-    if measured[-1].quality is None and result.divergence is None:
-        result.notes.append(
-            f"No quality was measured: {result.task} needs labels (--eval-data with --label-column) or a "
-            "model to compare with (--against)."
-        )
-    return tokenizer
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.result.phases[phase] = time.perf_counter() - start
 
 
 def _peaks(paths: Sequence[Path], task: str, settings: Settings, progress: Progress) -> list[int]:

@@ -20,7 +20,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llmcomp.adapters.base import Adapter, Block, LinearRef
-from llmcomp.calibration.capture import Lane, Parking, Stop, advance_all, stopping
+from llmcomp.calibration.capture import Lane, Stop, advance_all, stopping
+from llmcomp.calibration.parking import Parking
 from llmcomp.calibration.stats import GramAccumulator
 from llmcomp.checkpoint import Binding
 from llmcomp.errors import RunError

@@ -91,7 +91,7 @@ def old(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> R
     return quantize(source, tmp_path_factory.mktemp("old") / "q", recipe)
 
 
-def strike(doom: Doom, moment: int, arguments: list[str], output: Path, old: Run, unbroken: Run) -> None:
+def assert_survives(doom: Doom, moment: int, arguments: list[str], output: Path, old: Run, unbroken: Run) -> None:
     """Kill a run at `moment`, look at what is there, run the same command again, and compare."""
     shutil.copytree(old.output, output)
     assert doom.run(arguments, output.name, moment) == -signal.SIGKILL
@@ -121,7 +121,7 @@ def test_killed_at_some_moments(
     some = [count // 7, 3 * count // 7, 5 * count // 7, count - 4, count - 3, count - 2]
     for moment in some:
         output = tmp_path / str(moment) / "doomed-q"
-        strike(doom, moment, command(source, text, output, "--overwrite"), output, old, unbroken)
+        assert_survives(doom, moment, command(source, text, output, "--overwrite"), output, old, unbroken)
 
 
 @pytest.mark.slow
@@ -132,7 +132,7 @@ def test_killed_at_every_moment(
     count = moments_of(doom, command(source, text, output, "--overwrite"), output, old)
     for moment in range(1, count + 1):
         output = tmp_path / str(moment) / "doomed-q"
-        strike(doom, moment, command(source, text, output, "--overwrite"), output, old, unbroken)
+        assert_survives(doom, moment, command(source, text, output, "--overwrite"), output, old, unbroken)
         shutil.rmtree(output.parent)
 
 
@@ -193,7 +193,7 @@ def test_finished_parts_are_reused(
 def test_other_bits_start_afresh(source: Path, recipe: Recipe, tmp_path: Path, text: Path) -> None:
     broken_run(source, tmp_path / "q", recipe, 4)
     other = recipe_of(text, targets=ENDS, bits=3)
-    afresh(quantize(source, tmp_path / "q", other), quantize(source, tmp_path / "new", other))
+    assert_afresh(quantize(source, tmp_path / "q", other), quantize(source, tmp_path / "new", other))
 
 
 def test_other_data_start_afresh(source: Path, recipe: Recipe, tmp_path: Path, text: Path) -> None:
@@ -201,7 +201,7 @@ def test_other_data_start_afresh(source: Path, recipe: Recipe, tmp_path: Path, t
     path = tmp_path / "other.txt"
     path.write_text(text.read_text(encoding="utf-8")[5000:], encoding="utf-8")
     other = replace(recipe, calibration=replace(recipe.calibration, source=str(path)))
-    afresh(quantize(source, tmp_path / "q", other), quantize(source, tmp_path / "new", other))
+    assert_afresh(quantize(source, tmp_path / "q", other), quantize(source, tmp_path / "new", other))
 
 
 def test_other_text_in_the_same_file_starts_afresh(
@@ -212,7 +212,7 @@ def test_other_text_in_the_same_file_starts_afresh(
     recipe = replace(recipe, calibration=replace(recipe.calibration, source=str(path)))
     broken_run(source, tmp_path / "q", recipe, 4)
     path.write_text(text.read_text(encoding="utf-8")[5000:], encoding="utf-8")
-    afresh(quantize(source, tmp_path / "q", recipe), quantize(source, tmp_path / "new", recipe))
+    assert_afresh(quantize(source, tmp_path / "q", recipe), quantize(source, tmp_path / "new", recipe))
 
 
 def test_another_model_under_the_same_name_starts_afresh(
@@ -223,10 +223,10 @@ def test_another_model_under_the_same_name_starts_afresh(
     broken_run(changing, tmp_path / "q", recipe, 4)
     shutil.rmtree(changing)
     tiny("llama", changing, seed=1, tokenizer=True, num_hidden_layers=BLOCKS)
-    afresh(quantize(changing, tmp_path / "q", recipe), quantize(changing, tmp_path / "new", recipe))
+    assert_afresh(quantize(changing, tmp_path / "q", recipe), quantize(changing, tmp_path / "new", recipe))
 
 
-def afresh(run: Run, new: Run) -> None:
+def assert_afresh(run: Run, new: Run) -> None:
     """`run` found another run's work and did not use it: it equals `new`, which found nothing."""
     assert run.report.resumed_blocks == 0
     said = [note for note in run.report.notes if "discarded" in note]

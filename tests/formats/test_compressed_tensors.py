@@ -19,7 +19,7 @@ G128, G64, CHANNEL = Scheme(4, 128), Scheme(3, 64), Scheme(8)
 ASYM, ASYM3, ASYM8 = Scheme(4, 128, False), Scheme(3, 64, False), Scheme(8, None, False)
 
 
-def loads(written: Written, auto: type = AutoModelForCausalLM) -> nn.Module:
+def assert_loads(written: Written, auto: type = AutoModelForCausalLM) -> nn.Module:
     model, info = auto.from_pretrained(written.directory, dtype="auto", output_loading_info=True)
     assert not any(info.values()), info
     with torch.no_grad():
@@ -45,7 +45,7 @@ def sizes_agree(written: Written, model: nn.Module) -> bool:
 def test_one_scheme_for_all_linears(tmp_path: Path, scheme: Scheme, dtype: torch.dtype) -> None:
     model = llama(dtype=dtype)
     written = write(tmp_path, model, dict.fromkeys(linears(model), scheme))
-    loads(written)
+    assert_loads(written)
     assert sizes_agree(written, model)
     config = quantization_config(written)
     (group,) = config["config_groups"].values()
@@ -61,7 +61,7 @@ def test_mixed_schemes(tmp_path: Path, asymmetric: bool) -> None:
     kinds = (ASYM, ASYM3, ASYM8, CHANNEL) if asymmetric else (G128, G64, CHANNEL)
     schemes = {name: kinds[n % len(kinds)] for n, name in enumerate(linears(model))}
     written = write(tmp_path, model, schemes)
-    loads(written)
+    assert_loads(written)
     assert sizes_agree(written, model)
     assert not written.layout.dense
     assert any("vLLM" in note for note in written.layout.notes) is asymmetric
@@ -80,7 +80,7 @@ def test_mixed_schemes(tmp_path: Path, asymmetric: bool) -> None:
 def test_embeddings_and_head(tmp_path: Path, tied: bool, more: dict[str, Scheme]) -> None:
     model = llama(tied)
     written = write(tmp_path, model, dict.fromkeys(linears(model), G128) | more)
-    loaded = loads(written)
+    loaded = assert_loads(written)
     assert sizes_agree(written, model)
     assert loaded.config.tie_word_embeddings is False
     assert not written.layout.dense
@@ -88,14 +88,14 @@ def test_embeddings_and_head(tmp_path: Path, tied: bool, more: dict[str, Scheme]
 
 def test_a_whole_tie_stays(tmp_path: Path) -> None:
     model = llama(tied=True)
-    loaded = loads(write(tmp_path, model, dict.fromkeys(linears(model), G128)))
+    loaded = assert_loads(write(tmp_path, model, dict.fromkeys(linears(model), G128)))
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
 def test_bert_with_its_tied_bias(tmp_path: Path) -> None:
     model = bert()
     schemes = dict.fromkeys(linears(model), ASYM) | {"bert.embeddings.word_embeddings": Scheme(8)}
-    loads(write(tmp_path, model, schemes), AutoModelForMaskedLM)
+    assert_loads(write(tmp_path, model, schemes), AutoModelForMaskedLM)
 
 
 @pytest.mark.parametrize("make", [llama, bert])
@@ -126,7 +126,7 @@ def test_a_linear_that_only_the_bare_model_makes_is_not_taken_for_a_packed_one(t
 
 def test_embeddings_below_8_bits_say_that_they_take_8(tmp_path: Path) -> None:
     written = write(tmp_path, llama(), {"model.embed_tokens": G128})
-    loads(written)
+    assert_loads(written)
     assert "takes 8 bits" in written.layout.notes[0]
 
 
@@ -135,7 +135,7 @@ def test_embeddings_below_8_bits_say_that_they_take_8(tmp_path: Path) -> None:
 def test_conv1d_is_packed_in_transposed_blocks(tmp_path: Path, scheme: Scheme, dtype: torch.dtype) -> None:
     model = gpt2(dtype)
     written = write(tmp_path, model, dict.fromkeys(linears(model), scheme))
-    loads(written)
+    assert_loads(written)
     assert sizes_agree(written, model)
     assert not written.layout.dense
     dense = sum(model.get_submodule(name).weight.nbytes for name in linears(model))
@@ -146,7 +146,7 @@ def test_conv1d_of_several_schemes_shares_one_storage(tmp_path: Path) -> None:
     model = gpt2()
     schemes = {name: (G64, ASYM, Scheme(4))[n % 3] for n, name in enumerate(linears(model))}
     written = write(tmp_path, model, schemes)
-    loads(written)
+    assert_loads(written)
     assert sizes_agree(written, model)
     assert not written.layout.dense
     assert "fewer bits" in written.layout.notes[1]
@@ -155,7 +155,7 @@ def test_conv1d_of_several_schemes_shares_one_storage(tmp_path: Path) -> None:
 def test_beside_conv1d_everything_else_is_dense_and_said(tmp_path: Path) -> None:
     model = gpt2()
     written = write(tmp_path, model, dict.fromkeys(linears(model), G128) | {"transformer.wte": Scheme(8)})
-    loads(written)
+    assert_loads(written)
     assert list(written.layout.dense) == ["transformer.wte"]
     assert sizes_agree(written, model)
 
@@ -185,7 +185,7 @@ def test_dense_writes_what_any_software_reads(tmp_path: Path) -> None:
     for model in (llama(), gpt2()):
         folder = tmp_path / type(model).__name__
         written = write(folder, model, dict.fromkeys(linears(model), ASYM), form="dense")
-        loads(written)
+        assert_loads(written)
         assert sizes_agree(written, model)
         assert "quantization_config" not in (written.directory / "config.json").read_text()
 

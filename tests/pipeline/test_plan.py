@@ -11,7 +11,7 @@ from tiny import tiny
 
 from llmcomp.adapters.base import Adapter
 from llmcomp.adapters.discover import discover, skeleton
-from llmcomp.calibration import capture
+from llmcomp.calibration import parking as parking_module
 from llmcomp.methods import METHODS
 from llmcomp.pipeline.footprint import Lanes, footprint
 from llmcomp.pipeline.job import open_source, plan_recipe
@@ -74,7 +74,7 @@ def test_depth_changes_the_peak_by_nothing(tmp_path: Path) -> None:
 
 
 def test_what_lanes_hold_is_what_a_real_lane_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "_WORTH_MOVING", 1 << 13)
+    monkeypatch.setattr(parking_module, "_WORTH_MOVING", 1 << 13)
     adapter = adapter_of(tiny("llama", tmp_path, dtype=torch.float32))
     block = adapter.blocks[1]
     found = waiting(adapter, block, [stage[0].name for stage in block.stages], 2, 16)
