@@ -26,7 +26,6 @@ _SEARCH_WEIGHTS = 1 << 17  # elements of a chunk in `methods._grid`
 _SEARCH_BYTES = 6 * FLOAT  # the chunk, points, products and losses
 _LOSS_ROWS = 1024  # a chunk in `methods.solution.row_losses`
 _LOSS_BYTES = 4 * FLOAT  # weight, error, product with the Gram matrix, its square
-_FINITE_WEIGHTS = 1 << 22  # elements that `residency.check_finite` looks at in one go
 _WITNESS_TOKENS = 2 * 64
 # Without a traced lane: block input, sum, normed input, queries, keys and values, output (Llama holds five).
 _UNTRACED_STREAMS = 6
@@ -38,10 +37,7 @@ _MEASURED = 256  # rows whose loss is taken at a time, at most
 _BLOCK = 128  # columns of a step of `_solve.factorize` and `_solve.sweep`
 # What the first forward leaves behind: modules that torch and transformers import as it runs, thread pools,
 # scratch. Measured on a small BERT, a small Llama and a block of a large one.
-ALLOCATOR = 12 * 2**20
-# Tensors below this many bytes come from the C library's heap and leave holes there, given back in portions.
-_HEAP_BYTES = 2 * 2**20
-_HOLES = 8 * 2**20
+ALLOCATOR = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ class MemoryTerms:
         step: one lane's forward between two stops, at its peak.
         logits: the witness's, where the head is computed.
         kernels: compiled by oneDNN for each shape of the solver's products, where it serves them.
-        allocator: of torch and the C library, with the holes that small tensors leave in its heap.
+        allocator: of torch and the C library, whatever the model.
     """
 
     statistics: int = 0
@@ -197,9 +193,8 @@ def _calibrated(
         gram = FLOAT * ref.in_features**2
         # The float32 copy of an input stays for the next lane's.
         widening = FLOAT * lanes.tokens * ref.in_features
-        holes = _HOLES if lanes.tokens * stages[0][0].ref.in_features * size < _HEAP_BYTES else 0
         moving = MemoryTerms(gram, widening, 0, 0, 0, installed, packed, parked, held, here.step)
-        yield f"computing up to {name}", replace(moving, allocator=moving.allocator + holes)
+        yield f"computing up to {name}", moving
         waiting_here = MemoryTerms(
             0, 0, 0, 0, 0, 0, packed, min(budget, lanes.count * here.parked), lanes.count * here.held
         )
@@ -249,8 +244,7 @@ def _outside(adapter: Adapter, plan: Plan, itemsize: dict[str, int]) -> Iterator
     """What happens before and after the blocks."""
     head, tasks = adapter.head, plan.assignment.tasks
     size = itemsize[f"{adapter.embeddings.name}.weight"]
-    # isfinite makes a magnitude and masks of the chunk
-    yield "reading", MemoryTerms(method=_FINITE_WEIGHTS * (size + 2))
+    yield "reading", MemoryTerms()  # mapped, and looked through without a copy
     if head is not None:
         # Outputs stay while the last operation's input is still there.
         yield "computing the witness's output", MemoryTerms(logits=2 * _WITNESS_TOKENS * head.out_features * size)
