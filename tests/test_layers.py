@@ -25,7 +25,7 @@ ROWS = [
     "calibration.data",
     "recipe",
     "methods",
-    "progress weights losses calibration.stats calibration.files calibration.hub_data",
+    "progress weights losses calibration.stats calibration.files calibration.hub_data calibration.parking",
     "report.schema",
     "report.words packing schemes matmul network aliases samples shards",
     "errors",
