@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcomp.progress import Progress, Silent
-from llmcomp.recipe import Calibration, QuantizeStep, Recipe, check
+from llmcomp.recipe import Calibration, QuantizeStep, Recipe, check, default_bits
 from llmcomp.report.schema import Report
 
 if TYPE_CHECKING:
@@ -62,10 +62,11 @@ class RunOptions:
 def quantize(
     model: str,
     *,
-    bits: int = 4,
+    bits: int | None = None,
     group_size: int | str | None = None,
     method: str = "gptq",
     symmetric: bool = True,
+    activations: str | None = None,
     calibration: str = "default",
     recipe: Recipe | None = None,
     options: RunOptions = RunOptions(),
@@ -76,8 +77,9 @@ def quantize(
 
     Args:
         model: a local directory, a Hub id, an alias or a 'sample:' name.
-        bits, group_size, method, symmetric, calibration: sugar for a recipe of one step.
-        recipe: the whole recipe instead; the five above are then ignored.
+        bits, group_size, method, symmetric, activations, calibration: sugar for a recipe of one step; bits are 4,
+            with activations 8.
+        recipe: the whole recipe instead; the six above are then ignored.
         options: how to run; `run` overrides single fields, as in `quantize("bert-base", overwrite=True)`.
         progress: hears where the run stands.
 
@@ -92,7 +94,7 @@ def quantize(
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     progress = progress or Silent()
     if recipe is None:
-        step = QuantizeStep(method=method, bits=bits, group_size=group_size, symmetric=symmetric)
+        step = QuantizeStep(method, bits or default_bits(activations), group_size, symmetric, activations)
         recipe = Recipe((step,), Calibration(calibration))
     check(recipe)
     options = replace(options, **run)

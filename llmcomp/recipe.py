@@ -57,6 +57,8 @@ class QuantizeStep:
         group_size: weights that share a scale, or 'channel', or None for the default: 128 where the width
             allows it, else the largest of 64 and 32 that divides it, else per channel (the report counts it).
         symmetric: no zero points.
+        activations: 'int8-dynamic' lets each linear round its inputs to 8 bits, token by token; the weights
+            then have 8 bits per channel.
         options: the method's own settings, such as {damping: 0.01}; unknown ones are errors.
     """
 
@@ -64,6 +66,7 @@ class QuantizeStep:
     bits: int = 4
     group_size: int | str | None = None
     symmetric: bool = True
+    activations: str | None = None
     targets: tuple[str, ...] = ("attention", "mlp")
     overrides: tuple[Override, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
@@ -173,6 +176,11 @@ def matches(target: str, name: str, role: str, block: int | None) -> bool:
     return name == target or name.endswith("." + target)
 
 
+def default_bits(activations: str | None) -> int:
+    """Of weights, where none are asked for."""
+    return QuantizeStep.bits if activations is None else 8
+
+
 def override_for(step: QuantizeStep, name: str, role: str, block: int | None) -> Override | None:
     """The last override of `step` that matches, or None."""
     found = None
@@ -192,11 +200,13 @@ def scheme_for(step: QuantizeStep, override: Override | None, in_features: int) 
         return getattr(step, name) if value is None else value
 
     size = pick("group_size")
+    if size is None and step.activations is not None:
+        size = "channel"
     if size is None:
         size = next((g for g in (128, 64, 32) if in_features % g == 0), "channel")
     if isinstance(size, str) and size != "channel" and not size.isdigit():
         raise BadRecipe(f"--group-size {size} cannot be: choose one of 32, 64, 128 or 'channel'.")
-    return Scheme(pick("bits"), None if size == "channel" else int(size), pick("symmetric"))
+    return Scheme(pick("bits"), None if size == "channel" else int(size), pick("symmetric"), step.activations)
 
 
 def _step(data: Any, where: str) -> Step:

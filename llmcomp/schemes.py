@@ -1,4 +1,4 @@
-"""Frozen value types that say *how* a weight is stored, apart from any weight.
+"""Frozen value types that say *how* a linear is quantized, apart from any weight.
 
 Integers are signed, as compressed-tensors stores them: b bits span [-2^(b-1), 2^(b-1) - 1], for symmetric
 and asymmetric schemes alike, so a zero_point is an int8 in the same range and decoding is always
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from llmcomp.errors import BadRecipe
 
 BITS = (2, 3, 4, 8)
+INT8_DYNAMIC = "int8-dynamic"
 GROUP_SIZES = (32, 64, 128)
 
 
@@ -19,7 +20,8 @@ GROUP_SIZES = (32, 64, 128)
 class Scheme:
     """Bits, granularity and symmetry of one quantized weight [out, in].
 
-    `group_size=None` means per channel: one scale for each output row.
+    `group_size=None` means per channel: one scale for each output row. `activations='int8-dynamic'`: the linear
+    also rounds its inputs (`llmcomp.activations`); kernels for that want weights of 8 bits per channel.
 
     >>> Scheme(4, 128).groups(512)
     4
@@ -29,12 +31,13 @@ class Scheme:
     False
 
     Raises:
-        BadRecipe: bits or group size that no format here can store.
+        BadRecipe: bits or group size that no format here can store, or activations that no reader computes.
     """
 
     bits: int = 4
     group_size: int | None = None
     symmetric: bool = True
+    activations: str | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -42,6 +45,13 @@ class Scheme:
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
             sizes = ", ".join(map(str, GROUP_SIZES))
             raise BadRecipe(f"--group-size {self.group_size} cannot be: choose one of {sizes} or 'channel'.")
+        if self.activations not in (None, INT8_DYNAMIC):
+            raise BadRecipe(f"--activations {self.activations} cannot be: it is {INT8_DYNAMIC} or left out.")
+        if self.activations is not None and (self.bits, self.group_size, self.symmetric) != (8, None, True):
+            raise BadRecipe(
+                f"--activations {self.activations} needs symmetric weights of 8 bits per channel, not {self._stored}; "
+                "take --bits 8 without --group-size and --asymmetric."
+            )
 
     @property
     def qmin(self) -> int:
@@ -53,7 +63,11 @@ class Scheme:
 
     @property
     def label(self) -> str:
-        """Short text for tables, such as 'int4 g128 asym'."""
+        """Short text for tables, such as 'int4 g128 asym' or 'int8 channel a8'."""
+        return self._stored + ("" if self.activations is None else " a8")
+
+    @property
+    def _stored(self) -> str:
         granularity = "channel" if self.group_size is None else f"g{self.group_size}"
         return f"int{self.bits} {granularity}" + ("" if self.symmetric else " asym")
 

@@ -60,7 +60,7 @@ class Session:
         self.model, self.source_name, self.path = model, source, path
         self.recipe, self.options, self.progress = recipe, options, progress
         step = recipe.steps[0]
-        self.output = Path(options.output or default_output(model, step.method, step.bits))
+        self.output = Path(options.output or default_output(model, step.method, step.bits, step.activations))
         self.partial = partial_of(self.output)
         self.phases: dict[str, float] = {}
         self.notes: list[str] = []
@@ -251,7 +251,12 @@ def _labels(plan: Plan, report: Report) -> list[str]:
         "first forward, so there it is neither smaller in memory nor faster."
     ]
     tasks = plan.assignment.tasks.values()
-    if all(task.scheme.bits in (4, 8) and task.scheme.symmetric and not task.ref.transposed for task in tasks):
+    if plan.step.activations is not None:
+        labels.append(
+            "W8A8: vLLM multiplies 8-bit integers on CUDA GPUs; not run here. On a CPU plain transformers only "
+            "simulates the rounded activations, which takes time."
+        )
+    elif all(task.scheme.bits in (4, 8) and task.scheme.symmetric and not task.ref.transposed for task in tasks):
         labels.append("A format for which vLLM has packed kernels on CUDA GPUs; not run here.")
     else:
         labels.append("Not a format for which packed kernels are common: expect smaller, not faster, on GPUs.")

@@ -63,3 +63,24 @@ def test_a_scheme_is_a_value() -> None:
     assert len({Scheme(4, 64), Scheme(4, 64), Scheme(4, 32)}) == 2
     with pytest.raises(AttributeError):
         Scheme().bits = 8  # type: ignore[misc]
+
+
+def test_rounded_activations_have_a_label_of_their_own() -> None:
+    assert Scheme(8, activations="int8-dynamic").label == "int8 channel a8"
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "symmetric", "stored"),
+    [(4, None, True, "int4 channel"), (8, 128, True, "int8 g128"), (8, None, False, "int8 channel asym")],
+)
+def test_activations_want_weights_of_8_bits_per_channel(
+    bits: int, group_size: int | None, symmetric: bool, stored: str
+) -> None:
+    said = f"int8-dynamic needs symmetric weights of 8 bits per channel, not {stored}; take --bits 8"
+    with pytest.raises(BadRecipe, match=said):
+        Scheme(bits, group_size, symmetric, "int8-dynamic")
+
+
+def test_activations_that_cannot_be() -> None:
+    with pytest.raises(BadRecipe, match="--activations int4 cannot be: it is int8-dynamic or left out"):
+        Scheme(8, activations="int4")

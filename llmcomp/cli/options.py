@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from llmcomp.errors import BadRecipe
-from llmcomp.recipe import Calibration, Override, QuantizeStep, Recipe, build
+from llmcomp.recipe import Calibration, Override, QuantizeStep, Recipe, build, default_bits
 
 Model = Annotated[
     str,
@@ -17,7 +17,7 @@ Model = Annotated[
         show_default=False,
     ),
 ]
-Bits = Annotated[int | None, typer.Option("--bits", help="2, 3, 4 or 8.", show_default="4")]
+Bits = Annotated[int | None, typer.Option("--bits", help="2, 3, 4 or 8.", show_default="4, with --activations 8")]
 GroupSize = Annotated[
     str | None,
     typer.Option(
@@ -28,6 +28,14 @@ GroupSize = Annotated[
 ]
 Method = Annotated[str | None, typer.Option("--method", help="gptq, rtn-clip or rtn.", show_default="gptq")]
 Asymmetric = Annotated[bool | None, typer.Option("--asymmetric/--symmetric", help="Store zero points.")]
+Activations = Annotated[
+    str | None,
+    typer.Option(
+        "--activations",
+        help="int8-dynamic: linears also round their inputs, each token by its own scale (W8A8).",
+        show_default="not rounded",
+    ),
+]
 Targets = Annotated[
     list[str] | None,
     typer.Option(
@@ -90,6 +98,7 @@ def make_recipe(
         step["group_size"] = _number(step["group_size"])
     if "targets" in step:
         step["targets"] = tuple(step["targets"])
+    step.setdefault("bits", default_bits(step.get("activations")))
     made = QuantizeStep(**step, overrides=tuple(overrides))
     return Recipe((made,), Calibration(**calibration), **run)
 

@@ -25,6 +25,7 @@ def plan(
     group_size: o.GroupSize = None,
     method: o.Method = None,
     asymmetric: o.Asymmetric = None,
+    activations: o.Activations = None,
     target: o.Targets = None,
     skip: o.Skip = None,
     override: o.Overrides = None,
@@ -60,14 +61,15 @@ def plan(
 
     step = {
         "bits": bits, "group_size": group_size, "method": method, "targets": target, "skip": skip,
-        "override": override, "symmetric": None if asymmetric is None else not asymmetric,
+        "override": override, "symmetric": None if asymmetric is None else not asymmetric, "activations": activations,
     }  # fmt: skip
     data = {"source": calibration, "samples": samples, "sequence_length": sequence_length}
     made = o.make_recipe(recipe, step, data, {"seed": seed, "format": format})
     check(made)
     with listener(json) as progress:
         found = resolve(model, revision=revision, config_only=True, progress=progress)
-        widths = _WIDTHS if bits is None and recipe is None else tuple(one.bits for one in made.steps[:1])
+        open_width = bits is None and activations is None and recipe is None
+        widths = _WIDTHS if open_width else tuple(one.bits for one in made.steps[:1])
         seen = _look(found.path, made, widths, activation_memory * 2**20, trust_remote_code)
     if json:
         typer.echo(json_module.dumps(as_json(model, seen), indent=1, ensure_ascii=False))

@@ -16,6 +16,7 @@ def quantize(
     group_size: o.GroupSize = None,
     method: o.Method = None,
     asymmetric: o.Asymmetric = None,
+    activations: o.Activations = None,
     target: o.Targets = None,
     skip: o.Skip = None,
     override: o.Overrides = None,
@@ -67,7 +68,7 @@ def quantize(
 
     step = {
         "bits": bits, "group_size": group_size, "method": method, "targets": target, "skip": skip,
-        "override": override, "symmetric": None if asymmetric is None else not asymmetric,
+        "override": override, "symmetric": None if asymmetric is None else not asymmetric, "activations": activations,
     }  # fmt: skip
     data = {"source": calibration, "samples": samples, "sequence_length": sequence_length}
     made = o.make_recipe(recipe, step, data, {"seed": seed, "format": format})

@@ -31,11 +31,16 @@ import torch
 from torch import Tensor, nn
 
 from llmcomp import packing
+from llmcomp.errors import BadRecipe
 from llmcomp.formats.base import Entry, Ref, dense_tensors
 from llmcomp.schemes import Scheme
 from llmcomp.weights import CompressedWeight
 
 PACKED, PLAIN = "pack-quantized", "int-quantized"
+# How inputs are rounded: `llmcomp.activations`.
+_PER_TOKEN = {
+    "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True,
+}  # fmt: skip
 SMALLEST_GROUP = 32  # repeating scales for smaller groups than this would cost more than it saves
 
 
@@ -50,6 +55,7 @@ class Storage:
         group: weights along the input that share a scale, None for the whole row.
         symmetric: no zero points.
         transposed: the file holds [in, out].
+        activations: the linear's inputs are rounded to int8, token by token.
     """
 
     format: str
@@ -58,6 +64,7 @@ class Storage:
     group: int | None
     symmetric: bool
     transposed: bool = False
+    activations: bool = False
 
     @property
     def packs_zeros(self) -> bool:
@@ -149,7 +156,7 @@ class PackedLayout:
                 f"group_{n}": {
                     "targets": targets[storage],
                     "weights": storage.args(),
-                    "input_activations": None,
+                    "input_activations": _PER_TOKEN if storage.activations else None,
                     "output_activations": None,
                     "format": storage.format,
                 }
@@ -169,12 +176,19 @@ def layout(entries: Sequence[Entry], model: nn.Module | None = None) -> PackedLa
 
     Args:
         model: may lie on meta; without it, its initialization is taken to be the usual one.
+
+    Raises:
+        BadRecipe: activations that no reader of such a checkpoint would round.
     """
     if any(ref.transposed for ref, _ in entries):
+        _refuse_activations(entries, "readers decode Conv1D weights as they load them and forget about activations")
         return _transposed_layout(entries)
     linears = [entry for entry in entries if entry[0].role != "embeddings"]
     schemes = {scheme for _, scheme in linears}
     bound = model is not None and _initializes_weights(model, [ref.name for ref, _ in linears])
+    if any(scheme.activations for scheme in schemes):
+        # The layout that kernels for 8-bit activations read.
+        return PackedLayout({ref.name: _standard(scheme, PLAIN) for ref, scheme in entries}, {}, (), dequantize=False)
     if len(schemes) == 1 and len(linears) == len(entries) and (bound or not next(iter(schemes)).symmetric):
         storage = {ref.name: _standard(scheme) for ref, scheme in linears}
         return PackedLayout(storage, {}, (), dequantize=True)
@@ -213,7 +227,13 @@ def _initializes_weights(model: nn.Module, names: Sequence[str]) -> bool:
 
 def _standard(scheme: Scheme, form: str = PACKED) -> Storage:
     strategy = "channel" if scheme.group_size is None else "group"
-    return Storage(form, scheme.bits, strategy, scheme.group_size, scheme.symmetric)
+    activations = scheme.activations is not None
+    return Storage(form, scheme.bits, strategy, scheme.group_size, scheme.symmetric, activations=activations)
+
+
+def _refuse_activations(entries: Sequence[Entry], reason: str) -> None:
+    if any(scheme.activations for _, scheme in entries):
+        raise BadRecipe(f"--activations does not apply here: {reason}; leave it out.")
 
 
 def _transposed_layout(entries: Sequence[Entry]) -> PackedLayout:

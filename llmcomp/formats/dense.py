@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llmcomp.errors import BadRecipe
 from llmcomp.formats.base import Entry, Ref, dense_tensors
 from llmcomp.weights import CompressedWeight
 
@@ -33,5 +34,11 @@ class DenseLayout:
 
 
 def layout(entries: Sequence[Entry], model: nn.Module | None = None) -> DenseLayout:
-    """The layout for any plan."""
+    """The layout for any plan of weights alone.
+
+    Raises:
+        BadRecipe: activations are to be rounded, which a dense checkpoint cannot say.
+    """
+    if any(scheme.activations for _, scheme in entries):
+        raise BadRecipe("--format dense cannot say that activations are rounded; leave one of the two out.")
     return DenseLayout()

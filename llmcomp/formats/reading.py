@@ -89,6 +89,24 @@ def stored_modules(directory: Path, tensors: Iterable[str]) -> dict[str, Any]:
     return {name: (scheme, scheme.format or parsed.format) for name, scheme in found.items()}
 
 
+def rounding(stored: dict[str, Any]) -> set[str]:
+    """Names of the modules whose inputs the reader rounds (`llmcomp.activations`).
+
+    Raises:
+        VerificationFailed: inputs that are rounded in another way.
+    """
+    found = set()
+    for name, (scheme, _) in stored.items():
+        args = scheme.input_activations
+        if args is None:
+            continue
+        said = {"bits": args.num_bits, "type": args.type, "per": args.strategy, "dynamic": args.dynamic}
+        if not args.symmetric or said != {"bits": 8, "type": "int", "per": "token", "dynamic": True}:
+            raise VerificationFailed(f"{name} reads inputs that are rounded in a way llmcomp does not compute: {args}.")
+        found.add(name)
+    return found
+
+
 def config_of(directory: Path) -> dict[str, Any]:
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))

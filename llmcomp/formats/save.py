@@ -186,12 +186,12 @@ def partial_of(output: Path) -> Path:
     return output.with_name(f".{output.name}.partial")
 
 
-def default_output(model: str, method: str, bits: int) -> Path:
-    """`./<model>-<method>-w<bits>`, from a directory, a Hub id or a 'sample:' name."""
+def default_output(model: str, method: str, bits: int, activations: str | None = None) -> Path:
+    """`./<model>-<method>-w<bits>` (w8a8 with activations), from a directory, a Hub id or a 'sample:' name."""
     stem = model.rstrip("/\\").replace(":", "-").replace("\\", "/").split("/")[-1]
     if stem in ("", ".", ".."):
         stem = Path(model).resolve().name or "model"
-    return Path(f"{stem}-{method}-w{bits}")
+    return Path(f"{stem}-{method}-w{bits}" + ("" if activations is None else "a8"))
 
 
 def preflight(output: Path, overwrite: bool, nbytes: int) -> None:

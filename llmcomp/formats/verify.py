@@ -32,6 +32,7 @@ from llmcomp.formats.reading import (
     decoded,
     first_line,
     require_same,
+    rounding,
     skeleton_of,
     stored_modules,
     stored_tensors,
@@ -93,6 +94,8 @@ def check(directory: Path, witness: Path, stream: bool | None = None) -> Verific
     _same_dtype(directory, known)
     stored = stored_modules(directory, tensors)
     require_same(set(stored), set(known.compressed), "stored compressed", "planned to be")
+    planned = {name for name, label in known.compressed.items() if label.endswith(" a8")}
+    require_same(rounding(stored), planned, "read with rounded inputs", "planned to be")
     files = len(set(tensors.values()))
     checks = [f"{files} files complete, {len(stored)} modules stored compressed as planned"]
     if stream is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmcomp.adapters.base import Adapter, LinearRef
 from llmcomp.errors import BadRecipe
@@ -83,9 +83,11 @@ def _task(ref: LinearRef, step: QuantizeStep, misfits: list[LinearRef], problems
         if str(error) not in problems:
             problems.append(str(error))
         return None
+    if ref.role == "embeddings":
+        scheme = replace(scheme, activations=None)  # what a lookup reads are indices
     if scheme.fits(ref.in_features):
         asked = step.group_size if override is None or override.group_size is None else override.group_size
-        if asked is None and scheme.group_size != 128:
+        if asked is None and scheme.group_size != 128 and step.activations is None:
             return Task(ref, scheme, method, f"128 does not divide its width {ref.in_features}: {scheme.label}")
         return Task(ref, scheme, method)
     misfits.append(ref)

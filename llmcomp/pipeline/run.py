@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from llmcomp.activations import quantize_inputs
 from llmcomp.adapters.base import Adapter, Block, LinearRef
 from llmcomp.calibration.capture import Lane, Stop, advance_all, stopping
 from llmcomp.calibration.parking import Parking
@@ -127,7 +128,11 @@ class Compression:
         linears = {name: model.get_submodule(name) for name in self._job.assignment.tasks}
         blocks = {block.name: model.get_submodule(block.name) for block in adapter.blocks}
         try:
-            with writing(self._job.partial), stopping(model, blocks, linears, self._pending.__contains__):
+            with (
+                writing(self._job.partial),
+                stopping(model, blocks, linears, self._pending.__contains__),
+                self._rounded_inputs(linears),
+            ):
                 self._begin()
                 reached = self._advance()
                 for block in adapter.blocks:
@@ -308,6 +313,18 @@ class Compression:
                     self._remaining.discard(ref.name)
         self._outcome.layers += self._journal.done[key].layers
         self._outcome.order.append(key)
+
+    @contextmanager
+    def _rounded_inputs(self, linears: Mapping[str, nn.Module]) -> Iterator[None]:
+        """While it lasts, linears with quantized activations round what they read, after statistics were taken of it:
+        no linear computes before it is compressed."""
+        tasks = self._job.assignment.tasks
+        handles = [quantize_inputs(module) for name, module in linears.items() if tasks[name].scheme.activations]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

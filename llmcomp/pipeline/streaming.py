@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llmcomp.activations import quantize_inputs
 from llmcomp.adapters.discover import discover, skeleton
 from llmcomp.checkpoint import Checkpoint, bind
-from llmcomp.formats.reading import decoded_weight, stored_modules, stored_tensor, stored_tensors
+from llmcomp.formats.reading import decoded_weight, rounding, stored_modules, stored_tensor, stored_tensors
 from llmcomp.pipeline.memory import return_freed_memory
 from llmcomp.pipeline.residency import Residency, Values
 
@@ -35,6 +36,11 @@ class DecodedValues:
                 if key in self._tensors or (key or "").removesuffix(".weight") in self._stored:
                     self.key_of[name] = str(key)
                     break
+
+    @property
+    def rounding(self) -> set[str]:
+        """Names of the linears whose inputs are quantized."""
+        return rounding(self._stored)
 
     def tensor(self, name: str) -> Tensor:
         key = self.key_of[name]
@@ -59,6 +65,9 @@ def open_streamed(directory: Path) -> tuple[nn.Module, Callable[[], Iterator[Ten
     adapter = discover(model)
     params = Residency(adapter, values)
     params.read(params.outside)
+    if isinstance(values, DecodedValues):
+        for name in values.rounding:
+            quantize_inputs(model.get_submodule(name))
     for block in adapter.blocks:
         module, names = model.get_submodule(block.name), params.inside(block.name)
         module.register_forward_pre_hook(_reading(params, names))

@@ -13,8 +13,9 @@ from tiny import tiny
 from llmcomp import api
 from llmcomp.cli.main import main
 from llmcomp.errors import RunError
-from llmcomp.recipe import Override, Recipe
+from llmcomp.recipe import Override, Recipe, scheme_for
 from llmcomp.report.schema import Report
+from llmcomp.schemes import Scheme
 
 QUICK = ["--no-evaluate", "--no-verify"]
 SMALL = ["--samples", "8", "--sequence-length", "32"]
@@ -81,6 +82,12 @@ def test_every_flag_reaches_the_options(monkeypatch: pytest.MonkeyPatch) -> None
         eval_data="rows.csv", text_column="t", label_column="l", revision="v1", trust_remote_code=True,
         allow_pickle=True,
     )  # fmt: skip
+
+
+def test_activations_bring_8_bits_per_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, _ = asked(monkeypatch, "--activations", "int8-dynamic")
+    assert (recipe.steps[0].bits, recipe.steps[0].activations) == (8, "int8-dynamic")
+    assert scheme_for(recipe.steps[0], None, 96) == Scheme(8, None, True, "int8-dynamic")
 
 
 def test_a_number_as_group_size(monkeypatch: pytest.MonkeyPatch) -> None:

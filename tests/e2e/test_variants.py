@@ -40,6 +40,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "gpt2-g32": ("gpt2", {}, {"group_size": 32}, PACKED),
     "gpt2-embeddings": ("gpt2", {}, {"overrides": INT8_ENDS[:1]}, PACKED),
     "opt-dense": ("opt", {}, {"bits": 3}, "dense"),
+    "llama-a8": ("llama", {}, {"bits": 8, "activations": "int8-dynamic"}, PACKED),
+    "bert-a8": ("bert", {}, {"bits": 8, "activations": "int8-dynamic", "overrides": INT8_ENDS[:1]}, PACKED),
+    "modernbert-a8": ("modernbert", {}, {"bits": 8, "activations": "int8-dynamic"}, PACKED),
     "qwen3-rtn": ("qwen3", {}, {"method": "rtn"}, PACKED),
     "qwen3-rtn-clip": ("qwen3", {}, {"method": "rtn-clip"}, PACKED),
     "qwen3-gptq": ("qwen3", {}, {}, PACKED),
@@ -143,6 +146,21 @@ def test_dense_is_on_the_grid_and_as_large_as_before(runs: dict[str, Run]) -> No
     weight = tensors(run.output)["model.decoder.layers.0.fc1.weight"]
     assert max(len(row.unique()) for row in weight) <= 2**3
     assert run.report.labels[0].startswith("As large and as fast as before")
+
+
+@pytest.mark.parametrize("name", ["llama-a8", "bert-a8", "modernbert-a8"])
+def test_rounded_activations(name: str, runs: dict[str, Run], reloaded: dict[str, dict[str, Any]]) -> None:
+    """Where inputs are rounded, too, more is lost; embeddings are read by indices, which nothing rounds."""
+    report = runs[name].report
+    inside = {layer.scheme for layer in report.layers if layer.role in ("attention", "mlp")}
+    assert inside == {"int8 channel a8"}
+    outside = [layer.scheme for layer in report.layers if layer.role == "embeddings"]
+    assert outside == (["int8 channel"] if name == "bert-a8" else [])
+    assert not [layer for layer in report.layers if layer.fallback]
+    assert any("simulates the rounded activations" in label for label in report.labels)
+    assert reloaded[name]["from_original"] < 0.05
+    if name == "llama-a8":
+        assert reloaded["llama-int8"]["from_original"] < reloaded[name]["from_original"]
 
 
 def fell_back(run: Run, test: Callable[[int], bool]) -> None:

@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from llmcomp.activations import quantize_inputs
 from llmcomp.adapters.base import LinearRef
 from llmcomp.formats import FORMATS, broken_ties, witness
 from llmcomp.formats.base import Layout
@@ -127,6 +128,9 @@ def write(
         model.load_state_dict(plain)
         if broken:
             model.config.tie_word_embeddings = False
+        for r, scheme in entries:
+            if scheme.activations:
+                quantize_inputs(model.get_submodule(r.name))
         output = witness.model_output(model(**INPUTS))
     witness.save(place, compressed=packed, source=source, inputs=INPUTS, output=output)
     dtype = witness.dtype_name(model.dtype)

@@ -66,13 +66,14 @@ def edit_config(directory: Path, change: Callable[[dict], Any]) -> None:
     edit_json(directory / "config.json", change)
 
 
+def group_of(config: dict) -> dict:
+    """The one config group."""
+    return config["quantization_config"]["config_groups"]["group_0"]
+
+
 def edit_args(directory: Path, **changes: Any) -> None:
-    """Change the quantization arguments of the one config group."""
-
-    def change(config: dict) -> None:
-        config["quantization_config"]["config_groups"]["group_0"]["weights"].update(changes)
-
-    edit_config(directory, change)
+    """Change the quantization arguments of the weights."""
+    edit_config(directory, lambda config: group_of(config)["weights"].update(changes))
 
 
 def edit_index(directory: Path, change: Callable[[dict], Any]) -> None:
@@ -198,3 +199,18 @@ def another_model_dtype(directory: Path) -> None:
 @damage(said="config.json cannot be read")
 def a_damaged_config(directory: Path) -> None:
     (directory / "config.json").write_text("{")
+
+
+@damage(said=r"\w+_proj is planned to be, but not read with rounded inputs", kind="activations")
+def activations_forgotten(directory: Path) -> None:
+    edit_config(directory, lambda config: group_of(config).update(input_activations=None))
+
+
+@damage(said="reads inputs that are rounded in a way llmcomp does not compute", kind="activations")
+def activations_of_fewer_bits(directory: Path) -> None:
+    edit_config(directory, lambda config: group_of(config)["input_activations"].update(num_bits=4))
+
+
+@damage(said="reads inputs that are rounded in a way llmcomp does not compute", kind="activations")
+def activations_of_unsigned_integers(directory: Path) -> None:
+    edit_config(directory, lambda config: group_of(config)["input_activations"].update(symmetric=False))

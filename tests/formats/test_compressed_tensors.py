@@ -12,10 +12,13 @@ from checkpoints import INPUTS, Written, bert, gpt2, linears, llama, ref, write
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from llmcomp.activations import quantized
+from llmcomp.errors import BadRecipe
 from llmcomp.formats import FORMATS, broken_ties
 from llmcomp.schemes import Scheme
 
 G128, G64, CHANNEL = Scheme(4, 128), Scheme(3, 64), Scheme(8)
+A8 = Scheme(8, activations="int8-dynamic")
 ASYM, ASYM3, ASYM8 = Scheme(4, 128, False), Scheme(3, 64, False), Scheme(8, None, False)
 
 
@@ -96,6 +99,39 @@ def test_bert_with_its_tied_bias(tmp_path: Path) -> None:
     model = bert()
     schemes = dict.fromkeys(linears(model), ASYM) | {"bert.embeddings.word_embeddings": Scheme(8)}
     assert_loads(write(tmp_path, model, schemes), AutoModelForMaskedLM)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [llama, bert])
+def test_rounded_activations(tmp_path: Path, make: Callable, dtype: torch.dtype) -> None:
+    """The reader rounds what every compressed linear reads, and nothing else."""
+    model = make(dtype=dtype)
+    skipped, *names = linears(model)
+    written = write(tmp_path, model, dict.fromkeys(names, A8) | {skipped: CHANNEL})
+    read = assert_loads(written, AutoModelForCausalLM if make is llama else AutoModelForMaskedLM)
+    assert sizes_agree(written, model)
+    groups = quantization_config(written)["config_groups"].values()
+    assert {group["format"] for group in groups} == {"int-quantized"}
+    assert sorted(bool(group["input_activations"]) for group in groups) == [False, True]
+    seen: dict[str, torch.Tensor] = {}
+    for name in (skipped, names[0]):
+        linear = read.get_submodule(name)
+        linear.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+        linear.register_forward_hook(lambda _, args, out, name=name: seen.update({name + ".out": out}))
+    with torch.no_grad():
+        read(**INPUTS)
+        for name, change in ((skipped, lambda x: x), (names[0], quantized)):
+            expected = read.get_submodule(name)
+            wanted = nn.functional.linear(change(seen[name]), expected.weight, expected.bias)
+            assert torch.equal(seen[name + ".out"], wanted), name
+
+
+def test_activations_that_no_reader_would_round_are_refused(tmp_path: Path) -> None:
+    model = gpt2()
+    with pytest.raises(BadRecipe, match="Conv1D weights as they load them and forget about activations"):
+        write(tmp_path, model, dict.fromkeys(linears(model), A8))
+    with pytest.raises(BadRecipe, match="dense cannot say that activations are rounded"):
+        write(tmp_path, llama(), dict.fromkeys(linears(llama()), A8), form="dense")
 
 
 @pytest.mark.parametrize("make", [llama, bert])

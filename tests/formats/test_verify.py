@@ -18,7 +18,7 @@ from llmcomp.formats import witness
 from llmcomp.formats.verify import check, verify
 from llmcomp.schemes import Scheme
 
-SYM, ASYM = Scheme(4, 64), Scheme(4, 64, False)
+SYM, ASYM, A8 = Scheme(4, 64), Scheme(4, 64, False), Scheme(8, activations="int8-dynamic")
 EMBEDDINGS = {"model.embed_tokens": Scheme(8)}
 
 
@@ -26,9 +26,9 @@ EMBEDDINGS = {"model.embed_tokens": Scheme(8)}
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Written]:
     """One checkpoint a kind; tests corrupt copies."""
     made = {}
-    for kind in ("symmetric", "asymmetric"):
+    for kind, scheme in {"symmetric": SYM, "asymmetric": ASYM, "activations": A8}.items():
         model = llama()
-        schemes = dict.fromkeys(linears(model), SYM if kind == "symmetric" else ASYM)
+        schemes = dict.fromkeys(linears(model), scheme)
         made[kind] = write(tmp_path_factory.mktemp(kind), model, schemes)
     return made
 
@@ -45,10 +45,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Written]:
         (lambda: llama(tied=True), lambda names: {"lm_head": Scheme(8)} | dict.fromkeys(names, ASYM)),
         (lambda: llama(dtype=torch.bfloat16), lambda names: dict.fromkeys(names, SYM)),
         (bert, lambda names: dict.fromkeys(names, ASYM)),
+        (llama, lambda names: dict.fromkeys(names, A8)),
         (gpt2, lambda names: dict.fromkeys(names, ASYM)),
         (gpt2, lambda names: {}),
     ],
-    ids=["sym", "asym", "mixed", "tied", "embeddings", "head", "bfloat16", "bert", "gpt2", "nothing"],
+    ids=["sym", "asym", "mixed", "tied", "embeddings", "head", "bfloat16", "bert", "activations", "gpt2", "nothing"],
 )
 def test_a_whole_checkpoint_passes(tmp_path: Path, make: Callable, schemes: Callable, stream: bool) -> None:
     model = make()

@@ -28,6 +28,7 @@ RECIPES = {
     "asymmetric": Recipe((replace(INT4, symmetric=False),)),
     "mixed, with embeddings": Recipe((replace(INT4, overrides=INT8_TOO),)),
     "dense": Recipe((INT4,), format="dense"),
+    "activations": Recipe((replace(INT4, bits=8, group_size=None, activations="int8-dynamic"),)),
 }
 
 
@@ -37,8 +38,12 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: few)
 
 
-@pytest.mark.parametrize("recipe", list(RECIPES))
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "modernbert"])
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    # GPT-2's readers do not round activations.
+    [(name, recipe) for name in ("llama", "gpt2", "bert", "modernbert") for recipe in RECIPES
+     if (name, recipe) != ("gpt2", "activations")],
+)  # fmt: skip
 def test_the_same_numbers(name: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny(name, tmp_path / "source", tokenizer=True)
     made = llmcomp.quantize(
