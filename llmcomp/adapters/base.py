@@ -39,12 +39,21 @@ class LinearRef:
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block. `stages`: its linears in the order of computation, those that read the same
-    input tensor together (q/k/v; gate/up)."""
+    """One transformer block.
+
+    Attributes:
+        stages: its linears in the order of computation, those that read the same input tensor together
+            (q/k/v; gate/up; all five where attention and MLP run side by side).
+        applications: how often in a row the model runs it, more than once where layers are shared (ALBERT).
+        lasting: names of linears that are computed, or computed again, after the next stage has begun: the MLP
+            of a parallel block waits for the attention's output.
+    """
 
     index: int
     name: str
     stages: tuple[tuple[LinearRef, ...], ...]
+    applications: int = 1
+    lasting: frozenset[str] = frozenset()
 
     @property
     def linears(self) -> tuple[LinearRef, ...]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ import transformers
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers.core_model_loading import build_glob_alternation
 from transformers.modeling_utils import str_to_torch_dtype
 from transformers.pytorch_utils import Conv1D
 
 from llmcomp.adapters.base import Adapter, Block, LinearRef
+from llmcomp.adapters.trace import Trace, linears, trace
 from llmcomp.errors import BadCheckpoint, UnknownArchitecture
 
 # The first suffix of the class name that fits tells the task; a class without one is a bare encoder.
@@ -39,7 +41,6 @@ _TASKS = {
     "ForMultipleChoice": "multiple-choice",
     "ForNextSentencePrediction": "next-sentence-prediction",
 }
-_TRACE_TOKENS = 8
 
 
 def skeleton(path: str | Path, *, trust_remote_code: bool = False) -> nn.Module:
@@ -81,10 +82,12 @@ def discover(model: nn.Module) -> Adapter:
             "it takes decoder-only and encoder-only models."
         )
     list_name, layers = _block_list(model)
-    calls, problem = _trace(model)
+    names = [f"{list_name}.{index}" for index in range(len(layers))]
+    traced = trace(model, names)
+    applications = _applications(architecture, names, traced)
     blocks = tuple(
-        _block(index, f"{list_name}.{index}", layer, None if problem else calls)
-        for index, layer in enumerate(layers)
+        _block(index, name, layer, applications[name], traced)
+        for index, (name, layer) in enumerate(zip(names, layers, strict=True))
     )
     embeddings, head = _embeddings(model), _head(model)
     claimed = {ref.name for block in blocks for ref in block.linears} | {embeddings.name}
@@ -99,7 +102,7 @@ def discover(model: nn.Module) -> Adapter:
         head=head,
         ties=_ties(model),
         uncompressed=_uncompressed(model, claimed, list_name),
-        trace_problem=problem,
+        trace_problem=traced.problem,
     )
 
 
@@ -177,7 +180,7 @@ def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
         inside = any(name.startswith(outer + ".") for outer in taken)
         if inside or len({type(child) for child in module}) != 1:
             continue
-        weights = sum(linear.weight.numel() for _, linear in _linears(module))
+        weights = sum(linear.weight.numel() for _, linear in linears(module))
         if weights:
             taken.append(name)
             if best is None or weights > best[0]:
@@ -196,22 +199,41 @@ def _describe(modules: nn.ModuleList) -> str:
     return f"{len(modules)} x {'/'.join(kinds)}" if len(modules) else "empty"
 
 
-def _linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, child in module.named_modules(prefix=prefix):
-        if isinstance(child, (nn.Linear, Conv1D)):
-            yield name, child
+def _applications(architecture: str, names: Sequence[str], traced: Trace) -> dict[str, int]:
+    """How often in a row each block is run; once where the forward could not be followed."""
+    visited = [name for name in traced.order if name in names]
+    runs = [(name, len(list(run))) for name, run in groupby(visited)]
+    if len(runs) != len({name for name, _ in runs}):
+        order = ", ".join(name.rpartition(".")[2] for name in visited[:8]) + ", …" * (len(visited) > 8)
+        raise UnknownArchitecture(
+            f"{architecture} comes back to an earlier block (its blocks run in the order {order}); llmcomp "
+            "compresses blocks that are run once, or several times in a row."
+        )
+    return dict.fromkeys(names, 1) | dict(runs)
 
 
-def _block(index: int, name: str, layer: nn.Module, calls: dict[str, Tensor] | None) -> Block:
-    """Group the linears of one block by the identity of their input; one by one where `calls` is None."""
-    refs = {n: _ref(n, m, _role(layer, n[len(name) + 1 :]), index) for n, m in _linears(layer, name)}
-    if calls is None:
-        return Block(index, name, tuple((ref,) for ref in refs.values()))
+def _block(index: int, name: str, layer: nn.Module, applications: int, traced: Trace) -> Block:
+    """Group the linears of one block by the identity of their input; one by one where nothing was traced."""
+    refs = {n: _ref(n, m, _role(layer, n[len(name) + 1 :]), index) for n, m in linears(layer, name)}
+    if traced.problem is not None:
+        alone = tuple((ref,) for ref in refs.values())
+        return Block(index, name, alone, lasting=frozenset(refs))
     stages: dict[int, list[LinearRef]] = {}
-    for called, tensor in calls.items():
+    for called, tensor in traced.inputs.items():
         if called in refs:
             stages.setdefault(id(tensor), []).append(refs[called])
-    return Block(index, name, tuple(tuple(stage) for stage in stages.values()))
+    found = tuple(tuple(stage) for stage in stages.values())
+    return Block(index, name, found, applications, _lasting(found, traced.order))
+
+
+def _lasting(stages: Sequence[Sequence[LinearRef]], order: Sequence[str]) -> frozenset[str]:
+    """Names of the linears that are still to be computed when the stage after their own begins."""
+    last = {name: place for place, name in enumerate(order)}
+    found = set()
+    for stage, following in pairwise(stages):
+        begins = order.index(following[0].name)
+        found |= {ref.name for ref in stage if last[ref.name] > begins}
+    return frozenset(found)
 
 
 def _ref(name: str, module: Any, role: str, block: int | None) -> LinearRef:
@@ -228,48 +250,6 @@ def _role(layer: nn.Module, path: str) -> str:
         if re.search(r"attn|attention", f"{part} {type(module).__name__}", re.IGNORECASE):
             return "attention"
     return "mlp"
-
-
-def _trace(model: nn.Module) -> tuple[dict[str, Tensor], str | None]:
-    """What each linear reads first in a forward pass on meta tensors, in the order of computation.
-
-    The tensors are kept, so that their ids stay their own. Second: why it failed, None when it did not.
-    """
-    twin: Any = copy.deepcopy(model).to("meta")
-    twin.config.pad_token_id = None  # else some models look for padding among ids that have no values
-    # Without a cache transformers looks for packed sequences among positions, which have no values either.
-    twin.config.get_text_config().use_cache = True
-    calls: dict[str, Tensor] = {}
-
-    def record(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.setdefault(name, args[0] if args else next(iter(kwargs.values())))
-
-        return hook
-
-    for name, module in _linears(twin):
-        module.register_forward_pre_hook(record(name), with_kwargs=True)
-    ids = torch.zeros(1, _TRACE_TOKENS, dtype=torch.long, device="meta")
-    # Most models read a mask's values and must be given none; DeBERTa makes one where there is none.
-    problem = _attempt(twin, input_ids=ids)
-    if problem is not None:
-        calls.clear()
-        if _attempt(twin, input_ids=ids, attention_mask=torch.ones_like(ids)) is None:
-            problem = None
-    return (calls, None) if problem is None else ({}, problem)
-
-
-def _attempt(model: Any, **inputs: Tensor) -> str | None:
-    """Run the body (heads hold no blocks, and some cannot run on meta); what went wrong, or None.
-
-    Any exception counts, for any model code may run here; the adapter carries it on and `inspect` shows it.
-    """
-    try:
-        with torch.no_grad():
-            model.base_model(**inputs)
-    except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return None
 
 
 # --- around the blocks ---

@@ -124,7 +124,7 @@ def footprint(adapter: Adapter, plan: Plan, lanes: Lanes, budget: int) -> Footpr
     spilled = 0
     if plan.assignment.calibrated:
         places = _places(adapter, block, stages, lanes, size)
-        moments += _calibrated(stages, places, plan, lanes, budget, size)
+        moments += _calibrated(block, stages, places, plan, lanes, budget, size)
         spilled = max(place.parked for place in places) * lanes.count - budget
     else:
         moments += _uncalibrated(stages, plan, size)
@@ -180,17 +180,21 @@ def _places(
 
 
 def _calibrated(
-    stages: Sequence[Sequence[Task]], places: Sequence[Waiting], plan: Plan, lanes: Lanes, budget: int, size: int
+    block: Block, stages: Sequence[Sequence[Task]], places: Sequence[Waiting], plan: Plan, lanes: Lanes,
+    budget: int, size: int,
 ) -> Iterator[tuple[str, MemoryTerms]]:
     """Stage by stage: lanes arrive, the stage is solved, its weights are decoded and packed."""
-    installed = packed = 0
+    installed = lasting = packed = 0
+    # A block that runs several times is looked at before any of it is solved.
+    grams = [FLOAT * stage[0].ref.in_features ** 2 for stage in stages]
+    surveyed = block.applications > 1
     for number, stage in enumerate(stages):
         ref, name = stage[0].ref, stage[0].ref.name
         before, here = places[number], places[number + 1]
         # Lanes that have arrived hold what they hold here, the others still what they held before.
         parked = min(budget, lanes.count * max(before.parked, here.parked))
         held = lanes.count * max(before.held, here.held)
-        gram = FLOAT * ref.in_features**2
+        gram = sum(grams[number:]) if surveyed else grams[number]
         # The float32 copy of an input stays for the next lane's.
         widening = FLOAT * lanes.tokens * ref.in_features
         moving = MemoryTerms(gram, widening, 0, 0, 0, installed, packed, parked, held, here.step)
@@ -199,9 +203,10 @@ def _calibrated(
             0, 0, 0, 0, 0, 0, packed, min(budget, lanes.count * here.parked), lanes.count * here.held
         )
         solving, decoded = _solving(stage, size)
-        yield f"solving {name}", replace(waiting_here, statistics=gram, **solving)
+        yield f"solving {name}", replace(waiting_here, statistics=gram, installed=lasting, **solving)
         packed += sum(plan.layout.nbytes(task.ref, size) for task in stage)
-        installed = decoded
+        installed = lasting + decoded
+        lasting += sum(task.ref.weights * size for task in stage if task.ref.name in block.lasting)
         decoding = installed + max(task.ref.weights for task in stage) * size
         yield f"decoding {name}", replace(waiting_here, values=solving["values"], installed=decoding, packed=packed)
     end = places[-1]

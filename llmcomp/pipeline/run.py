@@ -109,6 +109,8 @@ class Compression:
         self._parking = Parking(spill, job.activation_memory)
         self._trimmed = 0  # of `spilled`, when the heap last gave its free pages back
         self._pending: dict[str, Task] = {}
+        # Blocks that run several times are looked at from the model's start, which then has to stay.
+        self._keeps_all = any(block.applications > 1 for block in job.adapter.blocks)
         self._remaining = set(job.assignment.tasks) if job.assignment.calibrated else set()
         model, calibration = job.adapter.model, job.batches if job.assignment.calibrated else ()
         self._lanes = [Lane(model, batch) for batch in calibration]
@@ -171,18 +173,27 @@ class Compression:
             self._restore(key, block.linears)
             self._outcome.resumed += 1
         else:
-            self._write(key, self._stages(block.stages), names)
+            surveyed = block.applications > 1 and self._job.assignment.calibrated
+            solved = self._survey(block) if surveyed else self._stages(block.stages, block.lasting)
+            self._write(key, solved, names)
+        for _ in range(block.applications - 1):
+            self._advance()
         reached = self._advance() if further else None
         if further:
-            self._params.release(names)
+            self._release(names)
         self._job.binding.checkpoint.release()
         return_freed_memory()
         return reached
 
-    def _stages(self, stages: Sequence[Sequence[LinearRef]]) -> list[Finished]:
-        """Solve stages as the lanes reach them (all at once where no method reads statistics)."""
-        tasks = self._job.assignment.tasks
-        wanted = [[ref for ref in stage if ref.name in tasks] for stage in stages]
+    def _stages(
+        self, stages: Sequence[Sequence[LinearRef]], lasting: frozenset[str] = frozenset()
+    ) -> list[Finished]:
+        """Solve stages as the lanes reach them (all at once where no method reads statistics).
+
+        Args:
+            lasting: linears that lanes still compute with when they have reached the next stage.
+        """
+        tasks, wanted = self._job.assignment.tasks, self._wanted(stages)
         if not self._job.assignment.calibrated:
             return [done for stage in wanted if stage for done in self._solve(stage, None)]
         self._pending.update({ref.name: tasks[ref.name] for stage in wanted for ref in stage})
@@ -192,17 +203,50 @@ class Compression:
             accumulator = GramAccumulator()
             reached = self._advance(accumulator)
             # Every lane has computed with what was solved last; the file keeps it, memory need not.
-            self._params.release([done.name for done in latest])
+            self._release([done.name for done in latest if done.layer.name not in lasting])
             if reached is None or reached.name not in self._pending:
-                unseen = next(iter(self._pending))
-                raise RunError(
-                    f"{unseen} was never computed in the calibration run ({len(self._pending)} such); "
-                    "leave it out of the recipe by an override with 'skip: true'."
-                )
+                raise self._unseen()
             stage = next(refs for refs in wanted if any(ref.name == reached.name for ref in refs))
             latest = self._solve([ref for ref in stage if ref.name in self._pending], accumulator)
             solved += latest
         return solved
+
+    def _survey(self, block: Block) -> list[Finished]:
+        """Solve a block that runs several times in a row, by what it reads in all of its runs.
+
+        A stage cannot be solved before the last run has been seen, and that comes after all the others'
+        stages. So other lanes go through the block first, uncompressed; they start where the model does.
+        """
+        wanted = [stage for stage in self._wanted(block.stages) if stage]
+        found = {stage[0].name: GramAccumulator() for stage in wanted}
+        self._pending.update({name: self._job.assignment.tasks[name] for name in found})
+        for batch in self._job.batches:
+            lane, due = Lane(self._job.adapter.model, batch), block.applications * len(found)
+            with self._timed("forward"):
+                while due and (stop := lane.advance()) is not None:
+                    if stop.kind == "linear" and stop.inputs is not None:
+                        found[stop.name].add(lane.tokens(stop.inputs))
+                        due -= 1
+                lane.close()
+            if due:
+                raise self._unseen()
+        return [done for stage in wanted for done in self._solve(stage, found.pop(stage[0].name))]
+
+    def _wanted(self, stages: Sequence[Sequence[LinearRef]]) -> list[list[LinearRef]]:
+        """Of each stage, the linears that are to be compressed."""
+        return [[ref for ref in stage if ref.name in self._job.assignment.tasks] for stage in stages]
+
+    def _unseen(self) -> RunError:
+        unseen = next(iter(self._pending))
+        return RunError(
+            f"{unseen} was never computed in the calibration run ({len(self._pending)} such); "
+            "leave it out of the recipe by an override with 'skip: true'."
+        )
+
+    def _release(self, names: Sequence[str]) -> None:
+        """Forget values that no lane will compute with again."""
+        if not self._keeps_all:
+            self._params.release(names)
 
     def _end(self) -> None:
         """Compress the head, if it is to be; run the witness to its output; write the rest."""

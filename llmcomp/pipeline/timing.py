@@ -66,13 +66,15 @@ def seconds(adapter: Adapter, plan: Plan, tokens: int, lanes: int, rates: Rates)
     calibrated = plan.assignment.calibrated
     for block in adapter.blocks:
         if calibrated:
-            # Each linear is computed once for each window (`calibration.capture`).
-            total += 2.0 * tokens * sum(ref.weights for ref in block.linears) / rates.forward
-            total += _LANE_STOP * lanes * (1 + len(block.stages))
+            # Each linear is computed once for each window (`calibration.capture`); where a block runs several
+            # times, once for each run, and as often before it is solved.
+            runs = 1 if block.applications == 1 else 2 * block.applications
+            total += runs * 2.0 * tokens * sum(ref.weights for ref in block.linears) / rates.forward
+            total += runs * _LANE_STOP * lanes * (1 + len(block.stages))
         for stage in block.stages:
             wanted = [tasks[ref.name] for ref in stage if ref.name in tasks]
             if wanted:
-                total += _stage(wanted, tokens if calibrated else 0, rates)
+                total += _stage(wanted, block.applications * tokens if calibrated else 0, rates)
     for ref in (adapter.embeddings, adapter.head):
         if ref is not None and ref.name in tasks:
             task = tasks[ref.name]

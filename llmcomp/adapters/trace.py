@@ -1,0 +1,87 @@
+"""What a model's own forward does with its blocks and linears, seen by running it on meta tensors.
+
+Meta tensors have shapes and identities but no values, so a model of any size is followed in milliseconds.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+_TRACE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One forward pass.
+
+    Attributes:
+        inputs: linear → the tensor it read first. They are kept, so that their ids stay their own.
+        order: names of blocks and linears as they were called, each as often as it was.
+        problem: why the forward could not be run, None when it could; the rest is empty then.
+    """
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
+    problem: str | None = None
+
+
+def linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, module) of every linear layer in `module`."""
+    for name, child in module.named_modules(prefix=prefix):
+        if isinstance(child, (nn.Linear, Conv1D)):
+            yield name, child
+
+
+def trace(model: nn.Module, blocks: Iterable[str]) -> Trace:
+    """Follow a copy of `model` on meta tensors.
+
+    Args:
+        blocks: names of the modules whose calls are to be noted beside those of the linears.
+    """
+    twin: Any = copy.deepcopy(model).to("meta")
+    twin.config.pad_token_id = None  # else some models look for padding among ids that have no values
+    # Without a cache transformers looks for packed sequences among positions, which have no values either.
+    twin.config.get_text_config().use_cache = True
+    found = Trace()
+
+    def record(name: str, reads: bool) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.order.append(name)
+            if reads:
+                found.inputs.setdefault(name, args[0] if args else next(iter(kwargs.values())))
+
+        return hook
+
+    for name in blocks:
+        twin.get_submodule(name).register_forward_pre_hook(record(name, False), with_kwargs=True)
+    for name, module in linears(twin):
+        module.register_forward_pre_hook(record(name, True), with_kwargs=True)
+    ids = torch.zeros(1, _TRACE_TOKENS, dtype=torch.long, device="meta")
+    # Most models read a mask's values and must be given none; DeBERTa makes one where there is none.
+    problem = _attempt(twin, input_ids=ids)
+    if problem is not None:
+        found.inputs.clear()
+        found.order.clear()
+        if _attempt(twin, input_ids=ids, attention_mask=torch.ones_like(ids)) is None:
+            problem = None
+    return found if problem is None else Trace(problem=problem)
+
+
+def _attempt(model: Any, **inputs: Tensor) -> str | None:
+    """Run the body (heads hold no blocks, and some cannot run on meta); what went wrong, or None.
+
+    Any exception counts, for any model code may run here; the adapter carries it on and `inspect` shows it.
+    """
+    try:
+        with torch.no_grad():
+            model.base_model(**inputs)
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return None
