@@ -68,6 +68,29 @@ _OPT = {
     "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS, "word_embed_proj_dim": WIDTH,
     "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS,
 }  # fmt: skip
+_GPT_NEOX = {
+    "hidden_size": WIDTH, "intermediate_size": DEEP, "num_hidden_layers": 2, "num_attention_heads": HEADS,
+    "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS, "bos_token_id": BOS, "eos_token_id": EOS,
+}  # fmt: skip
+_BLOOM = {
+    "hidden_size": WIDTH, "n_layer": 2, "n_head": HEADS, "vocab_size": VOCABULARY, "pad_token_id": PAD,
+    "bos_token_id": BOS, "eos_token_id": EOS,
+}  # fmt: skip
+_FALCON = {
+    "hidden_size": WIDTH, "ffn_hidden_size": DEEP, "num_hidden_layers": 2, "num_attention_heads": HEADS,
+    "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS, "bos_token_id": BOS, "eos_token_id": EOS,
+}  # fmt: skip
+_GPTJ = {
+    "n_embd": WIDTH, "n_inner": DEEP, "n_layer": 2, "n_head": HEADS, "vocab_size": VOCABULARY,
+    "n_positions": POSITIONS, "rotary_dim": 8, "bos_token_id": BOS, "eos_token_id": EOS,
+}  # fmt: skip
+# A local and a global layer; the window is shorter than the tests' sequences.
+_LOCAL = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+_GEMMA = {**_LOCAL, "query_pre_attn_scalar": HEAD_DIM, "tie_word_embeddings": True}
+_DEBERTA = {
+    "relative_attention": True, "position_buckets": 16, "pos_att_type": "p2c|c2p", "share_att_key": True,
+    "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0,
+}  # fmt: skip
 _THREE = {"num_labels": 3}
 
 # name → (prefix of the transformers classes, suffix of the model class, config)
@@ -76,12 +99,37 @@ _MODELS: dict[str, tuple[str, str, Callable[[], dict[str, Any]]]] = {
     "llama-untied": ("Llama", "ForCausalLM", lambda: _decoder(tie_word_embeddings=False)),
     "mistral": ("Mistral", "ForCausalLM", lambda: _decoder(tie_word_embeddings=False, sliding_window=8)),
     "qwen3": ("Qwen3", "ForCausalLM", lambda: _decoder(tie_word_embeddings=True)),
+    "qwen2": ("Qwen2", "ForCausalLM", lambda: _decoder(tie_word_embeddings=True)),
+    "gemma2": ("Gemma2", "ForCausalLM", lambda: _decoder(**_GEMMA)),
+    "gemma3": ("Gemma3", "ForCausalLM", lambda: _decoder(**_GEMMA)),
+    "phi3": ("Phi3", "ForCausalLM", lambda: _decoder(tie_word_embeddings=False)),
+    "stablelm": ("StableLm", "ForCausalLM", lambda: _decoder(use_qkv_bias=True, qk_layernorm=True)),
+    "olmo2": ("Olmo2", "ForCausalLM", _decoder),
+    # The second layer has no rotary positions.
+    "smollm3": ("SmolLM3", "ForCausalLM", lambda: _decoder(no_rope_layers=[1, 0])),
+    "cohere": ("Cohere", "ForCausalLM", lambda: _decoder(use_qk_norm=True)),
+    "granite": ("Granite", "ForCausalLM", lambda: _decoder(embedding_multiplier=2.0, residual_multiplier=0.5)),
+    "gpt-neox": ("GPTNeoX", "ForCausalLM", lambda: dict(_GPT_NEOX)),
+    "gptj": ("GPTJ", "ForCausalLM", lambda: dict(_GPTJ)),
+    "bloom": ("Bloom", "ForCausalLM", lambda: dict(_BLOOM)),
+    # As Falcon 7B: rotary positions, one norm before attention and MLP; as RW: ALiBi, one after the other.
+    "falcon": ("Falcon", "ForCausalLM", lambda: dict(_FALCON)),
+    "falcon-alibi": ("Falcon", "ForCausalLM", lambda: {**_FALCON, "alibi": True, "parallel_attn": False}),
     "gpt2": ("GPT2", "LMHeadModel", lambda: dict(_GPT2)),
     "opt": ("OPT", "ForCausalLM", lambda: dict(_OPT)),
     "bert": ("Bert", "ForMaskedLM", _encoder),
     "bert-classifier": ("Bert", "ForSequenceClassification", lambda: _encoder(**_THREE)),
     "roberta": ("Roberta", "ForMaskedLM", _roberta),
     "roberta-classifier": ("Roberta", "ForSequenceClassification", lambda: _roberta(**_THREE)),
+    "xlm-roberta": ("XLMRoberta", "ForMaskedLM", _roberta),
+    "xlm-roberta-classifier": ("XLMRoberta", "ForSequenceClassification", lambda: _roberta(**_THREE)),
+    "electra": ("Electra", "ForMaskedLM", lambda: _encoder(embedding_size=64)),
+    "electra-classifier": ("Electra", "ForSequenceClassification", lambda: _encoder(embedding_size=64, **_THREE)),
+    "albert": ("Albert", "ForMaskedLM", lambda: _encoder(embedding_size=64)),
+    "albert-classifier": ("Albert", "ForSequenceClassification", lambda: _encoder(embedding_size=64, **_THREE)),
+    "deberta-v2": ("DebertaV2", "ForMaskedLM", lambda: _encoder(**_DEBERTA)),
+    "deberta-v2-classifier": (
+        "DebertaV2", "ForSequenceClassification", lambda: _encoder(**_DEBERTA, **_THREE)),
     "distilbert": ("DistilBert", "ForMaskedLM", _distilbert),
     "distilbert-classifier": ("DistilBert", "ForSequenceClassification", lambda: {**_distilbert(), **_THREE}),
     "modernbert": ("ModernBert", "ForMaskedLM", _modernbert),
@@ -91,7 +139,7 @@ _MODELS: dict[str, tuple[str, str, Callable[[], dict[str, Any]]]] = {
 }
 
 TINY = tuple(_MODELS)
-DECODERS = ("llama", "llama-untied", "mistral", "qwen3", "gpt2", "opt")
+DECODERS = tuple(name for name, (_, suffix, _) in _MODELS.items() if suffix in ("ForCausalLM", "LMHeadModel"))
 
 
 def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
@@ -99,14 +147,15 @@ def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **ove
     import transformers
 
     family, suffix, settings = _MODELS[name]
-    config = getattr(transformers, f"{family}Config")(**{**settings(), **overrides})
-    model = getattr(transformers, f"{family}{suffix}")(config)
+    kind = getattr(transformers, f"{family}{suffix}")
+    model = kind(kind.config_class(**{**settings(), **overrides}))
     generator = torch.Generator().manual_seed(seed)
+    middle = 0 if family.startswith("Gemma") else 1  # Gemma's norms multiply by 1 + weight
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             is_gain = parameter.dim() == 1 and key.endswith("weight")
-            parameter.copy_(1 + 0.1 * noise if is_gain else 0.05 * noise)
+            parameter.copy_(middle + 0.1 * noise if is_gain else 0.05 * noise)
     return model.to(dtype).eval()
 
 

@@ -124,12 +124,22 @@ def footprint(adapter: Adapter, plan: Plan, lanes: Lanes, budget: int) -> Footpr
     spilled = 0
     if plan.assignment.calibrated:
         places = _places(adapter, block, stages, lanes, size)
-        moments += _calibrated(block, stages, places, plan, lanes, budget, size)
+        follow = _surveyed if block.applications > 1 else _calibrated
+        moments += follow(block, stages, places, plan, lanes, budget, size)
         spilled = max(place.parked for place in places) * lanes.count - budget
     else:
         moments += _uncalibrated(stages, plan, size)
     moment, terms = max(moments, key=lambda one: one[1].total)
-    return Footprint(moment, replace(terms, kernels=_kernels(stages)), max(0, spilled))
+    installed = terms.installed + _kept(adapter, block, tasks, size)
+    return Footprint(moment, replace(terms, installed=installed, kernels=_kernels(stages)), max(0, spilled))
+
+
+def _kept(adapter: Adapter, block: Block, tasks: dict[str, Task], size: int) -> int:
+    """Decoded weights of all other blocks, where a block is looked at from the model's start (`_survey`)."""
+    if all(one.applications == 1 for one in adapter.blocks):
+        return 0
+    others = (ref for one in adapter.blocks if one is not block for ref in one.linears)
+    return sum(ref.weights * size for ref in others if ref.name in tasks)
 
 
 def _kernels(stages: Sequence[Sequence[Task]]) -> int:
@@ -185,16 +195,13 @@ def _calibrated(
 ) -> Iterator[tuple[str, MemoryTerms]]:
     """Stage by stage: lanes arrive, the stage is solved, its weights are decoded and packed."""
     installed = lasting = packed = 0
-    # A block that runs several times is looked at before any of it is solved.
-    grams = [FLOAT * stage[0].ref.in_features ** 2 for stage in stages]
-    surveyed = block.applications > 1
     for number, stage in enumerate(stages):
         ref, name = stage[0].ref, stage[0].ref.name
         before, here = places[number], places[number + 1]
         # Lanes that have arrived hold what they hold here, the others still what they held before.
         parked = min(budget, lanes.count * max(before.parked, here.parked))
         held = lanes.count * max(before.held, here.held)
-        gram = sum(grams[number:]) if surveyed else grams[number]
+        gram = FLOAT * ref.in_features**2
         # The float32 copy of an input stays for the next lane's.
         widening = FLOAT * lanes.tokens * ref.in_features
         moving = MemoryTerms(gram, widening, 0, 0, 0, installed, packed, parked, held, here.step)
@@ -213,6 +220,45 @@ def _calibrated(
     parked = min(budget, lanes.count * max(places[-2].parked, end.parked))
     held = lanes.count * max(places[-2].held, end.held)
     yield "leaving the block", MemoryTerms(0, 0, 0, 0, 0, installed, packed, parked, held, end.step)
+
+
+def _surveyed(
+    block: Block, stages: Sequence[Sequence[Task]], places: Sequence[Waiting], plan: Plan, lanes: Lanes,
+    budget: int, size: int,
+) -> Iterator[tuple[str, MemoryTerms]]:
+    """A block that runs several times: one more lane at a time goes through it, then all stages are solved
+    while the others wait at its entry."""
+    grams = [FLOAT * stage[0].ref.in_features ** 2 for stage in stages]
+    widest = max(stage[0].ref.in_features for stage in stages)
+    waits = MemoryTerms(parked=min(budget, lanes.count * places[0].parked), held=lanes.count * places[0].held)
+    looking = max(place.parked + place.held for place in places)
+    yield (
+        f"looking at {block.name}",
+        replace(
+            waits, statistics=sum(grams), widening=FLOAT * lanes.tokens * widest, held=waits.held + looking,
+            step=max(place.step for place in places),
+        ),
+    )  # fmt: skip
+    installed = packed = 0
+    for number, stage in enumerate(stages):
+        name = stage[0].ref.name
+        solving, decoded = _solving(stage, size)
+        left = sum(grams[number:])
+        yield f"solving {name}", replace(waits, statistics=left, installed=installed, packed=packed, **solving)
+        packed += sum(plan.layout.nbytes(task.ref, size) for task in stage)
+        installed += decoded
+        spare = max(task.ref.weights for task in stage) * size
+        yield (
+            f"decoding {name}",
+            replace(
+                waits, statistics=left - grams[number], values=solving["values"], installed=installed + spare,
+                packed=packed,
+            ),
+        )  # fmt: skip
+    end = places[-1]
+    parked = min(budget, lanes.count * max(places[-2].parked, end.parked))
+    held = lanes.count * max(places[-2].held, end.held)
+    yield "leaving the block", MemoryTerms(installed=installed, packed=packed, parked=parked, held=held, step=end.step)
 
 
 def _uncalibrated(stages: Sequence[Sequence[Task]], plan: Plan, size: int) -> Iterator[tuple[str, MemoryTerms]]:

@@ -3,73 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from tiny import TINY, build, tiny
+from structures import BERT, BLOOM, DEBERTA, LASTING, LLAMA, MLP, STAGES
+from tiny import DECODERS, TINY, build, tiny
 from torch import nn
 
-from llmcomp.adapters.base import Block
+from llmcomp.adapters.base import Adapter, Block
 from llmcomp.adapters.discover import discover, skeleton
 from llmcomp.errors import BadCheckpoint, UnknownArchitecture
 
-LLAMA = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
-BERT = (
-    ("attention.self.query", "attention.self.key", "attention.self.value"),
-    ("attention.output.dense",),
-    ("intermediate.dense",),
-    ("output.dense",),
-)
-STAGES = {
-    "llama": ("model.layers", 2, LLAMA),
-    "llama-untied": ("model.layers", 2, LLAMA),
-    "mistral": ("model.layers", 2, LLAMA),
-    "qwen3": ("model.layers", 2, LLAMA),
-    "gpt2": ("transformer.h", 2, (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",))),
-    "opt": (
-        "model.decoder.layers",
-        2,
-        (
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            ("self_attn.out_proj",),
-            ("fc1",),
-            ("fc2",),
-        ),
-    ),
-    "bert": ("bert.encoder.layer", 2, BERT),
-    "roberta": ("roberta.encoder.layer", 2, BERT),
-    "distilbert": (
-        "distilbert.transformer.layer",
-        2,
-        (
-            ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
-            ("attention.out_lin",),
-            ("ffn.lin1",),
-            ("ffn.lin2",),
-        ),
-    ),
-    "modernbert": ("model.layers", 4, (("attn.Wqkv",), ("attn.Wo",), ("mlp.Wi",), ("mlp.Wo",))),
-    "mpnet": (
-        "mpnet.encoder.layer",
-        2,
-        (
-            ("attention.attn.q", "attention.attn.k", "attention.attn.v"),
-            ("attention.attn.o",),
-            ("intermediate.dense",),
-            ("output.dense",),
-        ),
-    ),
-}
-TASKS = dict.fromkeys(TINY, "masked-lm") | dict.fromkeys(
-    ("llama", "llama-untied", "mistral", "qwen3", "gpt2", "opt"), "causal-lm"
-)
+TASKS = dict.fromkeys(TINY, "masked-lm") | dict.fromkeys(DECODERS, "causal-lm")
 TASKS |= {name: "sequence-classification" for name in TINY if name.endswith("-classifier")}
 
 
@@ -83,25 +32,31 @@ def short_names(block: Block) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(ref.name.removeprefix(block.name + ".") for ref in stage) for stage in block.stages)
 
 
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Adapter]:
+    """The adapter of a tiny model that was saved; each is made once."""
+    root = tmp_path_factory.mktemp("discover")
+    return cache(lambda name: discover(skeleton(tiny(name, root / name))))
+
+
 @pytest.mark.parametrize("name", TINY)
-def test_blocks_stages_and_roles(name: str, tmp_path: Path) -> None:
-    adapter = discover(skeleton(tiny(name, tmp_path)))
+def test_blocks_stages_and_roles(name: str, found: Callable[[str], Adapter]) -> None:
+    adapter = found(name)
     where, count, stages = STAGES[name.removesuffix("-classifier")]
     assert adapter.trace_problem is None and adapter.stages_known
     assert [block.name for block in adapter.blocks] == [f"{where}.{i}" for i in range(count)]
     for block in adapter.blocks:
         assert short_names(block) == stages
-        roles = [ref.role for stage in block.stages for ref in stage]
-        in_attention = len(stages[0]) + 1  # what reads the block's input, and the attention's output
-        assert roles == ["attention"] * in_attention + ["mlp"] * (len(roles) - in_attention)
+        for short, ref in zip([n for stage in stages for n in stage], block.linears, strict=True):
+            assert ref.role == ("mlp" if MLP.match(short) else "attention")
         assert all(ref.block == block.index for ref in block.linears)
     assert adapter.task == TASKS[name]
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_shapes_are_those_of_the_weights(name: str, tmp_path: Path) -> None:
+def test_shapes_are_those_of_the_weights(name: str, found: Callable[[str], Adapter]) -> None:
     model = build(name)
-    adapter = discover(skeleton(tiny(name, tmp_path)))
+    adapter = found(name)
     for ref in adapter.refs:
         weight = model.get_submodule(ref.name).weight
         shape = tuple(weight.T.shape if ref.transposed else weight.shape)
@@ -110,9 +65,9 @@ def test_shapes_are_those_of_the_weights(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_every_matrix_is_accounted_for(name: str, tmp_path: Path) -> None:
+def test_every_matrix_is_accounted_for(name: str, found: Callable[[str], Adapter]) -> None:
     """A matrix is compressible, or named with a reason, or an embedding of positions or types."""
-    adapter = discover(skeleton(tiny(name, tmp_path)))
+    adapter = found(name)
     model = build(name)
     known = {ref.name for ref in adapter.refs} | set(adapter.uncompressed)
     for key, parameter in model.named_parameters(remove_duplicate=False):
@@ -123,9 +78,9 @@ def test_every_matrix_is_accounted_for(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_ties_embeddings_and_head(name: str, tmp_path: Path) -> None:
+def test_ties_embeddings_and_head(name: str, found: Callable[[str], Adapter]) -> None:
     model = build(name)
-    adapter = discover(skeleton(tiny(name, tmp_path)))
+    adapter = found(name)
     shared: dict[int, list[str]] = {}
     for key, parameter in model.named_parameters(remove_duplicate=False):
         shared.setdefault(id(parameter), []).append(key)
@@ -199,19 +154,61 @@ def test_discovery_leaves_the_skeleton_alone(tmp_path: Path) -> None:
     assert all(not buffer.is_meta for buffer in model.buffers())
 
 
-def test_parallel_branches_that_read_one_tensor_share_a_stage(tmp_path: Path) -> None:
-    config = transformers.GPTJConfig(n_embd=64, n_layer=2, n_head=4, rotary_dim=8, vocab_size=64)
-    adapter = discover(skeleton(config_only(tmp_path, config, "GPTJForCausalLM")))
-    first = [ref.name.removeprefix("transformer.h.0.") for ref in adapter.blocks[0].stages[0]]
-    assert first == ["attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc_in"]
+@pytest.mark.parametrize("name", TINY)
+def test_what_is_computed_after_the_next_stage_has_begun(
+    name: str, found: Callable[[str], Adapter]
+) -> None:
+    for block in found(name).blocks:
+        assert block.applications == (2 if name.startswith("albert") else 1)
+        if block.applications == 1:
+            assert block.lasting == {f"{block.name}.{short}" for short in LASTING.get(name, ())}
 
 
-def test_a_model_that_insists_on_a_mask(tmp_path: Path) -> None:
-    config = transformers.DebertaV2Config(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
+def test_parallel_branches_behind_two_norms_are_two_stages() -> None:
+    """Falcon 40B; Falcon 11B has the same blocks with one norm for both."""
+    more = {"new_decoder_architecture": True, "num_kv_heads": 2}
+    two = discover(build("falcon", **more).to("meta")).blocks[0]
+    assert short_names(two) == BLOOM
+    one = discover(build("falcon", **more, num_ln_in_parallel_attn=1).to("meta")).blocks[0]
+    assert short_names(one) == STAGES["falcon"][2]
+
+
+def test_relative_positions_with_projections_of_their_own() -> None:
+    """What reads DeBERTa's relative embeddings is a stage between the attention's inputs and its output."""
+    block = discover(build("deberta-v2", share_att_key=False).to("meta")).blocks[0]
+    positions = ("attention.self.pos_key_proj", "attention.self.pos_query_proj")
+    assert short_names(block) == (DEBERTA[0], positions, *DEBERTA[1:])
+
+
+def test_shared_blocks_know_how_often_they_run() -> None:
+    adapter = discover(build("albert", num_hidden_layers=5, num_hidden_groups=2).to("meta"))
+    assert [block.applications for block in adapter.blocks] == [3, 2]
+    again = {ref.name for stage in adapter.blocks[0].stages[:-1] for ref in stage}
+    assert adapter.blocks[0].lasting == again
+
+
+class Looping(transformers.LlamaForCausalLM):
+    """Runs all of its blocks twice, one after the other."""
+
+    @property
+    def base_model(self) -> nn.Module:
+        model = self.model
+
+        class Body(nn.Module):
+            def forward(self, input_ids: torch.Tensor, **_: object) -> None:
+                model(inputs_embeds=model(input_ids).last_hidden_state)
+
+        return Body()
+
+
+def test_a_model_that_comes_back_to_a_block_is_refused() -> None:
+    expected = (
+        "Looping comes back to an earlier block (its blocks run in the order 0, 1, 0, 1); llmcomp compresses "
+        "blocks that are run once, or several times in a row."
     )
-    adapter = discover(skeleton(config_only(tmp_path, config, "DebertaV2ForMaskedLM")))
-    assert adapter.stages_known and len(adapter.blocks[0].stages[0]) == 3
+    with pytest.raises(UnknownArchitecture) as caught:
+        discover(Looping(build("llama").config).to("meta"))
+    assert str(caught.value) == expected
 
 
 def test_padding_token_does_not_stop_the_trace(tmp_path: Path) -> None:
@@ -239,6 +236,7 @@ def test_without_a_trace_each_linear_is_its_own_stage_and_says_so() -> None:
     assert not adapter.stages_known
     assert adapter.trace_problem is not None and "meta" in adapter.trace_problem
     assert [len(stage) for stage in adapter.blocks[0].stages] == [1] * 7
+    assert adapter.blocks[0].lasting == {ref.name for ref in adapter.blocks[0].linears}
     assert len(adapter.blocks[0].linears) == 7
 
 

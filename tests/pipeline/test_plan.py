@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import astuple, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from llmcomp.adapters.base import Adapter
 from llmcomp.adapters.discover import discover, skeleton
 from llmcomp.calibration import parking as parking_module
 from llmcomp.methods import METHODS
-from llmcomp.pipeline.footprint import Lanes, footprint
+from llmcomp.pipeline import footprint as footprint_module
+from llmcomp.pipeline.footprint import Lanes, MemoryTerms, footprint
 from llmcomp.pipeline.job import open_source, plan_recipe
 from llmcomp.pipeline.plan import Prospect, bytes_after, prospect
 from llmcomp.pipeline.timing import Rates, seconds
@@ -134,3 +136,49 @@ def test_lanes_are_those_that_the_run_makes() -> None:
         found = batches([torch.zeros(length, dtype=torch.int64)] * samples, tokens_per_batch=TOKENS_PER_BATCH, pad_id=0)
         lanes = Lanes.of(samples, length)
         assert (lanes.count, lanes.tokens) == (len(found), found[0].input_ids.numel())
+
+
+def moments(adapter: Adapter, monkeypatch: pytest.MonkeyPatch, **step: object) -> dict[str, MemoryTerms]:
+    """Every moment that `footprint` weighs, by what is done then."""
+    seen: dict[str, MemoryTerms] = {}
+    for name in ("_calibrated", "_surveyed"):
+        follow = getattr(footprint_module, name)
+
+        def noting(*arguments: Any, follow: Any = follow) -> Any:
+            seen.update(found := list(follow(*arguments)))
+            return found
+
+        monkeypatch.setattr(footprint_module, name, noting)
+    plan = plan_recipe(Recipe((QuantizeStep(**step),)), adapter)  # type: ignore[arg-type]
+    footprint(adapter, plan, Lanes.of(4, 16), BUDGET)
+    return seen
+
+
+def test_weights_that_are_still_to_be_computed_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-J computes the MLP after attention, from the stage that attention's inputs belong to."""
+    adapter = adapter_of(tiny("gptj", tmp_path))
+    block = adapter.blocks[1].name
+    sizes = {ref.name.removeprefix(f"{block}."): 4 * ref.weights for ref in adapter.blocks[1].linears}
+    found = moments(adapter, monkeypatch)
+    first = sum(sizes[name] for name in ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc_in"))
+    assert found[f"computing up to {block}.attn.out_proj"].installed == first
+    assert found[f"solving {block}.attn.out_proj"].installed == sizes["mlp.fc_in"]
+    assert found[f"computing up to {block}.mlp.fc_out"].installed == sizes["mlp.fc_in"] + sizes["attn.out_proj"]
+
+
+def test_a_shared_block_holds_all_its_statistics_and_all_blocks_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = adapter_of(tiny("albert", tmp_path, num_hidden_layers=4, num_hidden_groups=2))
+    found = moments(adapter, monkeypatch)
+    stages = adapter.blocks[1].stages
+    grams = [4 * stage[0].in_features ** 2 for stage in stages]
+    assert found[f"looking at {adapter.blocks[1].name}"].statistics == sum(grams)
+    left = [found[f"solving {stage[0].name}"].statistics for stage in stages]
+    assert left == [sum(grams[number:]) for number in range(len(grams))]
+    block = sum(4 * ref.weights for ref in adapter.blocks[1].linears)
+    assert found["leaving the block"].installed == block
+    alone = adapter_of(tiny("albert", tmp_path / "alone", num_hidden_layers=2))
+    both = (adapter, alone)
+    two, one = (footprint(each, plan_recipe(Recipe(), each), Lanes.of(4, 16), BUDGET).terms for each in both)
+    assert two.total - one.total == pytest.approx(block, rel=0.1)

@@ -1,0 +1,112 @@
+"""What discovery must find in each tiny architecture, written out by hand from the models' own code.
+
+STAGES: name → (name of the list of blocks, how many, stages of a block by names inside it).
+"""
+
+from __future__ import annotations
+
+import re
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+LLAMA = (QKV, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+BERT = (
+    ("attention.self.query", "attention.self.key", "attention.self.value"),
+    ("attention.output.dense",),
+    ("intermediate.dense",),
+    ("output.dense",),
+)
+BLOOM = (
+    ("self_attention.query_key_value",),
+    ("self_attention.dense",),
+    ("mlp.dense_h_to_4h",),
+    ("mlp.dense_4h_to_h",),
+)
+DEBERTA = (("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"), *BERT[1:])
+SHARED = "albert_layers.0."  # of a group of ALBERT
+ALBERT = (
+    (f"{SHARED}attention.query", f"{SHARED}attention.key", f"{SHARED}attention.value"),
+    (f"{SHARED}attention.dense",),
+    (f"{SHARED}ffn",),
+    (f"{SHARED}ffn_output",),
+)
+STAGES = {
+    **dict.fromkeys(
+        ("llama", "llama-untied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "stablelm", "olmo2", "smollm3",
+         "granite"),
+        ("model.layers", 2, LLAMA),
+    ),
+    "phi3": (
+        "model.layers",
+        2,
+        (("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
+    ),
+    # Attention and MLP side by side: what reads the one norm's output is one stage.
+    "cohere": (
+        "model.layers",
+        2,
+        ((*QKV, "mlp.gate_proj", "mlp.up_proj"), ("self_attn.o_proj",), ("mlp.down_proj",)),
+    ),
+    "gptj": (
+        "transformer.h",
+        2,
+        (
+            ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc_in"),
+            ("attn.out_proj",),
+            ("mlp.fc_out",),
+        ),
+    ),
+    "falcon": ("transformer.h", 2, ((*BLOOM[0], *BLOOM[2]), BLOOM[1], BLOOM[3])),
+    "falcon-alibi": ("transformer.h", 2, BLOOM),
+    "bloom": ("transformer.h", 2, BLOOM),
+    # Side by side too, but behind a norm each.
+    "gpt-neox": (
+        "gpt_neox.layers",
+        2,
+        (("attention.query_key_value",), ("attention.dense",), ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
+    ),
+    "gpt2": ("transformer.h", 2, (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",))),
+    "opt": (
+        "model.decoder.layers",
+        2,
+        (
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ("self_attn.out_proj",),
+            ("fc1",),
+            ("fc2",),
+        ),
+    ),
+    "bert": ("bert.encoder.layer", 2, BERT),
+    "roberta": ("roberta.encoder.layer", 2, BERT),
+    "xlm-roberta": ("roberta.encoder.layer", 2, BERT),
+    "electra": ("electra.encoder.layer", 2, BERT),
+    "albert": ("albert.encoder.albert_layer_groups", 1, ALBERT),
+    "deberta-v2": ("deberta.encoder.layer", 2, DEBERTA),
+    "distilbert": (
+        "distilbert.transformer.layer",
+        2,
+        (
+            ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+            ("attention.out_lin",),
+            ("ffn.lin1",),
+            ("ffn.lin2",),
+        ),
+    ),
+    "modernbert": ("model.layers", 4, (("attn.Wqkv",), ("attn.Wo",), ("mlp.Wi",), ("mlp.Wo",))),
+    "mpnet": (
+        "mpnet.encoder.layer",
+        2,
+        (
+            ("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+            ("attention.attn.o",),
+            ("intermediate.dense",),
+            ("output.dense",),
+        ),
+    ),
+}
+# Solved with the attention's inputs, computed after its output.
+LASTING = {
+    "cohere": {"mlp.gate_proj", "mlp.up_proj"},
+    "gptj": {"mlp.fc_in"},
+    "falcon": {"mlp.dense_h_to_4h"},
+}
+MLP = re.compile(rf"({SHARED})?(mlp|ffn|fc[12]|intermediate|output)\b|{SHARED}ffn_output")
