@@ -181,6 +181,13 @@ class Session:
         fallbacks = sum(layer.fallback is not None for layer in outcome.layers)
         if fallbacks:
             self._note(f"{fallbacks} of {len(outcome.layers)} weights fell back; the layer table says why.")
+        said = [layer.scaling for layer in outcome.layers if layer.scaling is not None]
+        if said:
+            scaled = sum(one.startswith("inputs scaled") for one in said)
+            self._note(
+                f"{scaled} of {len(said)} weights read scaled inputs; the page's layer table says what takes the "
+                "scales over, and why the others have none."
+            )
         if plan.assignment.calibrated and not adapter.stages_known:
             why = f"the model's forward could not be traced, {adapter.trace_problem}"
             self._note(f"Each weight was calibrated alone, whatever shares its input: {why}.")

@@ -91,11 +91,18 @@ def test_from_checkpoint_to_verified_checkpoint(
     assert {layer.scheme for layer in layers} == {Scheme(bits, 64, symmetric).label}
     assert [layer.fallback for layer in layers] == [None] * len(layers)
     source, decoded = dense_weights(folder / model, model), dense_weights(result.output, model)
+    # A scale multiplies columns of some weights and divides what makes their input: equal only in what they compute.
+    scaled = {one.name for one in layers if (one.scaling or "").startswith("inputs scaled")}
+    takers = {(one.scaling or "").rpartition(" ")[2] for one in layers if one.name in scaled}
+    moved = {name for name in source if name in scaled or any(f".{taker}" in name for taker in takers)}
+    assert not moved or METHODS[method].scale is not None
     for layer in layers:
         before, after = source[layer.name].double(), decoded[layer.name].double()
         levels = {len(group.unique()) for group in after.reshape(-1, 64)}
         assert max(levels) <= 2**bits
         assert max(levels) > min(2**bits, 20) // 2  # all bits are used
+        if layer.name in moved:
+            continue
         error = float((before - after).norm() / before.norm())
         assert 0 < error < {2: 1.0, 3: 0.45, 4: 0.2, 8: 0.02}[bits]
         if METHODS[method].calibrated:
@@ -103,7 +110,7 @@ def test_from_checkpoint_to_verified_checkpoint(
             assert 0 < layer.error < {2: 0.6, 3: 0.1, 4: 0.025, 8: 3e-4}[bits]
         else:
             assert layer.error is None
-    untouched = set(decoded) & set(source) - {layer.name for layer in layers}
+    untouched = set(decoded) & set(source) - {layer.name for layer in layers} - moved
     assert len(untouched) >= 5
     assert all(torch.equal(source[name], decoded[name]) for name in untouched)
 

@@ -31,11 +31,11 @@ ROWS = [
     "errors",
 ]
 
-# In these packages every file stands for itself, but for what they share (gptq falls back on rtn).
+# In these packages every file stands for itself, but for what they share (gptq falls back on rtn, awq scales for both).
 SHARED = {
     "cli": {"options", "progress"},
     "formats": {"base", "reading", "save", "witness"},
-    "methods": {"_grid", "_solve", "solution", "rtn"},
+    "methods": {"_grid", "_solve", "solution", "rtn", "gptq"},
 }
 COLLECTORS = {"cli.main", "formats", "methods"}  # the three that name every file of their package
 

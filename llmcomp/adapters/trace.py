@@ -6,7 +6,7 @@ Meta tensors have shapes and identities but no values, so a model of any size is
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,10 +45,7 @@ def trace(model: nn.Module, blocks: Iterable[str]) -> Trace:
     Args:
         blocks: names of the modules whose calls are to be noted beside those of the linears.
     """
-    twin: Any = copy.deepcopy(model).to("meta")
-    twin.config.pad_token_id = None  # else some models look for padding among ids that have no values
-    # Without a cache transformers looks for packed sequences among positions, which have no values either.
-    twin.config.get_text_config().use_cache = True
+    twin = meta_twin(model)
     found = Trace()
 
     def record(name: str, reads: bool) -> Any:
@@ -63,15 +60,37 @@ def trace(model: nn.Module, blocks: Iterable[str]) -> Trace:
         twin.get_submodule(name).register_forward_pre_hook(record(name, False), with_kwargs=True)
     for name, module in linears(twin):
         module.register_forward_pre_hook(record(name, True), with_kwargs=True)
+    def forget() -> None:
+        found.inputs.clear()
+        found.order.clear()
+
+    problem = run_twin(twin, forget)
+    return found if problem is None else Trace(problem=problem)
+
+
+def meta_twin(model: nn.Module) -> Any:
+    """A copy of `model` on meta tensors whose forward looks at no values."""
+    twin: Any = copy.deepcopy(model).to("meta")
+    twin.config.pad_token_id = None  # else some models look for padding among ids that have no values
+    # Without a cache transformers looks for packed sequences among positions, which have no values either.
+    twin.config.get_text_config().use_cache = True
+    return twin
+
+
+def run_twin(twin: Any, forget: Callable[[], None]) -> str | None:
+    """Run the body of a `meta_twin` on a few tokens; why it could not be run, None when it could.
+
+    Args:
+        forget: is called before a second attempt.
+    """
     ids = torch.zeros(1, _TRACE_TOKENS, dtype=torch.long, device="meta")
     # Most models read a mask's values and must be given none; DeBERTa makes one where there is none.
     problem = _attempt(twin, input_ids=ids)
     if problem is not None:
-        found.inputs.clear()
-        found.order.clear()
+        forget()
         if _attempt(twin, input_ids=ids, attention_mask=torch.ones_like(ids)) is None:
             problem = None
-    return found if problem is None else Trace(problem=problem)
+    return problem
 
 
 def _attempt(model: Any, **inputs: Tensor) -> str | None:

@@ -39,6 +39,14 @@ class InputStats:
     tokens: int
     factor: Any = None
 
+    def scale_(self, scale: Tensor) -> None:
+        """Make these the statistics of X diag(1 / scale), in place. scale: float32 [in], above zero."""
+        assert self.gram is not None and self.factor is None  # nothing has been made of it yet
+        self.gram /= scale
+        self.gram /= scale.unsqueeze(1)
+        self.absmax = self.absmax / scale
+        self.diagonal = self.diagonal / scale.square()
+
     @property
     def norms(self) -> Tensor:
         """Euclidean norm of each input channel over all tokens, float32 [in]."""

@@ -26,7 +26,9 @@ GroupSize = Annotated[
         show_default="128 where it divides the width",
     ),
 ]
-Method = Annotated[str | None, typer.Option("--method", help="gptq, rtn-clip or rtn.", show_default="gptq")]
+Method = Annotated[
+    str | None, typer.Option("--method", help="gptq, awq, awq-gptq, rtn-clip or rtn.", show_default="gptq")
+]
 Asymmetric = Annotated[bool | None, typer.Option("--asymmetric/--symmetric", help="Store zero points.")]
 Activations = Annotated[
     str | None,

@@ -77,6 +77,19 @@ def dense_tensors(ref: Ref, weight: CompressedWeight) -> dict[str, Tensor]:
     return {f"{ref.name}.weight": (dense.t() if ref.transposed else dense).contiguous()}
 
 
+def divide_rows(ref: Ref, tensors: Mapping[str, Tensor], divisor: Tensor) -> dict[str, Tensor]:
+    """A weight's tensors in the file with its rows divided: of a packed one the scales, else the weight itself.
+
+    Args:
+        tensors: by full name, as `Layout.tensors` returns them. divisor: float32 [out].
+    """
+    scales = f"{ref.name}.weight_scale"
+    name = scales if scales in tensors else f"{ref.name}.weight"
+    shape = (1, -1) if ref.transposed else (-1, 1)
+    divided = (tensors[name] / divisor.view(shape)).to(tensors[name].dtype)
+    return {**tensors, name: divided}
+
+
 def broken_ties(ties: Mapping[str, str], compressed: Collection[str]) -> dict[str, str]:
     """The ties that a file cannot keep once the modules named `compressed` are quantized.
 

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from llmcomp.methods.awq import AWQConfig, AWQGPTQConfig, awq, awq_gptq, search_scale
 from llmcomp.methods.gptq import GPTQConfig, gptq
 from llmcomp.methods.rtn import RTNConfig, rtn, rtn_clip
 from llmcomp.methods.solution import Solution
@@ -18,16 +21,27 @@ from llmcomp.methods.solution import Solution
 
 @dataclass(frozen=True)
 class Method:
-    """`calibrated`: whether it reads statistics at all (and so needs calibration data)."""
+    """One method.
+
+    Attributes:
+        calibrated: whether it reads statistics at all (and so needs calibration data).
+        scale: how it chooses scales of its input, where it wants them: (weights, schemes, stats, channels, config)
+            → [in]. Weights and statistics reach `function` scaled.
+        factorizes: whether it factorizes the Gram matrix.
+    """
 
     function: Callable[..., Solution]
     config: type[Any]
     calibrated: bool
     summary: str
+    scale: Callable[..., Tensor] | None = None
+    factorizes: bool = False
 
 
 METHODS: dict[str, Method] = {
-    "gptq": Method(gptq, GPTQConfig, True, "errors of each column compensated in those that follow"),
+    "gptq": Method(gptq, GPTQConfig, True, "errors of each column compensated in those that follow", factorizes=True),
+    "awq": Method(awq, AWQConfig, True, "channels that carry more are rounded more finely", search_scale),
+    "awq-gptq": Method(awq_gptq, AWQGPTQConfig, True, "AWQ's scales, GPTQ's rounding", search_scale, factorizes=True),
     "rtn-clip": Method(rtn_clip, RTNConfig, True, "round to nearest, clipping searched by activation-weighted error"),
     "rtn": Method(rtn, RTNConfig, False, "round to nearest on the full range; no calibration"),
 }

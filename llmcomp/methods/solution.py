@@ -56,12 +56,13 @@ def row_losses(weight: Tensor, solved: QuantizedWeight, gram: Tensor) -> tuple[T
         held = solved.values[start : start + _CHUNK], solved.scale[start : start + _CHUNK]
         zero = None if solved.zero_point is None else solved.zero_point[start : start + _CHUNK]
         error = part - QuantizedWeight(*held, zero, solved.scheme).dense().float()
-        errors.append(_quadratic(error, gram))
-        norms.append(_quadratic(part, gram))
+        errors.append(quadratics(error, gram))
+        norms.append(quadratics(part, gram))
     return torch.cat(errors), torch.cat(norms)
 
 
-def _quadratic(rows: Tensor, gram: Tensor) -> Tensor:
+def quadratics(rows: Tensor, gram: Tensor) -> Tensor:
+    """r' G r, float64 [rows], of each row of [rows, in]."""
     return ((rows @ gram) * rows).sum(1, dtype=torch.float64).clamp_min(0)
 
 

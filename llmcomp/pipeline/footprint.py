@@ -26,6 +26,8 @@ _SEARCH_WEIGHTS = 1 << 17  # elements of a chunk in `methods._grid`
 _SEARCH_BYTES = 6 * FLOAT  # the chunk, points, products and losses
 _LOSS_ROWS = 1024  # a chunk in `methods.solution.row_losses`
 _LOSS_BYTES = 4 * FLOAT  # weight, error, product with the Gram matrix, its square
+_SCALED_ROWS = 256  # whose error is measured in `methods.awq`, for each candidate
+_SCALED_BYTES = 5 * FLOAT  # rows, scaled, rounded, their error, its product with the Gram matrix
 _WITNESS_TOKENS = 2 * 64
 # Without a traced lane: block input, sum, normed input, queries, keys and values, output (Llama holds five).
 _UNTRACED_STREAMS = 6
@@ -148,7 +150,7 @@ def _kernels(stages: Sequence[Sequence[Task]]) -> int:
         return 0  # products go to MKL, which compiles none
     shapes: set[tuple[int, ...]] = set()
     for stage in stages:
-        if stage[0].method != "gptq":
+        if not METHODS[stage[0].method].factorizes:
             continue
         columns = stage[0].ref.in_features
         rows = sum(task.ref.out_features for task in stage)
@@ -282,12 +284,15 @@ def _solving(stage: Sequence[Task], size: int) -> tuple[dict[str, int], int]:
     columns = stage[0].ref.in_features
     rows = weights // columns
     method = _SEARCH_WEIGHTS * _SEARCH_BYTES
-    if stage[0].method == "gptq":
+    if METHODS[stage[0].method].factorizes:
         chunk = min(rows, max(64, _SWEEP_WEIGHTS // columns)) * columns
         method = max(method, chunk * _SWEEP_BYTES, FLOAT * columns * _TILE)
     elif METHODS[stage[0].method].calibrated:
         method = max(method, min(rows, _LOSS_ROWS) * columns * _LOSS_BYTES)
     stacked = weights * size if len(stage) > 1 else 0
+    if any(METHODS[task.method].scale is not None for task in stage):
+        stacked += weights * size  # a scaled copy
+        method = max(method, min(rows, _SCALED_ROWS) * columns * _SCALED_BYTES)
     return {"method": method, "stacked": stacked, "values": weights}, weights * size
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from llmcomp.pipeline.assign import Assignment, Task
 from llmcomp.pipeline.journal import Journal
 from llmcomp.pipeline.memory import keep_large_blocks_apart, return_freed_memory
 from llmcomp.pipeline.residency import Residency
+from llmcomp.pipeline.scaling import Scaled, Scaling
 from llmcomp.pipeline.solve import layer_report, solve_stage
 from llmcomp.progress import Progress
 from llmcomp.report.schema import LayerReport
@@ -108,6 +110,10 @@ class Compression:
         spill.mkdir(parents=True, exist_ok=True)
         self._parking = Parking(spill, job.activation_memory)
         self._trimmed = 0  # of `spilled`, when the heap last gave its free pages back
+        self._scaling = Scaling(
+            job.adapter, job.assignment.tasks, self._params, job.options, job.partial / "scales"
+        )
+        self._done: dict[str, Finished] = {}  # linears of the present block
         self._pending: dict[str, Task] = {}
         # Blocks that run several times are looked at from the model's start, which then has to stay.
         self._keeps_all = any(block.applications > 1 for block in job.adapter.blocks)
@@ -133,6 +139,7 @@ class Compression:
             with (
                 writing(self._job.partial),
                 stopping(model, blocks, linears, self._pending.__contains__),
+                self._scaling.dividing(linears),
                 self._rounded_inputs(linears),
             ):
                 self._begin()
@@ -163,7 +170,8 @@ class Compression:
         if key in self._journal.done:
             self._restore(key, (embeddings,))
         else:
-            self._write(key, self._solve((embeddings,), None), [f"{embeddings.name}.weight"])
+            self._solve((embeddings,), None)
+            self._write(key, [f"{embeddings.name}.weight"])
 
     def _block(self, block: Block, further: bool) -> Stop | None:
         """Compress one block, or take it from an earlier run; where the lanes stop next, if they go further."""
@@ -171,11 +179,14 @@ class Compression:
         self._read(names)
         if key in self._journal.done:
             self._restore(key, block.linears)
+            self._scaling.restore(key, block)
             self._outcome.resumed += 1
         else:
-            surveyed = block.applications > 1 and self._job.assignment.calibrated
-            solved = self._survey(block) if surveyed else self._stages(block.stages, block.lasting)
-            self._write(key, solved, names)
+            if block.applications > 1 and self._job.assignment.calibrated:
+                self._survey(block)
+            else:
+                self._stages(block.stages, block.lasting)
+            self._write(key, names, self._scaling.finish(key, block))
         for _ in range(block.applications - 1):
             self._advance()
         reached = self._advance() if further else None
@@ -185,9 +196,7 @@ class Compression:
         return_freed_memory()
         return reached
 
-    def _stages(
-        self, stages: Sequence[Sequence[LinearRef]], lasting: frozenset[str] = frozenset()
-    ) -> list[Finished]:
+    def _stages(self, stages: Sequence[Sequence[LinearRef]], lasting: frozenset[str] = frozenset()) -> None:
         """Solve stages as the lanes reach them (all at once where no method reads statistics).
 
         Args:
@@ -195,23 +204,24 @@ class Compression:
         """
         tasks, wanted = self._job.assignment.tasks, self._wanted(stages)
         if not self._job.assignment.calibrated:
-            return [done for stage in wanted if stage for done in self._solve(stage, None)]
+            for stage in filter(None, wanted):
+                self._solve(stage, None)
+            return
         self._pending.update({ref.name: tasks[ref.name] for stage in wanted for ref in stage})
-        solved: list[Finished] = []
-        latest: list[Finished] = []
+        latest: list[str] = []
         while self._pending:
             accumulator = GramAccumulator()
             reached = self._advance(accumulator)
             # Every lane has computed with what was solved last; the file keeps it, memory need not.
-            self._release([done.name for done in latest if done.layer.name not in lasting])
+            self._release([f"{name}.weight" for name in latest if name not in lasting])
             if reached is None or reached.name not in self._pending:
                 raise self._unseen()
             stage = next(refs for refs in wanted if any(ref.name == reached.name for ref in refs))
-            latest = self._solve([ref for ref in stage if ref.name in self._pending], accumulator)
-            solved += latest
-        return solved
+            refs = [ref for ref in stage if ref.name in self._pending]
+            latest = [ref.name for ref in refs]
+            self._solve(refs, accumulator)
 
-    def _survey(self, block: Block) -> list[Finished]:
+    def _survey(self, block: Block) -> None:
         """Solve a block that runs several times in a row, by what it reads in all of its runs.
 
         A stage cannot be solved before the last run has been seen, and that comes after all the others'
@@ -230,7 +240,8 @@ class Compression:
                 lane.close()
             if due:
                 raise self._unseen()
-        return [done for stage in wanted for done in self._solve(stage, found.pop(stage[0].name))]
+        for stage in wanted:
+            self._solve(stage, found.pop(stage[0].name))
 
     def _wanted(self, stages: Sequence[Sequence[LinearRef]]) -> list[list[LinearRef]]:
         """Of each stage, the linears that are to be compressed."""
@@ -255,7 +266,8 @@ class Compression:
             if "head" in self._journal.done:
                 self._restore("head", (head,))
             else:
-                self._write("head", self._stages(((head,),)), [f"{head.name}.weight"])
+                self._stages(((head,),))
+                self._write("head", [f"{head.name}.weight"])
         for lane in self._lanes[:-1]:
             lane.close()
         last = self._lanes[-1]
@@ -263,7 +275,7 @@ class Compression:
             while last.output is None and last.advance() is not None:
                 continue
         written = {f"{ref.name}.weight" for ref in (self._job.adapter.embeddings, head) if ref and ref.name in tasks}
-        self._write("outside", [], [name for name in self._params.outside if name not in written])
+        self._write("outside", [name for name in self._params.outside if name not in written])
         layout = self._job.layout
         packed = {name: task.scheme.label for name, task in tasks.items() if name not in layout.dense}
         witness.save(
@@ -306,14 +318,17 @@ class Compression:
             return_freed_memory()  # else the heap keeps what the lanes have let go, beside what comes next
         return reached
 
-    def _solve(self, refs: Sequence[LinearRef], accumulator: GramAccumulator | None) -> list[Finished]:
+    def _solve(self, refs: Sequence[LinearRef], accumulator: GramAccumulator | None) -> None:
         """Compress linears of one input and put the result where the lanes will compute with it."""
-        finished = []
         with self._timed("solve"):
             tasks = [self._job.assignment.tasks[ref.name] for ref in refs]
             weights = [self._params.weight(ref) for ref in refs]
             itemsize = weights[0].element_size()
             stats = None if accumulator is None else accumulator.finish(refs[0].name)
+            scaled = self._scaling.choose(refs, weights, stats, {name: one.tensors for name, one in self._done.items()})
+            if isinstance(scaled, Scaled) and stats is not None:
+                weights = [(weight * scaled.factor).to(weight.dtype) for weight in weights]
+                stats.scale_(scaled.factor)
             solved = solve_stage(tasks, weights, stats, self._job.options)
             del weights, stats
         with self._timed("save"):
@@ -323,19 +338,34 @@ class Compression:
                 name = f"{ref.name}.weight"
                 self._params.install(ref, weight.dense())
                 tensors = self._job.layout.tensors(ref, weight)
-                layer = layer_report(done, self._job.layout, itemsize)
-                finished.append(Finished(name, witness.digest(self._params.value(name)), tensors, layer))
+                about = scaled.about if isinstance(scaled, Scaled) else scaled
+                layer = layer_report(done, self._job.layout, itemsize, about)
+                self._done[ref.name] = Finished(name, witness.digest(self._params.value(name)), tensors, layer)
                 self._pending.pop(ref.name, None)
                 self._remaining.discard(ref.name)
                 self._progress.layer(layer)
+            if isinstance(scaled, Scaled):
+                self._take_over(refs, scaled)
             return_freed_memory()
-        return finished
 
-    def _write(self, key: str, finished: Sequence[Finished], names: Sequence[str]) -> None:
-        """One shard: the compressed weights, and of `names` what is not compressed."""
+    def _take_over(self, refs: Sequence[LinearRef], scaled: Scaled) -> None:
+        """Let the lanes divide what these linears read, and the file hold what divides it there."""
+        self._scaling.use(refs, scaled)
+        if scaled.producer is not None:
+            done = self._done[scaled.producer]
+            decoded = self._job.layout.decode(self._job.adapter.ref(scaled.producer), scaled.tensors)
+            self._done[scaled.producer] = replace(done, tensors=scaled.tensors, digest=witness.digest(decoded))
+
+    def _write(self, key: str, names: Sequence[str], instead: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """One shard: what was compressed since the last one, and of `names` what is not compressed.
+
+        Args:
+            instead: values that differ in the file from those in memory.
+        """
         with self._timed("save"):
-            packed = {done.name: done for done in finished}
-            values = {name: self._params.value(name) for name in names if name not in packed}
+            finished, self._done = list(self._done.values()), {}
+            packed = {done.name for done in finished}
+            values = {name: self._params.value(name) for name in names if name not in packed} | {**instead}
             tensors = {name: value for name, value in values.items() if name not in self._job.ties}
             for done in finished:
                 tensors |= done.tensors

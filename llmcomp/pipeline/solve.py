@@ -66,8 +66,12 @@ def method_has(method: str, options: dict[str, Any]) -> bool:
     return set(options) <= set(METHODS[method].config.__dataclass_fields__)
 
 
-def layer_report(solved: Solved, layout: Layout, itemsize: int) -> LayerReport:
-    """The report's line of a solved linear. `itemsize`: bytes of one value of the source's weight."""
+def layer_report(solved: Solved, layout: Layout, itemsize: int, scaling: str | None = None) -> LayerReport:
+    """The report's line of a solved linear.
+
+    Args:
+        itemsize: bytes of one value of the source's weight. scaling: what is said of its inputs' scale.
+    """
     ref, solution, scheme = solved.task.ref, solved.solution, solved.task.scheme
     error = None
     if solution.row_error is not None and solution.row_norm is not None:
@@ -89,4 +93,5 @@ def layer_report(solved: Solved, layout: Layout, itemsize: int) -> LayerReport:
         fallback="; ".join(reason for reason in reasons if reason) or None,
         seconds=solved.seconds,
         dead_columns=solution.dead_columns,
+        scaling=scaling,
     )

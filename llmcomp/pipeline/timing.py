@@ -89,10 +89,10 @@ def _stage(stage: list[Task], tokens: int, rates: Rates) -> float:
     total = tokens * float(columns) ** 2 / rates.exact  # upper half of 2 · tokens · in²
     for task in stage:
         share = float(task.ref.weights)
-        shrinks, refinements = SEARCH[task.scheme.bits] if task.method != "rtn" else ((1.0,), 0)
+        shrinks, refinements = SEARCH[task.scheme.bits] if METHODS[task.method].calibrated else ((1.0,), 0)
         candidates = len(shrinks) * (2 if task.scheme.symmetric else 1) + 2 * refinements
         total += share * candidates * _SEARCH_PASSES / rates.elements
-    if stage[0].method == "gptq":
+    if METHODS[stage[0].method].factorizes:
         total += float(columns) ** 3 / 3 / (rates.exact / 2)  # small blocks run at half the rate
         total += 3 * weights * columns / rates.exact  # the sweep's products and two quadratic forms
         total += weights * _COLUMN_PASSES / rates.elements

@@ -36,6 +36,8 @@ class LayerReport:
         bytes_before, bytes_after: of this weight with its scales and zero points.
         seconds: time the method took (shared among linears solved together).
         dead_columns: input channels that calibration never saw active.
+        scaling: by how much its inputs are scaled and what takes that over, or why they are not; None where no
+            scaling was asked for.
     """
 
     name: str
@@ -51,6 +53,7 @@ class LayerReport:
     fallback: str | None = None
     seconds: float = 0.0
     dead_columns: int = 0
+    scaling: str | None = None
 
 
 @dataclass

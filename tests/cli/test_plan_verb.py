@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from llmcomp.cli.plan import plan as verb
 from llmcomp.errors import BadCheckpoint, BadRecipe, ModelNotFound
+from llmcomp.methods import METHODS
 
 app = typer.Typer()
 app.command()(verb)
@@ -47,7 +48,7 @@ def test_without_bits_all_widths_stand_beside_each_other(tmp_path: Path) -> None
     sizes = {row["bits"]: row["bytes_after"] for row in found["rows"] if row["method"] == "gptq"}
     assert sorted(sizes) == [2, 3, 4, 8]
     assert sizes[2] < sizes[3] < sizes[4] < sizes[8]
-    assert len(found["rows"]) == 12
+    assert len(found["rows"]) == 4 * len(METHODS)
 
 
 def test_a_config_without_a_dtype_is_taken_as_float32_and_says_so(tmp_path: Path) -> None:

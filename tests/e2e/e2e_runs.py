@@ -17,6 +17,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llmcomp import api, session
+from llmcomp.errors import RunError
+from llmcomp.formats.save import partial_of
+from llmcomp.pipeline.journal import Journal
 from llmcomp.recipe import Calibration, QuantizeStep, Recipe
 from llmcomp.report.schema import Report
 
@@ -59,6 +62,26 @@ def quantize(source: Path, output: Path, recipe: Recipe, **options: Any) -> Run:
         settings = {"output": output, "evaluate": False, "verify": False, **options}
         result = api.quantize(str(source), recipe=recipe, **settings)
     return Run(source, result.output, kept, result.report)
+
+
+def broken_run(source: Path, output: Path, recipe: Recipe, after: int) -> Path:
+    """A run that failed after `after` finished parts (the embeddings, if they are compressed, then blocks); its
+    partial directory."""
+    add, finished = Journal.add, 0
+
+    def failing(self: Journal, *arguments: object) -> None:
+        nonlocal finished
+        if finished == after:
+            raise RunError("stopped by the test")
+        finished += 1
+        add(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "add", failing)
+        with pytest.raises(RunError, match="stopped by the test"):
+            quantize(source, output, recipe)
+    assert not output.exists()
+    return partial_of(output)
 
 
 def reload(runs: dict[str, Run]) -> dict[str, dict[str, Any]]:

@@ -13,13 +13,11 @@ from pathlib import Path
 
 import pytest
 from doomed import Doom
-from e2e_runs import LENGTH, SAMPLES, Run, hashes, quantize, recipe_of
+from e2e_runs import LENGTH, SAMPLES, Run, broken_run, hashes, quantize, recipe_of
 from tiny import tiny
 
 from llmcomp.cli.main import main
-from llmcomp.errors import RunError
 from llmcomp.formats.save import partial_of
-from llmcomp.pipeline.journal import Journal
 from llmcomp.recipe import Recipe
 from llmcomp.report.schema import Report
 
@@ -55,25 +53,6 @@ def command(source: Path, text: Path, output: Path, *more: str) -> list[str]:
 def journal_lines(output: Path) -> int:
     journal = partial_of(output) / "journal.jsonl"
     return journal.read_bytes().count(b"\n") if journal.is_file() else 0
-
-
-def broken_run(source: Path, output: Path, recipe: Recipe, after: int) -> Path:
-    """A run that failed after `after` finished parts (the first is the embeddings); its partial directory."""
-    add, finished = Journal.add, 0
-
-    def failing(self: Journal, *arguments: object) -> None:
-        nonlocal finished
-        if finished == after:
-            raise RunError("stopped by the test")
-        finished += 1
-        add(self, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "add", failing)
-        with pytest.raises(RunError, match="stopped by the test"):
-            quantize(source, output, recipe)
-    assert not output.exists()
-    return partial_of(output)
 
 
 # --- SIGKILL ---

@@ -1,0 +1,147 @@
+"""Scaled inputs, end to end: what is written computes what the run computed, and a broken run ends the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from e2e_runs import Run, broken_run, hashes, quantize, recipe_of, reload, tensors
+from tiny import DECODERS, build, write_tokenizer
+
+from llmcomp.adapters.discover import discover
+from llmcomp.adapters.folds import Fold, folds
+from llmcomp.recipe import Override
+
+SOME_DENSE = tuple(Override(name, skip=True) for name in ("q_proj", "v_proj", "up_proj"))
+KEYS_BY_GPTQ = (Override("k_proj", method="gptq", bits=8),)
+DENSE = {"format": "dense"}
+
+# name → (model, dtype, the recipe's step and format)
+CASES: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
+    "llama": ("llama", torch.float32, {"method": "awq", "bits": 3}),
+    "llama rtn-clip": ("llama", torch.float32, {"method": "rtn-clip", "bits": 3}),
+    "llama awq-gptq": ("llama", torch.float32, {"method": "awq-gptq", "bits": 3}),
+    "llama gptq": ("llama", torch.float32, {"bits": 3}),
+    "llama some dense": ("llama", torch.float32, {"method": "awq", "overrides": SOME_DENSE}),
+    "llama mixed": ("llama", torch.float32, {"method": "awq", "overrides": KEYS_BY_GPTQ}),
+    "llama bf16": ("llama", torch.bfloat16, {"method": "awq", "symmetric": False}),
+    "gemma2": ("gemma2", torch.float32, {"method": "awq"}),
+    "gemma2 bf16": ("gemma2", torch.bfloat16, {"method": "awq-gptq"}),
+    "phi3": ("phi3", torch.float32, {"method": "awq-gptq", "symmetric": False}),
+    "cohere dense": ("cohere", torch.float32, {"method": "awq", **DENSE}),
+    "gpt2": ("gpt2", torch.float32, {"method": "awq", "group_size": 64}),
+    "bert": ("bert", torch.float32, {"method": "awq"}),
+    "albert": ("albert", torch.float32, {"method": "awq", "group_size": 32}),
+}  # fmt: skip
+
+
+def loud(name: str, directory: Path, dtype: torch.dtype, **overrides: Any) -> Path:
+    """A tiny model in which every 32nd channel of what can be scaled is sixteen times as loud."""
+    model = build(name, dtype=dtype, **overrides)
+    for fold in folds(discover(build(name, **overrides).to("meta"))).values():
+        if not isinstance(fold, Fold):
+            continue
+        producer, rows = model.get_submodule(fold.producer), fold.channels.unique()[::32]
+        with torch.no_grad():
+            if fold.kind == "linear":
+                (producer.weight.T if name == "gpt2" else producer.weight)[rows] *= 16
+            else:
+                producer.weight[rows] = 16 if fold.kind == "norm" else 15
+    model.save_pretrained(directory)
+    write_tokenizer(directory, encoder=name not in DECODERS)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, Run]:
+    root, made = tmp_path_factory.mktemp("scaling"), {}
+    sources: dict[tuple[str, torch.dtype], Path] = {}
+    for name, (model, dtype, step) in CASES.items():
+        if (model, dtype) not in sources:
+            sources[model, dtype] = loud(model, root / f"{model}-{dtype}", dtype)
+        made[name] = quantize(sources[model, dtype], root / name.replace(" ", "-"), recipe_of(text, **step))
+    return made
+
+
+@pytest.fixture(scope="module")
+def reloaded(runs: dict[str, Run]) -> dict[str, dict[str, Any]]:
+    return reload(runs)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_fresh_process_computes_what_the_run_computed(name: str, reloaded: dict[str, dict[str, Any]]) -> None:
+    found = reloaded[name]
+    assert found["account"] == {} and found["imported"] == []
+    assert found["from_witness"] < (2e-2 if name.endswith("bf16") else 1e-5)
+    assert found["verification"]["passed"], found["verification"]["checks"]
+    assert 1e-4 < found["from_original"] < 0.7
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_report_says_what_was_scaled_by_whom_and_what_not(name: str, runs: dict[str, Run]) -> None:
+    said = {layer.name: layer.scaling for layer in runs[name].report.layers}
+    method = CASES[name][2].get("method", "gptq")
+    if not method.startswith("awq"):
+        assert set(said.values()) == {None}
+        return
+    assert all(said.values())
+    scaled = {about.rpartition(" ")[2] for about in said.values() if about and about.startswith("inputs scaled by")}
+    producers = {
+        "llama": {"input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"},
+        "gemma2": {"input_layernorm", "self_attn.v_proj", "pre_feedforward_layernorm", "mlp.up_proj"},
+        "phi3": {"input_layernorm", "self_attn.qkv_proj", "post_attention_layernorm", "mlp.gate_up_proj"},
+        "cohere": {"input_layernorm", "self_attn.v_proj", "mlp.up_proj"},
+        "gpt2": {"ln_1", "attn.c_attn", "ln_2"},
+        "bert": {"attention.self.value"},
+        "albert": {"albert_layers.0.attention.value"},
+    }  # fmt: skip
+    assert scaled == producers[CASES[name][0]]
+    count = sum(about.startswith("inputs scaled") for about in said.values() if about)
+    noted = f"{count} of {len(said)} weights read scaled inputs"
+    assert any(note.startswith(noted) for note in runs[name].report.notes)
+    if CASES[name][0] == "bert":
+        left = [about for about in said.values() if about and about.startswith("inputs not scaled: ")]
+        assert len(left) == 10 and "is also read by add" in " ".join(left)
+
+
+@pytest.mark.parametrize(("scaled", "plain"), [("llama", "llama rtn-clip"), ("llama awq-gptq", "llama gptq")])
+def test_scaling_lowers_the_error_of_loud_models(
+    scaled: str, plain: str, runs: dict[str, Run]
+) -> None:
+    def error(name: str) -> float:
+        return sum(layer.error or 0 for layer in runs[name].report.layers)
+
+    assert error(scaled) < 0.97 * error(plain)
+
+
+def test_what_is_not_compressed_is_scaled_as_well(runs: dict[str, Run]) -> None:
+    """Queries read the scaled norm, values and up take over scales: dense, and by powers of two only."""
+    before, after = tensors(runs["llama some dense"].source), tensors(runs["llama some dense"].output)
+    for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"):
+        key = f"model.layers.0.{name}.weight"
+        ratio = (after[key] / before[key]).log2()
+        assert torch.equal(ratio, ratio.round()) and bool((ratio != 0).any()), name
+
+
+THREE = {"num_hidden_layers": 3}
+DEEPER: dict[str, dict[str, Any]] = {
+    "llama": THREE, "phi3": THREE, "gemma2": {**THREE, "layer_types": ["sliding_attention"] * 3},
+    "albert": {"num_hidden_layers": 6, "num_hidden_groups": 3},
+}  # fmt: skip
+RESUMED = ("llama some dense", "gemma2 bf16", "phi3", "albert")
+
+
+@pytest.mark.parametrize("after", [1, 2])
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_broken_run_ends_bit_identical(name: str, after: int, text: Path, tmp_path: Path) -> None:
+    model, dtype, step = CASES[name]
+    source = loud(model, tmp_path / "source", dtype, **DEEPER[model])
+    recipe = recipe_of(text, **step)
+    unbroken = quantize(source, tmp_path / "unbroken", recipe)
+    assert any((layer.scaling or "").startswith("inputs scaled") for layer in unbroken.report.layers)
+    broken_run(source, tmp_path / "q", recipe, after)
+    resumed = quantize(source, tmp_path / "q", recipe)
+    assert resumed.report.resumed_blocks == after
+    assert hashes(resumed.output) == hashes(unbroken.output)
