@@ -6,9 +6,11 @@ format is asked once, with every weight that is to be compressed, and answers fo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from llmcomp.schemes import Scheme
@@ -105,3 +107,20 @@ def broken_ties(ties: Mapping[str, str], compressed: Collection[str]) -> dict[st
     """
     touched = {f"{name}.weight" for name in compressed}
     return dict(ties) if touched & (set(ties) | set(ties.values())) else {}
+
+
+def linears_of(model: nn.Module) -> set[str]:
+    """Names of the model's linears."""
+    return {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def made_when_alone(model: nn.Module) -> set[str]:
+    """Linears that the base model makes only where it is loaded by itself, such as BERT's pooler.
+
+    No checkpoint of `model` holds them, so a reader that packed them would decode whatever memory held.
+    """
+    base: Any = getattr(model, "base_model", model)
+    if base is model:
+        return set()
+    with torch.device("meta"):
+        return linears_of(type(base)(copy.deepcopy(base.config))) - linears_of(base)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from llmcomp import packing
 from llmcomp.errors import BadRecipe
-from llmcomp.formats.base import Entry, Ref, dense_tensors
+from llmcomp.formats.base import Entry, Ref, dense_tensors, linears_of, made_when_alone
 from llmcomp.schemes import Scheme
 from llmcomp.weights import CompressedWeight
 
@@ -280,29 +280,13 @@ def _targets(
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     names = {storage: list(group) for storage, group in groups.items()}
     targets = {storage: [_either(prefix, group)] for storage, group in names.items()}
-    linears = _linears(model)
+    linears = linears_of(model)
     whole = [storage for storage, group in names.items() if linears & set(group)]
     if len(whole) != 1 or not linears.issuperset(names[whole[0]]):
         return targets, []
-    ignore = linears - set(names[whole[0]]) | _made_when_alone(model)
+    ignore = linears - set(names[whole[0]]) | made_when_alone(model)
     targets[whole[0]] = ["Linear"]
     return targets, sorted(ignore | {name.removeprefix(prefix) for name in ignore})
-
-
-def _made_when_alone(model: nn.Module) -> set[str]:
-    """Linears that the base model makes only where it is loaded by itself, such as BERT's pooler.
-
-    No checkpoint of `model` holds them, so a reader that packed them would decode whatever memory held.
-    """
-    base: Any = getattr(model, "base_model", model)
-    if base is model:
-        return set()
-    with torch.device("meta"):
-        return _linears(type(base)(copy.deepcopy(base.config))) - _linears(base)
-
-
-def _linears(model: nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
 def _either(prefix: str, names: Iterable[str]) -> str:
