@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from llmcomp.formats import compressed_tensors, dense
+from llmcomp.formats import bitsandbytes, compressed_tensors, dense
 from llmcomp.formats.base import Entry, Format, Layout, Ref, broken_ties, dense_tensors
 
 FORMATS: dict[str, Format] = {
     "compressed-tensors": compressed_tensors.layout,
     "dense": dense.layout,
+    "bnb-nf4": bitsandbytes.nf4,
+    "bnb-int8": bitsandbytes.int8,
 }
 
 __all__ = ["FORMATS", "Entry", "Format", "Layout", "Ref", "broken_ties", "dense_tensors"]

@@ -1,19 +1,22 @@
 """A written checkpoint as its readers see it: which tensors, which of them compressed, each decoded on demand.
 
-Nothing of llmcomp decodes here: schemes are resolved and weights decompressed by compressed-tensors itself.
+Nothing of llmcomp decodes here: schemes are resolved and weights decompressed by compressed-tensors itself, or by
+bitsandbytes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from llmcomp import bnb
 from llmcomp.errors import VerificationFailed
 from llmcomp.formats.save import INDEX
 
@@ -26,7 +29,44 @@ _AUTO = (
     "ForMultipleChoice",
     "",
 )
-PARTS = ("_packed", "_scale", "_shape", "_zero_point")
+_PARTS = ("", "_packed", "_scale", "_shape", "_zero_point")
+
+
+class Stored(Protocol):
+    """How one weight lies in the files, and the way back.
+
+    Attributes:
+        tolerance: by how much the reader's own kernels may differ from products with the decoded weight, root
+            mean square over the outputs' standard deviation; 0 where it computes with the decoded weight.
+    """
+
+    @property
+    def tolerance(self) -> float: ...
+
+    def names(self, module: str) -> list[str]:
+        """Full names of the tensors that it may have."""
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The dense weight as the module holds it; `tensors` by their names within the module."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """`Stored` of compressed-tensors: the scheme and format that it resolves for a module."""
+
+    scheme: Any
+    format: Any
+    tolerance: float = 0.0
+
+    def names(self, module: str) -> list[str]:
+        return [f"{module}.weight{part}" for part in _PARTS]
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        from compressed_tensors.compressors import BaseCompressor
+
+        decoder = BaseCompressor.get_value_from_registry(getattr(self.format, "value", self.format))
+        dense: Tensor = decoder.decompress(dict(tensors), self.scheme)["weight"]
+        return dense
 
 
 def stored_tensors(directory: Path) -> dict[str, Path]:
@@ -62,8 +102,10 @@ def stored_tensors(directory: Path) -> dict[str, Path]:
     return held
 
 
-def stored_modules(directory: Path, tensors: Iterable[str]) -> dict[str, Any]:
-    """{module name: (scheme, format)} of the modules stored compressed, as the reader resolves them."""
+def stored_modules(directory: Path, tensors: Iterable[str]) -> dict[str, Stored]:
+    """The modules stored compressed, as the reader resolves them."""
+    if bnb.is_bnb(config_of(directory)):
+        return _stored_by_bnb(directory, tensors)
     scaled = sorted(key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale"))
     config = config_of(directory).get("quantization_config")
     if not scaled and config is None:
@@ -86,18 +128,34 @@ def stored_modules(directory: Path, tensors: Iterable[str]) -> dict[str, Any]:
         if targets and not match_targets(name, module, parsed.ignore or []):
             found[name] = groups[0] if config.get("dequantize") else by_target[targets[0]]
     require_same(set(found), set(scaled), "compressed by config.json", "stored compressed")
-    return {name: (scheme, scheme.format or parsed.format) for name, scheme in found.items()}
+    return {name: Packed(scheme, scheme.format or parsed.format) for name, scheme in found.items()}
 
 
-def rounding(stored: dict[str, Any]) -> set[str]:
+def _stored_by_bnb(directory: Path, tensors: Iterable[str]) -> dict[str, Stored]:
+    """The modules that transformers fills with weights of bitsandbytes, compared with those that are stored so."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    config = config_of(directory)
+    settings = config["quantization_config"]
+    kind = bnb.NF4 if settings.get("load_in_4bit") else bnb.INT8
+    held = {name for name, one in bnb.modules(tensors).items() if one is kind}
+    skip = settings.get("llm_int8_skip_modules") or []
+    plain = bnb.convertible(skeleton_of(directory))
+    quantized = {name for name in plain if should_convert_module(name, skip)}
+    require_same(quantized, held, "compressed by config.json", f"stored as {kind.name}")
+    dtype = getattr(torch, str(config.get("dtype") or "float32"))
+    return {name: bnb.Stored(kind, dtype, plain[name]) for name in sorted(held)}
+
+
+def rounding(stored: Mapping[str, Stored]) -> set[str]:
     """Names of the modules whose inputs the reader rounds (`llmcomp.activations`).
 
     Raises:
         VerificationFailed: inputs that are rounded in another way.
     """
     found = set()
-    for name, (scheme, _) in stored.items():
-        args = scheme.input_activations
+    for name, one in stored.items():
+        args = one.scheme.input_activations if isinstance(one, Packed) else None
         if args is None:
             continue
         said = {"bits": args.num_bits, "type": args.type, "per": args.strategy, "dynamic": args.dynamic}
@@ -146,27 +204,21 @@ def skeleton_of(directory: Path) -> nn.Module:
     return model
 
 
-def decoded_weight(name: str, tensors: dict[str, Path], stored: dict[str, Any]) -> Tensor:
+def decoded_weight(name: str, tensors: dict[str, Path], stored: Mapping[str, Stored]) -> Tensor:
     """The dense weight of a module that is stored compressed."""
-    from compressed_tensors.compressors import BaseCompressor
-
-    scheme, form = stored[name]
-    prefix = f"{name}.weight"
-    parts = [prefix + part for part in ("", *PARTS) if prefix + part in tensors]
+    parts = [full for full in stored[name].names(name) if full in tensors]
     state = {full.removeprefix(f"{name}."): stored_tensor(tensors[full], full) for full in parts}
     try:
-        decoder = BaseCompressor.get_value_from_registry(getattr(form, "value", form))
-        dense: Tensor = decoder.decompress(state, scheme)["weight"]
+        return stored[name].decode(state)
     except (RuntimeError, ValueError, KeyError, AssertionError, IndexError) as error:
-        raise VerificationFailed(f"{prefix} cannot be decoded: {first_line(error)}") from error
-    return dense
+        raise VerificationFailed(f"{name}.weight cannot be decoded: {first_line(error)}") from error
 
 
-def decoded(tensors: dict[str, Path], stored: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def decoded(tensors: dict[str, Path], stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of the files, dense, one at a time."""
     for name in stored:
         yield f"{name}.weight", decoded_weight(name, tensors, stored)
-    packed = {f"{name}.weight{part}" for name in stored for part in ("", *PARTS)}
+    packed = {full for name, one in stored.items() for full in one.names(name)}
     for key, path in tensors.items():
         if key not in packed:
             yield key, stored_tensor(path, key)
@@ -189,5 +241,3 @@ def first_line(error: BaseException) -> str:
     """The first telling line of an exception's message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
-
-

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,25 @@ class ShardWriter:
         finally:
             temporary.unlink(missing_ok=True)
         return Shard(name, path.stat().st_size, file_sha256(path))
+
+    def adopt(self, save: Callable[[Path], None]) -> list[str]:
+        """Let a library write all shards itself, into an empty directory; their names, first to last.
+
+        Raises:
+            UserError: the directory cannot be written to.
+            RunError: the disk is full, or nothing was written.
+        """
+        with writing(self._blocks):
+            shutil.rmtree(self._blocks)
+            self._blocks.mkdir()
+            save(self._blocks)
+            mode = self.partial.stat().st_mode & 0o666  # safetensors makes files of mode 0600
+            for name in self.shards():
+                self.path(name).chmod(mode)
+                _sync(self.path(name))
+        if not self.shards():
+            raise RunError(f"No weights were written to {self._blocks}.")
+        return self.shards()
 
     def shards(self) -> list[str]:
         """Names of the shards that are there, sorted."""

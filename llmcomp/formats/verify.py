@@ -3,7 +3,7 @@
 `verify` starts `python -m llmcomp.formats.verify DIRECTORY WITNESS`, which loads the directory by plain
 transformers (no part of llmcomp decodes anything there) and compares it with the witness: files against
 index, loading report, modules stored compressed, names, shapes and dtypes, every dense tensor's digest, and
-the outputs. A model that does not fit into memory is decoded tensor by tensor by compressed-tensors itself,
+the outputs. A model that does not fit into memory is decoded tensor by tensor by its format's own library,
 without the outputs, and the result says so.
 """
 
@@ -15,7 +15,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from llmcomp import bnb
 from llmcomp.errors import LlmcompError, VerificationFailed
 from llmcomp.formats import witness as witnesses
 from llmcomp.formats.reading import (
-    PARTS,
+    Stored,
     auto_class,
     config_of,
     decoded,
@@ -106,11 +107,16 @@ def check(directory: Path, witness: Path, stream: bool | None = None) -> Verific
         checks.append(f"{len(known.digests)} tensors equal to the bit, decoded one by one")
         checks.append("outputs not compared: the dense model does not fit into memory")
         return Verification(True, checks, None, len(stored), streamed=True)
-    model, output = _load_and_run(directory, known)
+    model = _load(directory)
     checks.append("plain from_pretrained: nothing missing, unexpected or mismatched")
-    _compare_model(model, stored, known)
+    kernels = max((one.tolerance for one in stored.values()), default=0.0)
+    if kernels:  # what stays packed may be laid out anew by a forward, what does not is decoded by one
+        _compare_model(model, stored, known)
+    output = _run(model, known)
+    if not kernels:
+        _compare_model(model, stored, known)
     checks.append(f"{len(known.digests)} tensors equal to the bit, names, shapes and dtypes as in the source")
-    largest, spread, allowed = _compare_output(output, known)
+    largest, spread, allowed = _compare_output(output, known, kernels)
     checks.append(
         f"outputs differ by {largest:.1e} at most, {spread:.1e} of their standard deviation "
         f"(allowed {allowed:.0e})"
@@ -125,40 +131,50 @@ def _same_dtype(directory: Path, known: Witness) -> None:
         raise VerificationFailed(f"config.json says {said}, the source's tensors are {', '.join(dtypes)}.")
 
 
-def _load_and_run(directory: Path, known: Witness) -> tuple[nn.Module, Tensor]:
-    """Load plainly, look at the loading report, run the witness's inputs (which also decompresses)."""
+def _load(directory: Path) -> nn.Module:
+    """Load plainly and look at the loading report."""
     from transformers import AutoConfig
 
     try:
         auto = auto_class(AutoConfig.from_pretrained(directory))
-        model, info = auto.from_pretrained(directory, dtype="auto", output_loading_info=True)
+        place = bnb.placement(config_of(directory))
+        model, info = auto.from_pretrained(directory, dtype="auto", output_loading_info=True, **place)
     except Exception as error:  # any library may raise anything here; the user needs one sentence
         raise VerificationFailed(f"from_pretrained fails on the checkpoint: {first_line(error)}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if found := info.get(kind):
             first = sorted(str(item) for item in found)[0]
             raise VerificationFailed(f"from_pretrained reports {kind.replace('_', ' ')}: {first}.")
-    model.eval()
+    loaded: nn.Module = model.eval()
+    return loaded
+
+
+def _run(model: nn.Module, known: Witness) -> Tensor:
+    """The outputs for the witness's inputs."""
     rows = next(iter(known.inputs.values())).shape[0]
     outputs = []
     with torch.inference_mode(), WideProducts():
         for row in range(rows):  # one by one: the logits of a large vocabulary decide the peak
             result = model(**{name: value[row : row + 1] for name, value in known.inputs.items()})
             outputs.append(model_output(result).float())
-    return model, torch.cat(outputs)
+    return torch.cat(outputs)
 
 
-def _compare_model(model: nn.Module, stored: Iterable[str], known: Witness) -> None:
+def _compare_model(model: nn.Module, stored: Mapping[str, Stored], known: Witness) -> None:
     state = model.state_dict()
-    for name in stored:  # compressed-tensors keeps scales beside the decompressed weight
-        for part in PARTS:
-            state.pop(f"{name}.weight{part}", None)
+    for owner, one in stored.items():  # scales and the like are kept beside the weight
+        for part in one.names(owner):
+            if part != f"{owner}.weight":
+                state.pop(part, None)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     loaded = {name for name in state if name in parameters or name in known.digests}
     require_same(loaded, set(known.digests), "in the loaded model", "in the compressed one")
     _complete(state, known)
     for name, expected in sorted(known.digests.items()):
-        _compare_tensor(name, state[name], expected, known)
+        tensor, module = state[name], model.get_submodule(name.rpartition(".")[0])
+        if name.endswith(".weight") and bnb.holds(module):
+            tensor = bnb.dense_of(module, getattr(torch, expected.dtype))
+        _compare_tensor(name, tensor, expected, known)
 
 
 def _compare_tensor(name: str, tensor: Tensor, expected: Digest, known: Witness) -> None:
@@ -174,8 +190,12 @@ def _compare_tensor(name: str, tensor: Tensor, expected: Digest, known: Witness)
         raise VerificationFailed(f"{name} has other values than the model that was compressed.")
 
 
-def _compare_output(output: Tensor, known: Witness) -> tuple[float, float, float]:
-    """(largest difference, root mean square over the deviation, what is allowed), over unpadded positions."""
+def _compare_output(output: Tensor, known: Witness, kernels: float) -> tuple[float, float, float]:
+    """(largest difference, root mean square over the deviation, what is allowed), over unpadded positions.
+
+    Args:
+        kernels: what is allowed at least, for a reader that computes with packed weights (`Stored.tolerance`).
+    """
     wanted = known.output.float()
     if output.shape != wanted.shape:
         raise VerificationFailed(f"Outputs have shape {list(output.shape)}, expected {list(wanted.shape)}.")
@@ -189,7 +209,7 @@ def _compare_output(output: Tensor, known: Witness) -> tuple[float, float, float
     difference = (output - wanted).abs()
     spread = float(difference.square().mean().sqrt() / wanted.std().clamp_min(1e-12))
     dtypes = {known.source[name][1] for name in known.digests} & set(TOLERANCE)
-    allowed = max((TOLERANCE[dtype] for dtype in dtypes), default=TOLERANCE["float32"])
+    allowed = max(kernels, *(TOLERANCE[dtype] for dtype in dtypes or ("float32",)))
     if spread > allowed:
         raise VerificationFailed(
             f"The reloaded model's outputs differ by {spread:.2g} of their standard deviation, "
@@ -199,7 +219,7 @@ def _compare_output(output: Tensor, known: Witness) -> tuple[float, float, float
 
 
 def _compare_streamed(
-    directory: Path, tensors: dict[str, Path], stored: dict[str, Any], known: Witness
+    directory: Path, tensors: dict[str, Path], stored: Mapping[str, Stored], known: Witness
 ) -> None:
     """Compare with the witness one tensor at a time, decoded as the reader would."""
     ties: dict[str, str] = getattr(skeleton_of(directory), "all_tied_weights_keys", {})
