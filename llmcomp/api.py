@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcomp.progress import Progress, Silent
-from llmcomp.recipe import Calibration, QuantizeStep, Recipe, check, default_bits
+from llmcomp.recipe import Calibration, Recipe, check, step_of
 from llmcomp.report.schema import Report
 
 if TYPE_CHECKING:
@@ -64,10 +64,11 @@ def quantize(
     *,
     bits: int | None = None,
     group_size: int | str | None = None,
-    method: str = "gptq",
+    method: str | None = None,
     symmetric: bool = True,
     activations: str | None = None,
     calibration: str = "default",
+    format: str = "compressed-tensors",
     recipe: Recipe | None = None,
     options: RunOptions = RunOptions(),
     progress: Progress | None = None,
@@ -77,8 +78,8 @@ def quantize(
 
     Args:
         model: a local directory, a Hub id, an alias or a 'sample:' name.
-        bits, group_size, method, symmetric, activations, calibration: sugar for a recipe of one step; bits are 4,
-            with activations 8.
+        bits, group_size, method, symmetric, activations, calibration, format: sugar for a recipe of one step. None is
+            what the format fixes, else 4 bits (with activations 8), the default groups, 'gptq'.
         recipe: the whole recipe instead; the six above are then ignored.
         options: how to run; `run` overrides single fields, as in `quantize("bert-base", overwrite=True)`.
         progress: hears where the run stands.
@@ -94,8 +95,9 @@ def quantize(
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     progress = progress or Silent()
     if recipe is None:
-        step = QuantizeStep(method, bits or default_bits(activations), group_size, symmetric, activations)
-        recipe = Recipe((step,), Calibration(calibration))
+        given = {"bits": bits, "group_size": group_size, "method": method, "activations": activations}
+        step = step_of(format, symmetric=symmetric, **{k: v for k, v in given.items() if v is not None})
+        recipe = Recipe((step,), Calibration(calibration), format=format)
     check(recipe)
     options = replace(options, **run)
     resolved = hub.resolve(

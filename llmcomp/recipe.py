@@ -34,6 +34,12 @@ from llmcomp.schemes import Scheme
 
 ROLES = ("attention", "mlp", "embeddings", "head")
 
+# Formats that are a grid of their own, and what their step then says: there is nothing to choose.
+FIXED: dict[str, dict[str, Any]] = {
+    "bnb-nf4": {"method": "bitsandbytes", "bits": 4, "group_size": 64},
+    "bnb-int8": {"method": "bitsandbytes", "bits": 8, "group_size": "channel"},
+}
+
 
 @dataclass(frozen=True)
 class Override:
@@ -52,7 +58,7 @@ class QuantizeStep:
     """Weight-only quantization of the linears that `targets` match.
 
     Attributes:
-        method: a name in `llmcomp.methods.METHODS`.
+        method: a name in `llmcomp.methods.METHODS`, or 'bitsandbytes' for its formats (`FIXED`).
         bits: 2, 3, 4 or 8.
         group_size: weights that share a scale, or 'channel', or None for the default: 128 where the width
             allows it, else the largest of 64 and 32 that divides it, else per channel (the report counts it).
@@ -121,7 +127,8 @@ class Recipe:
         if "steps" in data:
             if not isinstance(data["steps"], list) or not data["steps"]:
                 raise BadRecipe(f"{where}: 'steps' must be a non-empty list.")
-            data["steps"] = tuple(_step(step, f"{where}: step {n}") for n, step in enumerate(data["steps"]))
+            fixed = FIXED.get(str(data.get("format")), {})
+            data["steps"] = tuple(_step(s, f"{where}: step {n}", fixed) for n, s in enumerate(data["steps"]))
         return build(cls, data, where)
 
     @classmethod
@@ -149,11 +156,45 @@ def check(recipe: Recipe) -> None:
             _check_target(target)
         for override in (None, *step.overrides):
             scheme_for(step, override, 128)
+        if recipe.format in FIXED:
+            _check_fixed(step, recipe.format)
+    if recipe.format in FIXED and recipe.calibration != Calibration():
+        raise BadRecipe(f"--format {recipe.format} reads no text; leave the calibration settings out.")
     if recipe.calibration.samples < 1 or recipe.calibration.sequence_length < 2:
         raise BadRecipe(
             f"Calibration needs at least 1 sample of 2 tokens, got {recipe.calibration.samples} of "
             f"{recipe.calibration.sequence_length}."
         )
+
+
+def step_of(format: str, **given: Any) -> QuantizeStep:
+    """A step from what was given, the rest as the format fixes it or by default."""
+    usual = {"bits": default_bits(given.get("activations"))}
+    return QuantizeStep(**{**usual, **FIXED.get(format, {}), **given})
+
+
+def _check_fixed(step: QuantizeStep, format: str) -> None:
+    """Refuse what contradicts a format of `FIXED`.
+
+    Raises:
+        BadRecipe: naming what was given and what the format is.
+    """
+    wanted = {**FIXED[format], "symmetric": True, "activations": None}
+    for name, value in wanted.items():
+        if getattr(step, name) not in (value, None):
+            flag = "--asymmetric" if name == "symmetric" else f"{name} {getattr(step, name)}"
+            raise BadRecipe(
+                f"{flag} contradicts --format {format}, which is {wanted['bits']} bits, group_size "
+                f"{wanted['group_size']}, by bitsandbytes itself; leave it out, or choose another --format."
+            )
+    for override in step.overrides:
+        if any(getattr(override, name, None) not in (None, value) for name, value in wanted.items()):
+            raise BadRecipe(
+                f"The override of {override.target} contradicts --format {format}, which is one grid for all "
+                "weights; it can only skip some, by --skip or 'skip: true'."
+            )
+    if step.options:
+        raise BadRecipe(f"--format {format} has no options, got {', '.join(step.options)}; leave them out.")
 
 
 def _check_target(target: str) -> None:
@@ -209,10 +250,11 @@ def scheme_for(step: QuantizeStep, override: Override | None, in_features: int) 
     return Scheme(pick("bits"), None if size == "channel" else int(size), pick("symmetric"), step.activations)
 
 
-def _step(data: Any, where: str) -> Step:
+def _step(data: Any, where: str, fixed: dict[str, Any]) -> Step:
+    """A step from its mapping; `fixed` are the defaults of the recipe's format."""
     if not isinstance(data, dict) or str(data.get("kind")) not in STEPS:
         raise BadRecipe(f"{where} needs 'kind', one of {', '.join(STEPS)}; got {data!r}.")
-    data = dict(data)
+    data = {**fixed, **data}
     kind = STEPS[data.pop("kind")]
     overrides = data.get("overrides", [])
     if not isinstance(overrides, list):

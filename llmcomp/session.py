@@ -35,6 +35,7 @@ from llmcomp.pipeline.memory import PeakMemory
 from llmcomp.pipeline.plan import bytes_after
 from llmcomp.pipeline.run import Compression, Job, Outcome
 from llmcomp.pipeline.streaming import open_streamed
+from llmcomp.pipeline.whole import Conversion, prepare
 from llmcomp.progress import Progress
 from llmcomp.recipe import Recipe
 from llmcomp.report.html import FILE_NAME as PAGE_NAME
@@ -78,11 +79,13 @@ class Session:
                 allow_pickle=self.options.allow_pickle,
             )
             plan = plan_recipe(self.recipe, source.adapter)
+            if plan.whole:
+                prepare(source.adapter, plan)
             preflight(self.output, self.options.overwrite, 2 * bytes_after(source.adapter, plan, source.binding.key_of))
             texts = self._evaluation_texts()
             data = gather(self.recipe, source, plan, self.model, self.progress)
         with PeakMemory() as memory:
-            outcome = self._compress(source, plan, data)
+            outcome = (self._convert if plan.whole else self._compress)(source, plan, data)
             checkpoint = self._assemble(source, plan, outcome)
         report = self._report(source, plan, data, outcome, memory.peak)
         if self.options.verify:
@@ -126,6 +129,14 @@ class Session:
         outcome = Compression(job, journal, self.progress).run()
         for phase, seconds in outcome.phases.items():
             self.phases[phase] = seconds
+        return outcome
+
+    def _convert(self, source: Source, plan: Plan, data: Data) -> Outcome:
+        """By transformers, from the whole model."""
+        self._note("Errors are of the weights alone, ||W - Q||² / ||W||².")
+        allow = self.options.allow_pickle
+        outcome = Conversion(source, plan, data.witness, self.partial, self.progress, allow_pickle=allow).run()
+        self.phases |= outcome.phases
         return outcome
 
     def _assemble(self, source: Source, plan: Plan, outcome: Outcome) -> Path:
@@ -253,6 +264,11 @@ def _labels(plan: Plan, report: Report) -> list[str]:
     """Honest words on what the artefact is good for."""
     if report.format == "dense":
         return ["As large and as fast as before: dense weights on the quantization grid, for any software."]
+    if plan.whole:
+        return [
+            "Smaller on disk and in memory: plain transformers with bitsandbytes computes with the packed weights. "
+            "Made for CUDA GPUs; on a CPU the kernels are there, fast ones for nf4 only with AVX512-BF16."
+        ]
     labels = [
         "Smaller on disk and to download. Plain transformers decompresses it to dense weights on a CPU at the "
         "first forward, so there it is neither smaller in memory nor faster."

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from llmcomp.errors import BadRecipe
-from llmcomp.recipe import Calibration, Override, QuantizeStep, Recipe, build, default_bits
+from llmcomp.recipe import Calibration, Override, Recipe, build, step_of
 
 Model = Annotated[
     str,
@@ -70,7 +70,7 @@ SequenceLength = Annotated[
 Seed = Annotated[int | None, typer.Option("--seed", help="Which windows.", show_default="0")]
 Format = Annotated[
     str | None,
-    typer.Option("--format", help="compressed-tensors or dense.", show_default="compressed-tensors"),
+    typer.Option("--format", help="compressed-tensors, dense, bnb-nf4 or bnb-int8.", show_default="compressed-tensors"),
 ]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="Take all of the above from a YAML file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
@@ -100,8 +100,7 @@ def make_recipe(
         step["group_size"] = _number(step["group_size"])
     if "targets" in step:
         step["targets"] = tuple(step["targets"])
-    step.setdefault("bits", default_bits(step.get("activations")))
-    made = QuantizeStep(**step, overrides=tuple(overrides))
+    made = step_of(run.get("format", ""), **step, overrides=tuple(overrides))
     return Recipe((made,), Calibration(**calibration), **run)
 
 

@@ -23,13 +23,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from llmcomp import bnb
 from llmcomp.errors import BadCheckpoint, RunError
 from llmcomp.measure.load import first_forward, load, prepare
 from llmcomp.report.schema import Size
 from llmcomp.shards import TensorInfo, read_json_object, read_shard, weight_files
 
-# What compressed-tensors stores beside a packed or integer weight; counted as bytes, not as parameters.
-_BESIDE = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale")
+# What is stored beside a packed or integer weight; counted as bytes, not as parameters.
+_BESIDE = (
+    *("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale"),
+    *bnb.BESIDE,
+)
 
 
 def size_of(
@@ -61,21 +65,46 @@ def size_of(
 def loaded_bytes(directory: str | Path, *, allow_pickle: bool = False) -> int:
     """Bytes of the model in memory once it has run: every parameter dense, in the dtype the config names.
 
-    compressed-tensors models are decompressed by their first forward (measured on transformers 5.23, CPU).
+    compressed-tensors models are decompressed by their first forward (measured on transformers 5.23, CPU);
+    those of bitsandbytes stay packed.
 
     Raises:
         BadCheckpoint: as `size_of`.
     """
     settings = read_json_object(Path(directory) / "config.json")
+    if bnb.is_bnb(settings):
+        return size_of(directory).bytes_on_disk
     dtype = str(settings.get("dtype") or settings.get("torch_dtype") or "float32")
     itemsize = 2 if dtype.endswith("16") else 8 if dtype == "float64" else 4
     return size_of(directory, allow_pickle=allow_pickle).parameters * itemsize
 
 
-def weights_of(model: nn.Module) -> Iterator[Tensor]:
-    """A loaded model's parameters as it computes with them, without what compressed-tensors keeps beside them."""
+def weights_of(model: nn.Module, directory: str | Path | None = None) -> Iterator[Tensor]:
+    """A model's parameters as it computes with them, without what is kept beside them.
+
+    Args:
+        directory: that it was loaded from, None where it was not. Weights of bitsandbytes are decoded from the
+            files: in memory they may be laid out for a kernel.
+    """
+    if directory is not None and bnb.is_bnb(read_json_object(Path(directory) / "config.json")):
+        return _decoded(Path(directory))
     first_forward(model)
     return (value for name, value in model.named_parameters() if not name.endswith(_BESIDE))
+
+
+def _decoded(directory: Path) -> Iterator[Tensor]:
+    """The weights of a bitsandbytes checkpoint, one at a time."""
+    _, files = weight_files(directory, False)
+    for file in files:
+        with safe_open(file, framework="pt") as shard:
+            names = set(shard.keys())
+            kinds = bnb.modules(names)
+            for module, kind in kinds.items():
+                parts = [name for name in bnb.Stored(kind, torch.float32).names(module) if name in names]
+                tensors = {name.removeprefix(f"{module}."): shard.get_tensor(name) for name in parts}
+                yield bnb.Stored(kind, torch.float32).decode(tensors)
+            packed = {f"{module}.weight" for module in kinds}
+            yield from (shard.get_tensor(name) for name in names - packed if not name.endswith(_BESIDE))
 
 
 @torch.inference_mode()
@@ -161,11 +190,19 @@ def _parameters(name: str, info: TensorInfo, stored: Mapping[str, TensorInfo]) -
         beside = name.removesuffix("packed") + "shape"
         if beside not in stored:
             raise BadCheckpoint(f"{info.file} holds {name} without {beside}; its size cannot be told.")
-        with safe_open(stored[beside].file, framework="pt") as handle:
-            return math.prod(handle.get_tensor(beside).tolist())
-    if info.dtype.is_floating_point or name + "_scale" in stored:
+        return math.prod(_read(stored[beside].file, beside).tolist())
+    if shape := bnb.weight_shape(name, stored, lambda other: _read(stored[other].file, other)):
+        return math.prod(shape)
+    if info.dtype.is_floating_point or name.removesuffix("weight") + "SCB" in stored or name + "_scale" in stored:
         return math.prod(info.shape)
     return 0
+
+
+def _read(file: Path, name: str) -> Tensor:
+    """One stored tensor."""
+    with safe_open(file, framework="pt") as handle:
+        tensor: Tensor = handle.get_tensor(name)
+    return tensor
 
 
 def _tokens(model: Any, batch: int, sequence: int) -> Tensor:

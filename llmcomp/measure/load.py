@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 
+from llmcomp import bnb
 from llmcomp.errors import BadCheckpoint, BadData
 from llmcomp.shards import read_json_object
 
@@ -62,10 +63,13 @@ def load(directory: str | Path, task: str | None = None) -> nn.Module:
         BadCheckpoint: transformers cannot load it, or had to make up weights that the files lack.
     """
     auto = getattr(transformers, AUTO[task or task_of(directory)])
+    config = read_json_object(Path(directory) / "config.json")
+    if bnb.is_bnb(config):
+        bnb.silence()
     try:
         with _quiet():
             model, info = auto.from_pretrained(
-                str(directory), output_loading_info=True, local_files_only=True
+                str(directory), output_loading_info=True, local_files_only=True, **bnb.placement(config)
             )
             first_forward(model.eval())
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
@@ -111,6 +115,8 @@ def prepare(directory: str | Path, task: str | None = None) -> None:
         auto._model_mapping[type(config)]
     if getattr(config, "quantization_config", None) is not None:
         importlib.import_module("transformers.quantizers.auto")
+    if bnb.is_bnb(read_json_object(Path(directory) / "config.json")):
+        importlib.import_module("bitsandbytes")
 
 
 @contextlib.contextmanager

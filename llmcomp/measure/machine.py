@@ -12,7 +12,7 @@ import torch
 
 from llmcomp.report.schema import Machine
 
-_TOLD = ("llmcomp", "torch", "transformers", "compressed-tensors", "safetensors")
+_TOLD = ("llmcomp", "torch", "transformers", "compressed-tensors", "bitsandbytes", "safetensors")
 
 
 def this_machine(device: str = "cpu") -> Machine:

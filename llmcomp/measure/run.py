@@ -179,8 +179,8 @@ class _Measuring:
         with self._timed("time"):
             if self.settings.cost:
                 _cost(self.measured, models, peaks, self.settings, self.progress)
-            for one, model in zip(self.measured, models, strict=True):
-                one.sparsity = cost.sparsity_of(cost.weights_of(model))
+            for one, model, path in zip(self.measured, models, self.paths, strict=True):
+                one.sparsity = cost.sparsity_of(cost.weights_of(model, path))
         if self.settings.lm_eval:
             with self._timed("lm-eval"):
                 _lm_eval(self.measured, models, tokenizer, self.settings, self.progress)

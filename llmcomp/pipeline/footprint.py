@@ -144,6 +144,21 @@ def _kept(adapter: Adapter, block: Block, tasks: dict[str, Task], size: int) -> 
     return sum(ref.weights * size for ref in others if ref.name in tasks)
 
 
+def converting(adapter: Adapter, plan: Plan, after: int) -> Footprint:
+    """The peak where transformers converts the whole model (`pipeline.whole`).
+
+    Args:
+        after: bytes of the compressed checkpoint's tensors, all in memory at once.
+    """
+    state, tasks = adapter.model.state_dict(), plan.assignment.tasks
+    decoded = [
+        sum(ref.weights * state[f"{ref.name}.weight"].element_size() for ref in block.linears if ref.name in tasks)
+        for block in adapter.blocks
+    ]
+    widest = max(task.ref.weights for task in tasks.values())
+    return Footprint("converting", MemoryTerms(packed=after, installed=max(decoded), method=FLOAT * widest), 0)
+
+
 def _kernels(stages: Sequence[Sequence[Task]]) -> int:
     """Bytes of compiled kernels, after the first block has shown every shape."""
     if not switch_is_exact():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,12 @@ from llmcomp.measure.inputs import max_positions
 from llmcomp.pipeline.assign import Assignment, assign
 from llmcomp.pipeline.solve import method_config
 from llmcomp.progress import Progress
-from llmcomp.recipe import QuantizeStep, Recipe
+from llmcomp.recipe import FIXED, QuantizeStep, Recipe
 
 TOKENS_PER_BATCH = 1024  # of one forward; more gains little speed and costs memory
 _WITNESSES, _WITNESS_TOKENS = 2, 64
+# A format that rounds by itself reads no text, and its own grid fits every width: so assignment sees it.
+_AS_ROUNDING: dict[str, Any] = {"method": "rtn", "group_size": "channel"}
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,15 @@ class Data:
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe met with a source: the step, what it does to each linear, and how that is stored."""
+    """A recipe met with a source: the step, what it does to each linear, and how that is stored. `whole`: not by
+    the loop over blocks, but by transformers, from the whole model (`pipeline.whole`)."""
 
     step: QuantizeStep
     assignment: Assignment
     layout: Layout
     ties: Mapping[str, str]
     untied: bool
+    whole: bool = False
 
 
 def open_source(path: Path, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> Source:
@@ -69,7 +72,7 @@ def open_source(path: Path, *, trust_remote_code: bool = False, allow_pickle: bo
     checkpoint.require_dense()
     model: Any = skeleton(path, trust_remote_code=trust_remote_code)
     binding = bind(checkpoint, model)
-    adapter = dataclasses.replace(discover(model), ties=binding.ties)
+    adapter = replace(discover(model), ties=binding.ties)
     return Source(checkpoint, adapter, binding)
 
 
@@ -84,8 +87,9 @@ def plan_recipe(recipe: Recipe, adapter: Adapter) -> Plan:
     if recipe.format not in FORMATS:
         raise BadRecipe(f"Format '{recipe.format}' is not one of {', '.join(FORMATS)}.")
     step = recipe.steps[0]
-    assignment = assign(adapter, step)
-    method_config(step.method, step.options)
+    asked = replace(step, **_AS_ROUNDING) if recipe.format in FIXED else step
+    assignment = assign(adapter, asked)
+    method_config(asked.method, asked.options)
     entries = [(task.ref, task.scheme) for task in assignment.tasks.values()]
     layout = FORMATS[recipe.format](entries, adapter.model)
     packed = [ref.name for ref, _ in entries if ref.name not in layout.dense]
@@ -94,7 +98,7 @@ def plan_recipe(recipe: Recipe, adapter: Adapter) -> Plan:
     left = {**assignment.left, **{name: f"stored dense: {why}" for name, why in layout.dense.items()}}
     if not packed and layout.dense:
         left = assignment.left
-    return Plan(step, Assignment(assignment.tasks, left), layout, ties, bool(broken))
+    return Plan(step, Assignment(assignment.tasks, left), layout, ties, bool(broken), recipe.format in FIXED)
 
 
 def gather(recipe: Recipe, source: Source, plan: Plan, model: str, progress: Progress) -> Data:

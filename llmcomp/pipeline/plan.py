@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmcomp.adapters.base import Adapter
 from llmcomp.methods import METHODS
-from llmcomp.pipeline.footprint import Lanes, MemoryTerms, footprint
+from llmcomp.pipeline.footprint import Lanes, MemoryTerms, converting, footprint
 from llmcomp.pipeline.job import Plan, plan_recipe
 from llmcomp.pipeline.timing import Rates, measure_rates, seconds
 from llmcomp.recipe import Calibration, Recipe
@@ -97,8 +97,8 @@ def prospect(
     rates = measure_rates(dtype)
     step = recipe.steps[0]
     own = row(adapter, recipe, calibration, activation_memory, rates)
-    rows = [own]
-    for width in bits:
+    rows, planned = [own], plan_recipe(recipe, adapter)
+    for width in () if planned.whole else bits:  # there is nothing to choose
         for method in METHODS:
             if (method, width) != (step.method, step.bits):
                 options = step.options if method == step.method else {}
@@ -106,7 +106,7 @@ def prospect(
                 found = row(adapter, other, calibration, activation_memory, rates)
                 rows.append(replace(found, asked=False))
     before, parameters = _before(adapter)
-    notes = [*plan_recipe(recipe, adapter).layout.notes]
+    notes = [*planned.layout.notes]
     if length < recipe.calibration.sequence_length:
         notes.append(f"Windows are cut at {length} tokens, the most that the model reads.")
     if adapter.trace_problem is not None:
@@ -132,8 +132,9 @@ def row(adapter: Adapter, recipe: Recipe, calibration: Calibration, activation_m
     """
     plan, step = plan_recipe(recipe, adapter), recipe.steps[0]
     lanes = Lanes.of(calibration.samples, calibration.sequence_length)
-    found = footprint(adapter, plan, lanes, activation_memory)
-    after = bytes_after(adapter, plan) + header_bytes(adapter, plan)
+    after = bytes_after(adapter, plan)
+    found = converting(adapter, plan, after) if plan.whole else footprint(adapter, plan, lanes, activation_memory)
+    after += header_bytes(adapter, plan)
     tokens = calibration.samples * calibration.sequence_length
     tasks = plan.assignment.tasks
     fallbacks = {name: task.fallback for name, task in tasks.items() if task.fallback}

@@ -6,12 +6,15 @@ Evaluation runs such a model like any other. Every forward reads all blocks agai
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from llmcomp.activations import quantize_inputs
+from llmcomp.adapters.base import Adapter
 from llmcomp.adapters.discover import discover, skeleton
 from llmcomp.checkpoint import Checkpoint, bind
 from llmcomp.formats.reading import decoded_weight, rounding, stored_modules, stored_tensor, stored_tensors
@@ -20,7 +23,7 @@ from llmcomp.pipeline.residency import Residency, Values
 
 
 class DecodedValues:
-    """`Values` of a compressed-tensors checkpoint, decoded one at a time as a reader would.
+    """`Values` of a compressed checkpoint, decoded one at a time as a reader would.
 
     Raises:
         VerificationFailed: files and config.json do not agree.
@@ -62,16 +65,10 @@ def open_streamed(directory: Path) -> tuple[nn.Module, Callable[[], Iterator[Ten
     checkpoint = Checkpoint.open(directory)
     model: Any = skeleton(directory)
     values: Values = bind(checkpoint, model) if checkpoint.quantization is None else DecodedValues(directory, model)
-    adapter = discover(model)
-    params = Residency(adapter, values)
-    params.read(params.outside)
+    _stream(discover(model), values, checkpoint.release)
     if isinstance(values, DecodedValues):
         for name in values.rounding:
             quantize_inputs(model.get_submodule(name))
-    for block in adapter.blocks:
-        module, names = model.get_submodule(block.name), params.inside(block.name)
-        module.register_forward_pre_hook(_reading(params, names))
-        module.register_forward_hook(_forgetting(params, names, checkpoint), always_call=True)
 
     def parameters() -> Iterator[Tensor]:
         named = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -82,6 +79,34 @@ def open_streamed(directory: Path) -> tuple[nn.Module, Callable[[], Iterator[Ten
     return model, parameters
 
 
+@contextmanager
+def streamed(adapter: Adapter, values: Values, release: Callable[[], None]) -> Iterator[None]:
+    """While it lasts, the adapter's model computes with `values`, of its blocks one at a time.
+
+    Args:
+        release: called when a block has been forgotten.
+    """
+    params, handles = _stream(adapter, values, release)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        params.release(params.outside)
+
+
+def _stream(
+    adapter: Adapter, values: Values, release: Callable[[], None]
+) -> tuple[Residency, list[RemovableHandle]]:
+    params, handles = Residency(adapter, values), list[RemovableHandle]()
+    params.read(params.outside)
+    for block in adapter.blocks:
+        module, names = adapter.model.get_submodule(block.name), params.inside(block.name)
+        handles.append(module.register_forward_pre_hook(_reading(params, names)))
+        handles.append(module.register_forward_hook(_forgetting(params, names, release), always_call=True))
+    return params, handles
+
+
 def _reading(params: Residency, names: list[str]) -> Callable[..., None]:
     def hook(*_: Any) -> None:
         params.read(names)
@@ -89,10 +114,10 @@ def _reading(params: Residency, names: list[str]) -> Callable[..., None]:
     return hook
 
 
-def _forgetting(params: Residency, names: list[str], checkpoint: Checkpoint) -> Callable[..., None]:
+def _forgetting(params: Residency, names: list[str], release: Callable[[], None]) -> Callable[..., None]:
     def hook(*_: Any) -> None:
         params.release(names)
-        checkpoint.release()
+        release()
         return_freed_memory()
 
     return hook
