@@ -28,6 +28,9 @@ _LOSS_ROWS = 1024  # a chunk in `methods.solution.row_losses`
 _LOSS_BYTES = 4 * FLOAT  # weight, error, product with the Gram matrix, its square
 _SCALED_ROWS = 256  # whose error is measured in `methods.awq`, for each candidate
 _SCALED_BYTES = 5 * FLOAT  # rows, scaled, rounded, their error, its product with the Gram matrix
+# What bitsandbytes and transformers' loader hold of one weight while int8 is made of it (source, float16, products,
+# integers). Fitted to a Llama of widths 1024 and 4096; nf4 holds about half of it.
+_CONVERTED_BYTES = 20
 _WITNESS_TOKENS = 2 * 64
 # Without a traced lane: block input, sum, normed input, queries, keys and values, output (Llama holds five).
 _UNTRACED_STREAMS = 6
@@ -156,7 +159,8 @@ def converting(adapter: Adapter, plan: Plan, after: int) -> Footprint:
         for block in adapter.blocks
     ]
     widest = max(task.ref.weights for task in tasks.values())
-    return Footprint("converting", MemoryTerms(packed=after, installed=max(decoded), method=FLOAT * widest), 0)
+    terms = MemoryTerms(packed=after, installed=max(decoded), method=_CONVERTED_BYTES * widest)
+    return Footprint("converting", terms, 0)
 
 
 def _kernels(stages: Sequence[Sequence[Task]]) -> int:
