@@ -8,7 +8,6 @@ llmcomp reads is what `from_pretrained` would have loaded.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from llmcomp.shards import (
     load_pickle,
     read_json_object,
     read_shard,
+    sentence_modules,
     weight_files,
 )
 
@@ -75,6 +75,7 @@ class Checkpoint:
         config = _read_config(path)
         if not trust_remote_code:
             _refuse_code(path, config)
+        _refuse_pickled_modules(path)
         index, files = weight_files(path, allow_pickle)
         shards = {file: read_shard(file) for file in files}
         keys = {key: info for shard in shards.values() for key, info in shard.tensors.items()}
@@ -135,14 +136,16 @@ class Checkpoint:
         """What should travel with a compressed copy: tokenizer, generation config, licence, …
 
         Paths below `path`, sorted. From the top: whatever is small and neither weights, their index,
-        config.json, README.md nor hidden; Python only with `trust_remote_code`. From sentence-transformers'
-        module folders (named by modules.json) also their configs and safetensors.
+        config.json, README.md nor hidden; Python only with `trust_remote_code`. sentence-transformers' module
+        folders (named by modules.json) travel whole, however large, but for pickles; a folder without files
+        (2_Normalize) stands for itself.
         """
         found = [file for file in self.path.iterdir() if self._travels(file)]
-        for folder in (*_module_folders(self.path), self.path / "additional_chat_templates"):
-            inside = folder.rglob("*") if folder.is_dir() else iter(())
-            found += [file for file in inside if file.is_file() and not file.name.endswith(PICKLES)]
-        return sorted(file for file in set(found) if file.stat().st_size <= _LARGEST_COPY)
+        found += _files_below(self.path / "additional_chat_templates")
+        found = [file for file in found if file.stat().st_size <= _LARGEST_COPY]
+        for folder in _module_folders(self.path):
+            found += _files_below(folder) or ([folder] if folder.is_dir() else [])
+        return sorted(set(found))
 
     def _travels(self, file: Path) -> bool:
         name = file.name
@@ -233,14 +236,24 @@ def _refuse_code(path: Path, config: dict[str, Any]) -> None:
 
 def _module_folders(path: Path) -> list[Path]:
     """The subfolders that sentence-transformers' modules.json names."""
-    file = path / "modules.json"
-    if not file.is_file():
-        return []
-    try:
-        names = [module["path"] for module in json.loads(file.read_text(encoding="utf-8"))]
-    except (ValueError, TypeError, KeyError) as error:
-        raise BadCheckpoint(f"{file} is not a list of modules with paths ({error}); {AGAIN}.") from error
-    return [path / name for name in names if name and not leaves(name)]
+    return [path / name for _, name in sentence_modules(path) if name and not leaves(name)]
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Every file in a folder, at any depth, but pickles; none where there is no such folder."""
+    inside = folder.rglob("*") if folder.is_dir() else iter(())
+    return [file for file in inside if file.is_file() and not file.name.endswith(PICKLES)]
+
+
+def _refuse_pickled_modules(path: Path) -> None:
+    """A module whose only weights are pickled would be missing from the compressed copy."""
+    for folder in _module_folders(path):
+        pickled = [file for file in sorted(folder.glob("*")) if file.name.endswith(PICKLES)]
+        if pickled and not any(folder.glob("*.safetensors")):
+            raise BadCheckpoint(
+                f"{pickled[0]} is a pickled module, which can run code when opened and is not copied; save the "
+                "model once again with SentenceTransformer(...).save_pretrained(...) and give that directory."
+            )
 
 
 # --- binding ---

@@ -30,6 +30,7 @@ _SMALL = re.compile(r"[^/]+\.(json|txt|model|spm|tiktoken|jinja)|additional_chat
 _MODULE = re.compile(
     r"\d+_\w+/[^/]+\.(json|txt|safetensors)"
 )  # of sentence-transformers: 1_Pooling/config.json
+_INNER = re.compile(r"0_\w+/config\.json")
 _REPO = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _OFFLINE_WORKS = (
     "what works offline: `llmcomp quantize sample:lm`, `llmcomp quantize sample:classifier`, "
@@ -140,6 +141,7 @@ def suggestions(model: str) -> str:
 def _require_files(path: Path, what: str, config_only: bool, allow_pickle: bool = False) -> None:
     names = sorted(entry.name for entry in path.iterdir())
     if "config.json" not in names:
+        _refuse_inner(what, [file.relative_to(path).as_posix() for file in path.glob("0_*/config.json")])
         found = ", ".join(names[:5]) or "nothing"
         raise BadCheckpoint(
             f"{what} has no config.json (found: {found}); expected a Hugging Face model directory."
@@ -155,6 +157,16 @@ def _require_files(path: Path, what: str, config_only: bool, allow_pickle: bool 
         raise BadCheckpoint(
             f"{what} lacks {len(missing)} of the files that its {INDEX} names (first: {missing[0]}); "
             "copy or download the model again."
+        )
+
+
+def _refuse_inner(what: str, files: list[str]) -> None:
+    """sentence-transformers once saved the transformer in a folder of its own, 0_Transformer or 0_BERT."""
+    inner = next((name.split("/")[0] for name in files if _INNER.fullmatch(name)), None)
+    if inner is not None:
+        raise BadCheckpoint(
+            f"{what} keeps its transformer in {inner}/; move the files of that folder up beside modules.json, "
+            f'write "path": "" there instead of "path": "{inner}", and run the command again.'
         )
 
 
@@ -250,6 +262,7 @@ def _not_reachable(what: str, model: str, repo: str, revision: str | None, why: 
 def _wanted(what: str, files: list[str], config_only: bool) -> list[str]:
     """The files worth downloading; raises BadCheckpoint where config or safetensors weights are missing."""
     if "config.json" not in files:
+        _refuse_inner(f"{what} on the Hub", files)
         raise BadCheckpoint(f"{what} has no config.json on the Hub; expected a transformers model.")
     skip = re.compile(r"(?!model\.safetensors).*\.index\.json")
     small = [name for name in files if _SMALL.fullmatch(name) and not skip.fullmatch(name)]

@@ -191,14 +191,17 @@ def test_files_that_travel(tmp_path: Path) -> None:
     for name in travel | stay:
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text("{}")
-    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {"path": "../outside"}]
+    paths = ("", "1_Pooling", "2_Dense", "3_Normalize", "4_LayerNorm", "../outside")
+    modules = [{"path": name} for name in paths]  # the Hub has no empty folders, so 4_LayerNorm may be absent
+    (path / "3_Normalize").mkdir()
     (path / "modules.json").write_text(json.dumps(modules))
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "secret.json").write_text("{}")
-    with (path / "huge.json").open("wb") as stream:
-        stream.truncate(65 * 2**20)
+    for name in ("huge.json", "2_Dense/large.safetensors"):
+        with (path / name).open("wb") as stream:
+            stream.truncate(65 * 2**20)
     found = Checkpoint.open(path).copied_files()
-    expected = travel | {"tokenizer.json", "tokenizer_config.json"}
+    expected = travel | {"tokenizer.json", "tokenizer_config.json", "2_Dense/large.safetensors", "3_Normalize"}
     assert [file.relative_to(path).as_posix() for file in found] == sorted(expected)
 
 
@@ -207,3 +210,12 @@ def test_modules_that_are_no_list(tmp_path: Path) -> None:
     (path / "modules.json").write_text('{"a": 1}')
     with pytest.raises(BadCheckpoint, match=r"modules.json is not a list of modules with paths"):
         Checkpoint.open(path).copied_files()
+
+
+def test_a_pickled_module_would_be_lost(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    (path / "modules.json").write_text('[{"path": ""}, {"path": "2_Dense"}]')
+    (path / "2_Dense").mkdir()
+    (path / "2_Dense/pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(BadCheckpoint, match=r"2_Dense/pytorch_model.bin is a pickled module"):
+        Checkpoint.open(path)

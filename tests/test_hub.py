@@ -256,3 +256,13 @@ def test_aliases_are_lower_case_and_lead_to_one_repository_each():
     repos = [alias.repo for alias in ALIASES.values()]
     assert len(set(repos)) == len(repos)
     assert all(repo.count("/") == 1 for repo in repos)
+
+
+@pytest.mark.parametrize("folder", ["0_Transformer", "0_BERT"])
+def test_a_transformer_in_a_folder_of_its_own(tmp_path: Path, folder: str) -> None:
+    """The layout of sentence-transformers before version 2."""
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "config.json").write_text("{}")
+    (tmp_path / "modules.json").write_text("[]")
+    with pytest.raises(BadCheckpoint, match=rf"keeps its transformer in {folder}/; move the files .* up beside"):
+        hub.resolve(str(tmp_path))

@@ -129,7 +129,8 @@ class ShardWriter:
         Args:
             order: the shards that belong to the model, first to last; others are left out.
             config: content of config.json (`checkpoint_config`).
-            files: tokenizer files, generation config and the like, copied under their own names.
+            files: tokenizer files, generation config and the like, copied under their own names; of a folder
+                only the folder.
             extra: further files by name.
             root: directory of `files`, below which their folders are kept; without it they lie at the top.
 
@@ -159,8 +160,10 @@ class ShardWriter:
                 _write_text(target / INDEX, json.dumps(table, indent=2) + "\n")
             for source in files:
                 copy = target / (source.name if root is None else source.relative_to(root))
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, copy)
+                folder = copy if source.is_dir() else copy.parent
+                folder.mkdir(parents=True, exist_ok=True)
+                if folder is not copy:
+                    shutil.copyfile(source, copy)
             _write_text(target / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
             for file, content in (extra or {}).items():
                 _write_text(target / file, content)

@@ -87,6 +87,18 @@ def test_finish_makes_an_indexed_checkpoint(writer: ShardWriter, tmp_path: Path)
     assert writer.shards() == ["block-00000", "block-00001", "block-00007"]  # the run could still resume
 
 
+def test_folders_of_copied_files_are_kept(writer: ShardWriter, tmp_path: Path) -> None:
+    two_shards(writer)
+    source = tmp_path / "source"
+    (source / "1_Pooling").mkdir(parents=True)
+    (source / "2_Normalize").mkdir()
+    (source / "1_Pooling/config.json").write_text("{}")
+    files = [source / "1_Pooling/config.json", source / "2_Normalize"]
+    directory = writer.finish(["block-00000"], {}, files, root=source)
+    assert (directory / "1_Pooling/config.json").read_text() == "{}"
+    assert (directory / "2_Normalize").is_dir()
+
+
 def test_one_shard_needs_no_index(writer: ShardWriter) -> None:
     writer.write("block-00000", {"a": torch.zeros(2)})
     directory = writer.finish(["block-00000"], {})
