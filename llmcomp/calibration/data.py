@@ -42,6 +42,7 @@ class Texts:
         warnings: one sentence each.
         running: the rows follow each other.
         input_ids: int64 [samples, tokens] of a pre-tokenized source, which has no rows.
+        partners: the second text of each row, where two columns were asked for.
     """
 
     rows: list[str]
@@ -50,6 +51,7 @@ class Texts:
     warnings: list[str] = field(default_factory=list)
     running: bool = False
     input_ids: Tensor | None = None
+    partners: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def read_texts(
 
     Args:
         source: see the head of this module; 'sample:classifier' is the labelled text of that sample model.
-        text_column, label_column: in tables; guessed from usual names where None.
+        text_column, label_column: in tables; guessed from usual names where None. One text column each.
         split: of a Hub dataset that names none.
         progress: hears which text 'default' meant.
 
@@ -90,6 +92,8 @@ def read_texts(
             f"Calibration never reads a held-out split ({named!r} of {source}); use its train split."
         )
     texts = _read(source, text_column, label_column, split, progress or Silent(), held_out=False)
+    if texts.partners is not None:
+        raise BadData(f"Calibration reads one text column, not two ({text_column}); name the one to read.")
     if _is_file(source) and _HELD_OUT.search(Path(source).stem):
         texts.warnings.append(f"{source} looks like held-out data by its name; calibrate on training text.")
     return texts
@@ -103,7 +107,8 @@ def evaluation_texts(
     split: str = "test",
     progress: Progress | None = None,
 ) -> Texts:
-    """Read data to measure on: as `read_texts`, but of held-out text and test splits.
+    """Read data to measure on: as `read_texts`, but of held-out text and test splits. For sentence encoders
+    `text_column` may name two columns, 'first,second', whose rows are pairs.
 
     'default' is WikiText-2 test where cached or reachable, else the held-out text that ships; 'sample',
     'sample:lm' and 'sample:classifier' are the held-out text and rows that ship.
@@ -302,9 +307,7 @@ def _read(
         )
     name, config, named = [*source.split(":"), None, None][:3]
     columns = dataset_columns(str(name), config, named or split)
-    where = f"{source} ({named or split})"
-    rows = files.text_column(columns, text_column, where)
-    return Texts(rows, files.label_column(columns, label_column, where), f"{where}, {len(rows):,} rows")
+    return _table(columns, text_column, label_column, f"{source} ({named or split})")
 
 
 def _default(split: str, held_out: bool, progress: Progress) -> Texts:
@@ -349,9 +352,16 @@ def _file(path: Path, text_column: str | None, label_column: str | None) -> Text
         if text_column or label_column:
             raise BadData(f"{path} is plain text without columns; drop --text-column and --label-column.")
         return Texts(files.read_text(path).split("\n\n"), None, str(path), running=True)
-    columns = files.read_columns(path)
-    rows = files.text_column(columns, text_column, str(path))
-    return Texts(rows, files.label_column(columns, label_column, str(path)), f"{path}, {len(rows):,} rows")
+    return _table(files.read_columns(path), text_column, label_column, str(path))
+
+
+def _table(columns: dict[str, list[Any]], text: str | None, label: str | None, where: str) -> Texts:
+    """Rows of a table; `text` may name two columns, 'first,second'."""
+    first, second = files.text_columns(columns, text)
+    rows = files.text_column(columns, first, where)
+    partners = None if second is None else files.text_column(columns, second, where)
+    labels = files.label_column(columns, label, where)
+    return Texts(rows, labels, f"{where}, {len(rows):,} rows", partners=partners)
 
 
 def _is_file(source: str) -> bool:

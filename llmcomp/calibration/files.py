@@ -87,6 +87,14 @@ def read_columns(path: Path) -> dict[str, list[Any]]:
     return columns
 
 
+def text_columns(columns: Mapping[str, list[Any]], wanted: str | None) -> tuple[str | None, str | None]:
+    """The first and the second text column that 'first,second' names; one alone may have a comma in its name."""
+    if wanted is None or wanted in columns or "," not in wanted:
+        return wanted, None
+    first, _, second = wanted.partition(",")
+    return first.strip(), second.strip()
+
+
 def text_column(columns: Mapping[str, list[Any]], wanted: str | None, where: str) -> list[str]:
     """The texts: column `wanted`, else one with a usual name, else the only column of strings; '' for null.
 

@@ -26,10 +26,12 @@ def evaluate(
         ),
     ] = None,
     text_column: Annotated[
-        str | None, typer.Option(help="Column with the text.", rich_help_panel=_QUALITY)
+        str | None,
+        typer.Option(help="Column with the text; 'first,second' for pairs.", rich_help_panel=_QUALITY),
     ] = None,
     label_column: Annotated[
-        str | None, typer.Option(help="Column with the label of a row.", rich_help_panel=_QUALITY)
+        str | None,
+        typer.Option(help="Column with the label of a row, or score of a pair.", rich_help_panel=_QUALITY),
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of text.", rich_help_panel=_QUALITY)] = 64,
     sequence_length: Annotated[

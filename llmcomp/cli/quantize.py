@@ -36,7 +36,9 @@ def quantize(
         bool, typer.Option("--verify/--no-verify", help="Reload in a fresh process and compare.")
     ] = True,
     eval_data: Annotated[str | None, typer.Option("--eval-data", help="Text or labelled rows to measure on.")] = None,
-    text_column: Annotated[str | None, typer.Option("--text-column", help="Of --eval-data.")] = None,
+    text_column: Annotated[
+        str | None, typer.Option("--text-column", help="Of --eval-data; 'first,second' for pairs.")
+    ] = None,
     label_column: Annotated[str | None, typer.Option("--label-column", help="Of --eval-data.")] = None,
     activation_memory: Annotated[
         int, typer.Option("--activation-memory", help="MB of waiting activations before they go to mapped files.")

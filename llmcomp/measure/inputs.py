@@ -13,6 +13,7 @@ from torch import nn
 
 from llmcomp.calibration.data import Batch, Texts, batches, describe, evaluation_texts, window_starts, windows
 from llmcomp.errors import BadData
+from llmcomp.measure.embeddings import SentenceHead, Sentences
 from llmcomp.measure.positions import MASKED_SHARE, Masking, Subject
 from llmcomp.progress import Progress
 from llmcomp.report.schema import FILE_NAME
@@ -20,6 +21,8 @@ from llmcomp.report.schema import FILE_NAME
 if TYPE_CHECKING:
     from llmcomp.measure.run import Settings
 
+_PARAGRAPHS_PER_WINDOW = 8  # about as many tokens as one window of running text
+_PARAGRAPH_WORDS = 8
 LANGUAGE_TASKS = ("causal-lm", "masked-lm")
 
 
@@ -63,6 +66,11 @@ def make_inputs(texts: Texts, tokenizer: Any, model: Any, task: str, settings: S
         BadData: too little text, or labels that are not the model's.
     """
     notes: list[str] = []
+    if texts.partners is not None:
+        raise BadData(
+            f"{texts.description}: two text columns are for sentence encoders (a directory with modules.json), "
+            f"and the model's task is {task}; name one with --text-column."
+        )
     labelled = texts.labels is not None and task == "sequence-classification"
     if texts.labels is not None and not labelled:
         notes.append(f"The labels of {texts.description} are not used: the model's task is {task}.")
@@ -101,6 +109,60 @@ def make_inputs(texts: Texts, tokenizer: Any, model: Any, task: str, settings: S
     return Inputs(made, subject, notes)
 
 
+def sentence_inputs(
+    texts: Texts, tokenizer: Any, model: Any, heads: tuple[SentenceHead, ...], settings: Settings
+) -> Inputs:
+    """Texts for a sentence encoder, each once: rows of a table, both of a pair, or paragraphs of running text.
+
+    Pairs are those of the data; where it has none, each text has one other of a seeded order, so that pairs
+    share no text and can be resampled.
+
+    Raises:
+        BadData: no text, or scores that are no numbers.
+    """
+    notes: list[str] = []
+    if texts.labels is not None and texts.partners is None:
+        notes.append(
+            f"The labels of {texts.description} are not used: scores are of pairs, in two columns "
+            "(--text-column first,second)."
+        )
+    scores, couples = None, None
+    if texts.input_ids is None:
+        texts = _rows(_paragraphs(texts, settings) if texts.running else texts, settings)
+        columns = [[heads[0].prepared(row) for row in column] for column in (texts.rows, texts.partners or [])]
+        unique = {text: number for number, text in enumerate(dict.fromkeys([*columns[0], *columns[1]]))}
+        if texts.partners is not None:
+            couples = np.array([[unique[one], unique[other]] for one, other in zip(*columns, strict=True)])
+            scores = None if texts.labels is None else _scores(texts)
+        texts = replace(texts, rows=list(unique), running=False)
+    limits = [settings.sequence_length, heads[0].max_length, max_positions(model, tokenizer)]
+    found = windows(
+        texts,
+        tokenizer,
+        samples=settings.windows if texts.input_ids is not None else len(texts.rows),
+        length=min(limit for limit in limits if limit),
+        seed=0,
+        task="encoder",
+    )
+    if couples is None:
+        shuffled = np.random.default_rng(settings.seed).permutation(len(found))
+        couples = shuffled[: len(found) // 2 * 2].reshape(-1, 2)
+    order = np.argsort([len(window) for window in found], kind="stable")  # as `batches` does
+    words = f"{describe(texts, found, tokenizer, 'encoder')}; {len(couples):,} pairs"
+    subject = Subject(
+        "encoder", words, seed=settings.seed, sentences=Sentences(heads, order, couples, scores)
+    )
+    made = batches(found, tokens_per_batch=settings.tokens_per_batch, pad_id=tokenizer.pad_token_id)
+    return Inputs(made, subject, notes)
+
+
+def _paragraphs(texts: Texts, settings: Settings) -> Texts:
+    """Evenly spaced paragraphs that are more than a heading."""
+    long = [row for row in texts.rows if len(row.split()) >= _PARAGRAPH_WORDS] or texts.rows
+    count = min(len(long), _PARAGRAPHS_PER_WINDOW * settings.windows)
+    return replace(texts, rows=[long[start] for start in window_starts(len(long), count, 1, settings.seed)])
+
+
 def max_positions(model: Any, tokenizer: Any) -> int | None:
     """The longest input: positions of the config, less those RoBERTa-like embeddings keep for padding."""
     limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
@@ -116,14 +178,16 @@ def max_positions(model: Any, tokenizer: Any) -> int | None:
 
 def _rows(texts: Texts, settings: Settings) -> Texts:
     """At most `settings.rows` rows that hold text, evenly spaced, with their labels."""
-    kept = [number for number, row in enumerate(texts.rows) if row.strip()]
+    columns = [texts.rows, *([] if texts.partners is None else [texts.partners])]
+    kept = [n for n, row in enumerate(zip(*columns, strict=True)) if all(text.strip() for text in row)]
     if not kept:
         raise BadData(f"{texts.description} has no row with text in it.")
     chosen = [
         kept[start] for start in window_starts(len(kept), min(settings.rows, len(kept)), 1, settings.seed)
     ]
     labels = None if texts.labels is None else [texts.labels[number] for number in chosen]
-    return replace(texts, rows=[texts.rows[number] for number in chosen], labels=labels)
+    partners = None if texts.partners is None else [texts.partners[number] for number in chosen]
+    return replace(texts, rows=[texts.rows[number] for number in chosen], labels=labels, partners=partners)
 
 
 def _labels(texts: Texts, model: Any) -> np.ndarray:
@@ -135,12 +199,7 @@ def _labels(texts: Texts, model: Any) -> np.ndarray:
     labels: Sequence[Any] = texts.labels or []
     config = model.config
     if config.problem_type == "regression" or config.num_labels == 1:
-        try:
-            return np.array([float(label) for label in labels])
-        except (TypeError, ValueError) as error:
-            raise BadData(
-                f"{texts.description}: the model gives scores, and a label is no number ({error})."
-            ) from error
+        return _scores(texts)
     numbers = [_class_number(label, config.label2id, config.num_labels) for label in labels]
     for label, number in zip(labels, numbers, strict=True):
         if number is None:
@@ -150,6 +209,23 @@ def _labels(texts: Texts, model: Any) -> np.ndarray:
                 f"(0 to {config.num_labels - 1}; {names})."
             )
     return np.array(numbers, dtype=np.int64)
+
+
+def _scores(texts: Texts) -> np.ndarray:
+    """The rows' labels as finite numbers, float64 [rows].
+
+    Raises:
+        BadData: a label that is none.
+    """
+    try:
+        scores = np.array([float(label) for label in texts.labels or []])
+        if not np.isfinite(scores).all():
+            raise ValueError(f"row {int(np.argmin(np.isfinite(scores)))} has {scores.min()}")
+    except (TypeError, ValueError) as error:
+        raise BadData(
+            f"{texts.description}: expected scores, and a label is no number ({error})."
+        ) from error
+    return scores
 
 
 def _class_number(label: Any, names: Mapping[str, int], count: int) -> int | None:

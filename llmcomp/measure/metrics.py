@@ -142,3 +142,28 @@ class Top1Agreement(LocalMetric):
 
     def value(self, predictions: Numbers, references: Numbers) -> dict[str, float]:
         return {"top1_agreement": float((predictions == references).mean())}
+
+
+class EmbeddingCosine(LocalMetric):
+    """Mean cosine between original's and compressed model's embedding of one text."""
+
+    about = "Mean cosine between two models' embeddings of the same text."
+    inputs = "predictions: cosine of each text."
+    columns = {"predictions": "float64"}  # noqa: RUF012
+
+    def value(self, predictions: Numbers) -> dict[str, float]:
+        return {"embedding_cosine": float(predictions.mean())}
+
+
+class NeighbourOverlap(LocalMetric):
+    """Share of the original's ten nearest neighbours that the compressed model finds too, mean over texts.
+
+    Takes how many are kept of each text (`similarity.kept_neighbours`), not the embeddings.
+    """
+
+    about = "Retrieval overlap at 10."
+    inputs = "predictions: how many of a text's ten nearest neighbours are the same, 0 to 10."
+    columns = {"predictions": "int64"}  # noqa: RUF012
+
+    def value(self, predictions: Numbers) -> dict[str, float]:
+        return {"overlap_at_10": float(predictions.mean() / 10)}

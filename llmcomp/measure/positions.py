@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llmcomp.errors import BadData
+from llmcomp.measure.embeddings import Sentences
 
 MASKED_SHARE = 0.15
 
@@ -56,6 +57,7 @@ class Subject:
         labels: [rows], class numbers or scores; None where there are none.
         masking: how a masked language model is asked, else None.
         seed: of the bootstrap.
+        sentences: of a sentence encoder, which texts the batches hold and what is done with them, else None.
         positions_at_once: positions whose logits exist together, None for `forward.BYTES_AT_ONCE`' worth.
     """
 
@@ -64,6 +66,7 @@ class Subject:
     labels: np.ndarray | None = None
     masking: Masking | None = None
     seed: int = 0
+    sentences: Sentences | None = None
     positions_at_once: int | None = None
 
 

@@ -1,4 +1,5 @@
-"""Quality and divergence of all but language models: classifiers, taggers, extractors, bare encoders."""
+"""Quality and divergence of all but language models: classifiers, taggers, extractors, encoders of sentences
+and bare ones."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from llmcomp.errors import BadCheckpoint, BadData, NumericalError
 from llmcomp.losses import kl_divergence
-from llmcomp.measure import summaries
+from llmcomp.measure import similarity, summaries
+from llmcomp.measure.embeddings import Sentences
 from llmcomp.measure.positions import Subject, TokenBatch, real_positions
 from llmcomp.progress import Progress
 from llmcomp.report.schema import Divergence, Quality
@@ -36,6 +38,8 @@ def measure(
         return _distributions(models, batches, subject, progress, _token_logs)
     if subject.task == "question-answering":
         return _distributions(models, batches, subject, progress, _span_logs)
+    if subject.sentences is not None:
+        return _sentences(models, batches, subject, subject.sentences, progress)
     if subject.task == "encoder":
         return _encoders(models, batches, subject, progress)
     raise BadData(
@@ -153,17 +157,41 @@ def _encoders(
     """Cosine similarity of the two last hidden states at each real position."""
     if len(models) == 1:
         return None, None, None
-    similarity, rows, first = [], [], 0
+    cosines, rows, first = [], [], 0
     for batch, outputs in _outputs(models, batches, progress):
         where, columns = real_positions(batch)
         hidden = [output.last_hidden_state[where, columns].double().cpu() for output in outputs]
         _check(hidden)
-        similarity.append(torch.cosine_similarity(hidden[0], hidden[1], dim=-1))
+        cosines.append(torch.cosine_similarity(hidden[0], hidden[1], dim=-1))
         rows.append(where + first)
         first += len(batch.input_ids)
-    values = torch.cat(similarity).numpy()
+    values = torch.cat(cosines).numpy()
     data = f"{subject.data}; last hidden states against the original's"
     return None, summaries.cosine(values, torch.cat(rows).numpy(), data, subject.seed), None
+
+
+def _sentences(
+    models: list[nn.Module],
+    batches: Sequence[TokenBatch],
+    subject: Subject,
+    sentences: Sentences,
+    progress: Progress,
+) -> Found:
+    """Embeddings, which have no distribution: they are held against scores and against the original's."""
+    if len(models) == 1 and sentences.scores is None:
+        return None, None, None
+    found: list[list[Tensor]] = [[] for _ in models]
+    for batch, outputs in _outputs(models, batches, progress):
+        for kept, head, output in zip(found, sentences.heads, outputs, strict=True):
+            kept.append(head.embed(output.last_hidden_state.cpu(), batch.attention_mask))
+    embeddings = [torch.cat(kept) for kept in found]
+    _check(embeddings)
+    by_text = np.argsort(sentences.order)
+    in_order = [one.double().numpy()[by_text] for one in embeddings]
+    before, after = similarity.qualities(
+        in_order, sentences.pairs, sentences.scores, subject.data, subject.seed
+    )
+    return before, after, None
 
 
 def _divergence(logs: list[Tensor], rows: Tensor, subject: Subject) -> Divergence:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from llmcomp.errors import BadCheckpoint, RunError
 from llmcomp.matmul import WideProducts
 from llmcomp.measure import cost, harness, load, quality
+from llmcomp.measure.embeddings import is_sentence_encoder, read_head
 from llmcomp.measure.forward import BYTES_AT_ONCE
-from llmcomp.measure.inputs import default_texts, make_inputs
+from llmcomp.measure.inputs import default_texts, make_inputs, sentence_inputs
 from llmcomp.measure.machine import this_machine
 from llmcomp.progress import Progress, Silent
 from llmcomp.report.schema import Cost, Divergence, Measured, Quality, Report
@@ -39,7 +40,7 @@ class Settings:
     """How much is measured. The defaults take a small model on two cores about a minute.
 
     Attributes:
-        windows: of running text, evenly spaced.
+        windows: of running text, evenly spaced; a sentence encoder reads eight paragraphs in place of each.
         sequence_length: tokens of a window, clipped to the model's positions.
         rows: of a table, evenly spaced.
         tokens_per_batch: rows × longest row of one forward.
@@ -201,7 +202,11 @@ class _Measuring:
         result, measured = self.result, self.measured
         tokenizer = load.load_tokenizer(self.paths[0])
         texts = self.data if self.data is not None else default_texts(result.directory, self.progress)
-        inputs = make_inputs(texts, tokenizer, models[0], result.task, settings)
+        if result.task == "encoder" and any(map(is_sentence_encoder, self.paths)):
+            heads = tuple(read_head(path) for path in self.paths)
+            inputs = sentence_inputs(texts, tokenizer, models[0], heads, settings)
+        else:
+            inputs = make_inputs(texts, tokenizer, models[0], result.task, settings)
         result.notes += [*texts.warnings, *inputs.notes]
         self.progress.phase("evaluate", sum(len(batch.input_ids) for batch in inputs.batches))
         with WideProducts():

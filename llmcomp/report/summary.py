@@ -26,9 +26,10 @@ _METRICS = {
     "exact_match": ("points", True),
     "pearson": ("difference", True),
     "spearman": ("difference", True),
+    "overlap_at_10": ("points", True),
 }
 _NOISE = 0.02  # two runs of one model differ by about this much in time and memory
-_TITLES = {"f1": "F1", "pearson": "Pearson", "spearman": "Spearman"}
+_TITLES = {"f1": "F1", "pearson": "Pearson", "spearman": "Spearman", "similarity_spearman": "similarity Spearman"}
 
 
 @dataclass(frozen=True)
