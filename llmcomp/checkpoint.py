@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llmcomp.errors import BadCheckpoint, UnknownArchitecture
+from llmcomp.sentences import sentence_modules
 from llmcomp.shards import (
     AGAIN,
     PICKLES,
@@ -27,7 +28,6 @@ from llmcomp.shards import (
     load_pickle,
     read_json_object,
     read_shard,
-    sentence_modules,
     weight_files,
 )
 

@@ -2,7 +2,6 @@
 
 A safetensors file is eight bytes of length, that much JSON, then the data and nothing else, so a truncated or
 corrupt shard shows without reading its data: the size must be exactly what the header adds up to.
-sentence-transformers' modules.json, which tells what else a directory's model is made of, is read here, too.
 Source: https://github.com/huggingface/safetensors#format
 """
 
@@ -23,7 +22,6 @@ from llmcomp.errors import BadCheckpoint
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-MODULES = "modules.json"  # of a sentence-transformers directory
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
 AGAIN = "copy or download it again"
@@ -185,20 +183,3 @@ def read_json_object(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadCheckpoint(f"{file} must hold a JSON object, not a {type(value).__name__}; {AGAIN}.")
     return value
-
-
-def sentence_modules(path: Path) -> list[tuple[str, str]]:
-    """(class name without its package, folder) of each module in sentence-transformers' modules.json; no
-    modules where the directory has no such file.
-
-    Raises:
-        BadCheckpoint: a file that is not a list of modules.
-    """
-    file = path / MODULES
-    if not file.is_file():
-        return []
-    try:
-        modules = json.loads(file.read_text(encoding="utf-8"))
-        return [(str(module.get("type", "")).rpartition(".")[2], str(module["path"])) for module in modules]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BadCheckpoint(f"{file} is not a list of modules with paths ({error}); {AGAIN}.") from error

@@ -25,7 +25,7 @@ ROWS = [
     "calibration.data",
     "recipe",
     "methods",
-    "progress weights losses calibration.stats calibration.files calibration.hub_data calibration.parking",
+    "progress weights losses calibration.stats calibration.files calibration.hub_data calibration.parking sentences",
     "report.schema",
     "report.words packing bnb schemes activations matmul network aliases samples shards",
     "errors",

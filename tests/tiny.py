@@ -142,12 +142,14 @@ TINY = tuple(_MODELS)
 DECODERS = tuple(name for name, (_, suffix, _) in _MODELS.items() if suffix in ("ForCausalLM", "LMHeadModel"))
 
 
-def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
-    """The tiny model `name` in memory, in eval mode; `overrides` change its config."""
+def build(
+    name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, bare: bool = False, **overrides: Any
+) -> Any:
+    """The tiny model `name` in memory, in eval mode, with `bare` without its head; `overrides` change its config."""
     import transformers
 
     family, suffix, settings = _MODELS[name]
-    kind = getattr(transformers, f"{family}{suffix}")
+    kind = getattr(transformers, f"{family}{'Model' if bare else suffix}")
     model = kind(kind.config_class(**{**settings(), **overrides}))
     generator = torch.Generator().manual_seed(seed)
     middle = 0 if family.startswith("Gemma") else 1  # Gemma's norms multiply by 1 + weight
@@ -176,7 +178,7 @@ def tiny(
         dtype: of the saved weights, float32 or bfloat16.
         tokenizer: write one beside it, see `write_tokenizer`.
         shard: largest file, such as '100KB', to get an index and several shards.
-        overrides: config values that differ, such as num_hidden_layers=3.
+        overrides: config values that differ, such as num_hidden_layers=3, and `bare` (see `build`).
     """
     model = build(name, seed=seed, dtype=dtype, **overrides)
     model.save_pretrained(directory, max_shard_size=shard)

@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from llmcomp.adapters.base import Adapter, Block, LinearRef
 from llmcomp.adapters.trace import Trace, linears, trace
 from llmcomp.errors import BadCheckpoint, UnknownArchitecture
+from llmcomp.sentences import is_sentence_encoder
 
 # The first suffix of the class name that fits tells the task; a class without one is a bare encoder.
 _TASKS = {
@@ -96,7 +97,7 @@ def discover(model: nn.Module) -> Adapter:
     return Adapter(
         model=model,
         config=model.config,
-        task=next((task for suffix, task in _TASKS.items() if suffix in architecture), "encoder"),
+        task=_task(architecture),
         blocks=blocks,
         embeddings=embeddings,
         head=head,
@@ -104,6 +105,10 @@ def discover(model: nn.Module) -> Adapter:
         uncompressed=_uncompressed(model, claimed, list_name),
         trace_problem=traced.problem,
     )
+
+
+def _task(architecture: str) -> str:
+    return next((task for suffix, task in _TASKS.items() if suffix in architecture), "encoder")
 
 
 # --- the skeleton ---
@@ -123,12 +128,14 @@ def _config(path: Path, trust_remote_code: bool) -> Any:
 
 
 def _model_class(config: Any, path: Path, trust_remote_code: bool) -> Any:
-    """The class of config.architectures[0], or the bare model of the config's type where none is named."""
+    """The class of config.architectures[0]; the bare model of the config's type where none is named, or where
+    sentence-transformers uses the model without its head."""
     name = (config.architectures or [None])[0]
+    kinds: Any = transformers.MODEL_MAPPING
+    headless = name is None or (_task(name) != "encoder" and is_sentence_encoder(path))
+    if headless and type(config) in kinds:
+        return kinds[type(config)]
     if name is None:
-        kinds: Any = transformers.MODEL_MAPPING
-        if type(config) in kinds:
-            return kinds[type(config)]
         raise UnknownArchitecture(f"{path}/config.json names no architecture, nor a type with one.")
     auto_map = getattr(config, "auto_map", None) or {}
     for reference in auto_map.values() if trust_remote_code else ():

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -23,7 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llmcomp.errors import BadCheckpoint
-from llmcomp.shards import AGAIN, MODULES, SINGLE, read_json_object, sentence_modules
+from llmcomp.sentences import SETTINGS, sentence_modules
+from llmcomp.shards import AGAIN, SINGLE, read_json_object
 
 Step = Callable[[Tensor], Tensor]
 _ACTIVATIONS: dict[str, Step] = {
@@ -60,7 +62,7 @@ class SentenceHead:
 
     def prepared(self, text: str) -> str:
         """The text as the tokenizer gets it."""
-        text = self.prompt + text.strip()
+        text = self.prompt + text
         return text.lower() if self.lower else text
 
     def embed(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
@@ -89,14 +91,9 @@ class Sentences:
     """
 
     heads: tuple[SentenceHead, ...]
-    order: Any
-    pairs: Any
-    scores: Any = None
-
-
-def is_sentence_encoder(directory: str | Path) -> bool:
-    """Whether a directory is laid out as sentence-transformers saves it."""
-    return (Path(directory) / MODULES).is_file()
+    order: np.ndarray
+    pairs: np.ndarray
+    scores: np.ndarray | None = None
 
 
 def read_head(directory: str | Path) -> SentenceHead:
@@ -108,14 +105,14 @@ def read_head(directory: str | Path) -> SentenceHead:
     path = Path(directory)
     modules = sentence_modules(path)
     kinds = [kind for kind, _ in modules]
-    if kinds[:2] != ["Transformer", "Pooling"] or modules[0][1] or set(kinds[2:]) - {"Dense", "Normalize"}:
+    if kinds[:2] != ["Transformer", "Pooling"] or modules[0][1] or set(kinds[2:]) - set(_STEPS):
         raise BadCheckpoint(
             f"{path} has the sentence-transformers modules {', '.join(kinds) or 'none'}; sentence embeddings are "
             "measured for a Transformer at the top of the directory, Pooling, then Dense or Normalize."
         )
     pooling = read_json_object(path / modules[1][1] / "config.json")
-    steps = [_normalize if kind == "Normalize" else _dense(path / folder) for kind, folder in modules[2:]]
-    settings = _optional(path / "sentence_bert_config.json")
+    steps = [_STEPS[kind](path / folder) for kind, folder in modules[2:]]
+    settings = _optional(path / SETTINGS)
     return SentenceHead(
         modes=_modes(pooling, path / modules[1][1]),
         steps=tuple(steps),
@@ -140,28 +137,43 @@ def _prompt(path: Path, included: bool) -> str:
     name, prompts = settings.get("default_prompt_name"), settings.get("prompts") or {}
     prompt = str(prompts.get(name) or "")
     if prompt and not included:
-        raise BadCheckpoint(f"{path} leaves its default prompt {name!r} out of the pooling, which is not measured.")
+        raise BadCheckpoint(
+            f"{path} leaves its default prompt {name!r} out of the pooling, which is not measured; use --no-evaluate."
+        )
     return prompt
 
 
 def _dense(folder: Path) -> Step:
     config = read_json_object(folder / "config.json")
+    _refuse_other_input(config, folder)
     activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
-    known = activation.startswith("torch.nn.") and activation.rpartition(".")[2] in _ACTIVATIONS
-    names = {config.get("module_input_name"), config.get("module_output_name")} - {None, "sentence_embedding"}
-    if not known or names or config.get("use_residual"):
-        raise BadCheckpoint(
-            f"{folder} is a Dense module with {activation}, residual {bool(config.get('use_residual'))}, on "
-            f"{', '.join(map(str, names)) or 'sentence_embedding'}; measured are those of sentence embeddings "
-            f"without a residual and with {', '.join(_ACTIVATIONS)}."
-        )
+    package, _, name = activation.rpartition(".")
+    if not package.startswith("torch.nn") or name not in _ACTIVATIONS:
+        raise BadCheckpoint(f"{folder} activates by {activation}; known are torch's {', '.join(_ACTIVATIONS)}.")
+    if config.get("use_residual"):
+        raise BadCheckpoint(f"{folder} is a Dense module with a residual, which is not measured; use --no-evaluate.")
     try:
         tensors = load_file(folder / SINGLE)
         weight, bias = tensors["linear.weight"].float(), tensors.get("linear.bias")
     except (OSError, SafetensorError, KeyError) as error:
         raise BadCheckpoint(f"{folder / SINGLE} holds no linear.weight ({error}); {AGAIN}.") from error
-    activate = _ACTIVATIONS[activation.rpartition(".")[2]]
-    return lambda x: activate(F.linear(x, weight, None if bias is None else bias.float()))
+    activate, bias = _ACTIVATIONS[name], None if bias is None else bias.float()
+    return lambda x: activate(F.linear(x, weight, bias))
+
+
+def _normalize(folder: Path) -> Step:
+    _refuse_other_input(_optional(folder / "config.json"), folder)
+    return lambda x: F.normalize(x, dim=-1)
+
+
+_STEPS = {"Dense": _dense, "Normalize": _normalize}
+
+
+def _refuse_other_input(config: dict[str, Any], folder: Path) -> None:
+    """Modules of models that compare texts token by token work on token embeddings."""
+    for key in ("module_input_name", "module_output_name"):
+        if (name := config.get(key) or "sentence_embedding") != "sentence_embedding":
+            raise BadCheckpoint(f"{folder} works on {name!r}; measured are modules that work on sentence embeddings.")
 
 
 def _optional(file: Path) -> dict[str, Any]:
@@ -195,10 +207,6 @@ def _weighted_mean(hidden: Tensor, real: Tensor) -> Tensor:
 def _last(hidden: Tensor, real: Tensor) -> Tensor:
     last = real[..., 0].sum(1).long() - 1
     return hidden[torch.arange(len(hidden)), last]
-
-
-def _normalize(x: Tensor) -> Tensor:
-    return F.normalize(x, dim=-1)
 
 
 _POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -148,7 +148,7 @@ def sentence_inputs(
         shuffled = np.random.default_rng(settings.seed).permutation(len(found))
         couples = shuffled[: len(found) // 2 * 2].reshape(-1, 2)
     order = np.argsort([len(window) for window in found], kind="stable")  # as `batches` does
-    words = f"{describe(texts, found, tokenizer, 'encoder')}; {len(couples):,} pairs"
+    words = f"{describe(texts, found, tokenizer, 'encoder')}, as pairs"
     subject = Subject(
         "encoder", words, seed=settings.seed, sentences=Sentences(heads, order, couples, scores)
     )
@@ -219,12 +219,12 @@ def _scores(texts: Texts) -> np.ndarray:
     """
     try:
         scores = np.array([float(label) for label in texts.labels or []])
-        if not np.isfinite(scores).all():
-            raise ValueError(f"row {int(np.argmin(np.isfinite(scores)))} has {scores.min()}")
     except (TypeError, ValueError) as error:
         raise BadData(
             f"{texts.description}: expected scores, and a label is no number ({error})."
         ) from error
+    if len(wrong := np.flatnonzero(~np.isfinite(scores))):
+        raise BadData(f"{texts.description}: expected scores, and row {wrong[0]} has {scores[wrong[0]]}.")
     return scores
 
 

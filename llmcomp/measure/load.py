@@ -16,6 +16,7 @@ from torch import nn
 
 from llmcomp import bnb
 from llmcomp.errors import BadCheckpoint, BadData
+from llmcomp.sentences import is_sentence_encoder
 from llmcomp.shards import read_json_object
 
 AUTO = {
@@ -38,12 +39,14 @@ _ENDINGS = {
 
 
 def task_of(directory: str | Path) -> str:
-    """The task that config.json's architecture is for, one of `AUTO`.
+    """The task that config.json's architecture is for, one of `AUTO`; of a sentence encoder always 'encoder'.
 
     Raises:
         BadCheckpoint: no readable config.json.
         BadData: an architecture whose task cannot be evaluated.
     """
+    if is_sentence_encoder(directory):
+        return "encoder"
     architectures = read_json_object(Path(directory) / "config.json").get("architectures")
     name = str((architectures or ["Model"])[0])
     for ending, task in _ENDINGS.items():

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from llmcomp.errors import BadCheckpoint, RunError
 from llmcomp.matmul import WideProducts
 from llmcomp.measure import cost, harness, load, quality
-from llmcomp.measure.embeddings import is_sentence_encoder, read_head
+from llmcomp.measure.embeddings import read_head
 from llmcomp.measure.forward import BYTES_AT_ONCE
 from llmcomp.measure.inputs import default_texts, make_inputs, sentence_inputs
 from llmcomp.measure.machine import this_machine
 from llmcomp.progress import Progress, Silent
 from llmcomp.report.schema import Cost, Divergence, Measured, Quality, Report
+from llmcomp.sentences import is_sentence_encoder
 from llmcomp.shards import read_json_object
 
 # Opens a checkpoint that memory does not hold: the model, and a walk through its parameters.
@@ -216,10 +217,10 @@ class _Measuring:
                 found = quality.compare(models[0], models[1], inputs.batches, inputs.subject, self.progress)
                 measured[0].quality, measured[1].quality, result.divergence = found
         if measured[-1].quality is None and result.divergence is None:
-            result.notes.append(
-                f"No quality was measured: {result.task} needs labels (--eval-data with --label-column) or a "
-                "model to compare with (--against)."
-            )
+            needed = "pairs with scores (--text-column first,second --label-column score)"
+            if inputs.subject.sentences is None:
+                needed = f"{result.task} needs labels (--eval-data with --label-column)"
+            result.notes.append(f"No quality was measured: {needed} or a model to compare with (--against).")
         return tokenizer
 
     @contextmanager

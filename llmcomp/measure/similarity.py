@@ -36,7 +36,7 @@ def qualities(
     if len(normal) == 2:
         found[1] |= _spearman("similarity_spearman", alike[1], alike[0], seed)
         found[1] |= _geometry(normal[0], normal[1], seed)
-    made = [Quality(metrics, len(normal[0]), 0, data) if metrics else None for metrics in found]
+    made = [Quality(metrics, len(pairs), 0, data) if metrics else None for metrics in found]
     return (made[0] if len(made) == 2 else None), made[-1]
 
 

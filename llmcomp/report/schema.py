@@ -89,7 +89,7 @@ class Quality:
 
     Attributes:
         metrics: name → estimate, such as perplexity, accuracy, f1, pearson, spearman.
-        samples: windows or rows; tokens: scored tokens (0 for labelled rows).
+        samples: windows, rows or pairs; tokens: scored tokens (0 for rows and pairs).
         data: what was measured on, in words, with window length and stride where they apply.
     """
 
