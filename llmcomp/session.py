@@ -270,8 +270,8 @@ def _labels(plan: Plan, report: Report) -> list[str]:
             "Made for CUDA GPUs; on a CPU the kernels are there, fast ones for nf4 only with AVX512-BF16."
         ]
     labels = [
-        "Smaller on disk and to download. Plain transformers decompresses it to dense weights on a CPU at the "
-        "first forward, so there it is neither smaller in memory nor faster."
+        "Smaller on disk and to download. Plain transformers decompresses it to dense weights on a CPU at load or "
+        "at the first forward, so there it is neither smaller in memory nor faster."
     ]
     tasks = plan.assignment.tasks.values()
     if plan.step.activations is not None:

@@ -15,7 +15,12 @@ NARROW = 24  # width of the embeddings after Dense
 
 
 def sentence_encoder(
-    directory: Path, model: str = "bert", *, after: tuple[str, ...] = ("Normalize",), seed: int = 0, **pooling: Any
+    directory: Path,
+    model: str = "bert",
+    *,
+    after: tuple[str, ...] = ("Normalize",),
+    seed: int = 0,
+    **pooling: Any,
 ) -> Path:
     """Save a bare tiny model with its tokenizer, Pooling, and the modules `after` it, Dense or Normalize.
 
@@ -38,11 +43,15 @@ def write_modules(directory: Path, *kinds: str) -> None:
     """modules.json of a transformer and what comes after it, each in the folder NUMBER_KIND."""
     paths = ["", *(f"{number}_{kind}" for number, kind in enumerate(kinds, 1))]
     named = zip(paths, ("Transformer", *kinds), strict=True)
-    modules = [{"idx": n, "name": str(n), "path": path, "type": OWN + kind} for n, (path, kind) in enumerate(named)]
+    modules = [
+        {"idx": n, "name": str(n), "path": path, "type": OWN + kind} for n, (path, kind) in enumerate(named)
+    ]
     write_json(directory / "modules.json", modules)
 
 
-def write_dense(folder: Path, activation: str = "Tanh", bias: bool = True, **more: Any) -> dict[str, torch.Tensor]:
+def write_dense(
+    folder: Path, activation: str = "Tanh", bias: bool = True, **more: Any
+) -> dict[str, torch.Tensor]:
     """A Dense module WIDTH → NARROW with random weights, which are returned."""
     generator = torch.Generator().manual_seed(5)
     tensors = {"linear.weight": torch.randn(NARROW, WIDTH, generator=generator) / WIDTH**0.5}
@@ -63,10 +72,14 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def write_pairs(file: Path, count: int = 30) -> Path:
-    """Pairs as JSON lines (first, second, score) of texts of many lengths; the more words they share the higher."""
+    """Pairs as JSON lines (first, second, score) of texts of many lengths; the more words they share the higher.
+
+    The first texts come again after twelve pairs.
+    """
     lines = []
     for number in range(count):
-        words = [f"word{(number * 7 + step) % 23}" for step in range(3 + number % 9)]
+        start = number % 12
+        words = [f"word{(start * 7 + step) % 23}" for step in range(3 + start % 9)]
         shared = number % 4
         other = words[:shared] + [f"other{number}"] * (3 + number % 5)
         lines.append(json.dumps({"first": " ".join(words), "second": " ".join(other), "score": shared / 3}))

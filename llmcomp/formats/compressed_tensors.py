@@ -12,6 +12,8 @@ What transformers 5.23 with compressed-tensors 0.20 reads (test_compressed_tenso
 - Conv1D (GPT-2): skipped by the skeleton, so only `"dequantize": true` decodes it, transposed, in blocks of
   [group, 1], and again by one scheme for all: widths and group sizes that differ are brought to a common
   one (lower bits fit in wider words; a scale may be repeated), and what is no Conv1D is stored dense.
+- A bare model: sentence-transformers calls its `forward` itself, past the hook that decodes at the first call
+  of the model, so it is decoded at load, embeddings too, by one scheme for all as above.
 - Families whose weight initialization wants `weight` of every linear (ModernBERT) do not load packed ones:
   one scheme for all goes with `"dequantize": true`, a mixture as `int-quantized`.
 
@@ -180,9 +182,11 @@ def layout(entries: Sequence[Entry], model: nn.Module | None = None) -> PackedLa
     Raises:
         BadRecipe: activations that no reader of such a checkpoint would round.
     """
-    if any(ref.transposed for ref, _ in entries):
-        _refuse_activations(entries, "readers decode Conv1D weights as they load them and forget about activations")
-        return _transposed_layout(entries)
+    transposed, bare = any(ref.transposed for ref, _ in entries), model is not None and _is_bare(model)
+    if transposed or (bare and entries):
+        kind = "Conv1D weights" if transposed else "the weights of a model without a head"
+        _refuse_activations(entries, f"readers decode {kind} as they load them and forget about activations")
+        return _one_storage(entries, transposed, 2 if model is None else next(model.parameters()).element_size())
     linears = [entry for entry in entries if entry[0].role != "embeddings"]
     schemes = {scheme for _, scheme in linears}
     bound = model is not None and _initializes_weights(model, [ref.name for ref, _ in linears])
@@ -236,35 +240,52 @@ def _refuse_activations(entries: Sequence[Entry], reason: str) -> None:
         raise BadRecipe(f"--activations does not apply here: {reason}; leave it out.")
 
 
-def _transposed_layout(entries: Sequence[Entry]) -> PackedLayout:
-    """One storage for every Conv1D, the one with the fewest bytes; the rest is dense."""
-    convs = [entry for entry in entries if entry[0].transposed]
+def _is_bare(model: nn.Module) -> bool:
+    """Whether it is a body without a head, as AutoModel makes it."""
+    return getattr(model, "base_model", None) is model
+
+
+def _one_storage(entries: Sequence[Entry], transposed: bool, itemsize: int) -> PackedLayout:
+    """One storage for every weight, or every Conv1D where there are any, the one with the fewest bytes; the rest
+    is dense. `itemsize`: bytes of a dense value."""
+    packed = [entry for entry in entries if entry[0].transposed == transposed]
     alone = "transformers decodes packed Conv1D weights only where nothing else is packed"
-    dense = {ref.name: alone for ref, _ in entries if not ref.transposed}
+    dense = {ref.name: alone for ref, _ in entries if ref.transposed != transposed}
+    kind = "Conv1D weights" if transposed else "weights"
     candidates = []
-    for bits in sorted({scheme.bits for _, scheme in convs}):
-        fits = [(ref, scheme) for ref, scheme in convs if scheme.bits <= bits]
-        group = math.gcd(*(scheme.group_size or ref.in_features for ref, scheme in fits))
-        if group >= SMALLEST_GROUP:
-            symmetric = all(scheme.symmetric for _, scheme in fits)
-            storage = Storage(PACKED, bits, "block", group, symmetric, transposed=True)
-            candidates.append(_with(storage, fits, convs, dense))
+    for bits in sorted({scheme.bits for _, scheme in packed}):
+        fits = [(ref, scheme) for ref, scheme in packed if scheme.bits <= bits]
+        if (storage := _common(fits, bits, transposed)) is not None:
+            candidates.append(_with(storage, fits, packed, dense, kind))
     if not candidates:
-        reason = f"its Conv1D weights have no common group of at least {SMALLEST_GROUP}"
-        return PackedLayout({}, dense | {ref.name: reason for ref, _ in convs}, (), dequantize=False)
-    return min(candidates, key=lambda found: sum(found.nbytes(ref, 2) for ref, _ in convs))
+        reason = f"its {kind} have no common group of at least {SMALLEST_GROUP}"
+        return PackedLayout({}, dense | {ref.name: reason for ref, _ in packed}, (), dequantize=False)
+    return min(candidates, key=lambda found: sum(found.nbytes(ref, itemsize) for ref, _ in packed))
+
+
+def _common(fits: Sequence[Entry], bits: int, transposed: bool) -> Storage | None:
+    """The storage that all of these fit in, their scales repeated to a common group; None without such a group."""
+    symmetric = all(scheme.symmetric for _, scheme in fits)
+    if not transposed and all(scheme.group_size is None for _, scheme in fits):
+        return Storage(PACKED, bits, "channel", None, symmetric)
+    group = math.gcd(*(scheme.group_size or ref.in_features for ref, scheme in fits))
+    if group < SMALLEST_GROUP:
+        return None
+    return Storage(PACKED, bits, "block" if transposed else "group", group, symmetric, transposed)
 
 
 def _with(
-    storage: Storage, fits: Sequence[Entry], convs: Sequence[Entry], dense: Mapping[str, str]
+    storage: Storage, fits: Sequence[Entry], packed: Sequence[Entry], dense: Mapping[str, str], kind: str
 ) -> PackedLayout:
     names = {ref.name for ref, _ in fits}
-    reason = f"transformers decodes all Conv1D weights of a checkpoint by one scheme, here int{storage.bits}"
+    reason = f"transformers decodes all {kind} of a checkpoint by one scheme, here int{storage.bits}"
     wider = sum(scheme.bits < storage.bits for _, scheme in fits)
-    notes = ["Conv1D weights are packed in transposed blocks, which transformers reads; vLLM may not."]
+    notes = []
+    if storage.transposed:
+        notes.append("Conv1D weights are packed in transposed blocks, which transformers reads; vLLM may not.")
     if wider:
-        notes.append(f"{wider} Conv1D weights of fewer bits take {storage.bits} bits each in the file.")
-    left = {ref.name: reason for ref, _ in convs if ref.name not in names}
+        notes.append(f"{wider} {kind} of fewer bits take {storage.bits} bits each in the file.")
+    left = {ref.name: reason for ref, _ in packed if ref.name not in names}
     kept = {ref.name: storage for ref, _ in fits}
     return PackedLayout(kept, {**dense, **left}, tuple(notes), dequantize=True)
 

@@ -217,10 +217,12 @@ class _Measuring:
                 found = quality.compare(models[0], models[1], inputs.batches, inputs.subject, self.progress)
                 measured[0].quality, measured[1].quality, result.divergence = found
         if measured[-1].quality is None and result.divergence is None:
-            needed = "pairs with scores (--text-column first,second --label-column score)"
-            if inputs.subject.sentences is None:
-                needed = f"{result.task} needs labels (--eval-data with --label-column)"
-            result.notes.append(f"No quality was measured: {needed} or a model to compare with (--against).")
+            needed = "labels (--eval-data with --label-column)"
+            if inputs.subject.sentences is not None:
+                needed = "scored pairs (--text-column first,second --label-column score)"
+            result.notes.append(
+                f"No quality was measured: {result.task} needs {needed} or a model to compare with (--against)."
+            )
         return tokenizer
 
     @contextmanager

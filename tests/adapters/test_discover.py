@@ -12,6 +12,7 @@ import torch
 import transformers
 from structures import BERT, BLOOM, DEBERTA, LASTING, LLAMA, MLP, STAGES
 from tiny import DECODERS, TINY, build, tiny
+from tiny_sentences import write_json, write_modules
 from torch import nn
 
 from llmcomp.adapters.base import Adapter, Block
@@ -332,3 +333,14 @@ def test_trained_models(folder: str, task: str, assets: Path) -> None:
     assert short_names(last) == stages
     expected = {"lm": 4 * 256**2 - 2 * 256 * 128 + 3 * 256 * 768, "minilm-sst2": 4 * 384**2 + 2 * 384 * 1536}
     assert sum(ref.weights for ref in last.linears) == expected[folder]
+
+
+def test_sentence_encoders_are_taken_without_their_heads(tmp_path: Path) -> None:
+    """As sentence-transformers loads them; cross-encoders and sparse ones keep theirs."""
+    for name, bare in (("mpnet", "MPNetModel"), ("qwen3", "Qwen3Model"), ("bert-classifier", "BertModel")):
+        directory = tiny(name, tmp_path / name)
+        write_modules(directory, "Pooling")
+        adapter = discover(skeleton(directory))
+        assert (adapter.architecture, adapter.task, adapter.head) == (bare, "encoder", None)
+    write_json(directory / "sentence_bert_config.json", {"transformer_task": "sequence-classification"})
+    assert discover(skeleton(directory)).task == "sequence-classification"

@@ -97,7 +97,9 @@ def test_modes_of_old_and_new_configs(encoder: Path, config: dict[str, Any], mod
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_dense_and_normalize_in_their_order(encoder: Path, activation: str, bias: bool) -> None:
     write_modules(encoder, "Pooling", "Normalize", "Dense", "Normalize")
-    tensors = {name: one.double().numpy() for name, one in write_dense(encoder / "3_Dense", activation, bias).items()}
+    tensors = {
+        name: one.double().numpy() for name, one in write_dense(encoder / "3_Dense", activation, bias).items()
+    }
     expected = []
     for text in hidden_states()[2]:
         pooled = text.mean(0)
@@ -157,22 +159,52 @@ def left_out_prompt(path: Path) -> None:
 
 
 REFUSED = {
-    "other modules": (lambda path: write_modules(path, "LSTM", "Pooling"), "modules Transformer, LSTM, Pooling; sent"),
-    "no pooling": (lambda path: write_modules(path, "Normalize"), "has the sentence-transformers modules Transformer, N"),
-    "no modules": (change("modules.json", []), "has the sentence-transformers modules none; sentence embeddings"),
+    "other modules": (
+        lambda path: write_modules(path, "LSTM", "Pooling"),
+        "modules Transformer, LSTM, Pooling; sent",
+    ),
+    "no pooling": (
+        lambda path: write_modules(path, "Normalize"),
+        "has the sentence-transformers modules Transformer, N",
+    ),
+    "no modules": (
+        change("modules.json", []),
+        "has the sentence-transformers modules none; sentence embeddings",
+    ),
     "own code": (
-        change("modules.json", [{"path": "", "type": "mine.Transformer"}, {"path": "1_Pooling", "type": "x.Pooling"}]),
+        change(
+            "modules.json",
+            [{"path": "", "type": "mine.Transformer"}, {"path": "1_Pooling", "type": "x.Pooling"}],
+        ),
         "has the sentence-transformers modules mine.Transformer, x.Pooling; sentence embeddings are measured for",
     ),
-    "pooling mode": (change("1_Pooling/config.json", {"pooling_mode": "median"}), "pools by 'median'; known are cls, max"),
+    "pooling mode": (
+        change("1_Pooling/config.json", {"pooling_mode": "median"}),
+        "pools by 'median'; known are cls, max",
+    ),
     "pooling file": (lambda path: (path / "1_Pooling/config.json").unlink(), "1_Pooling/config.json"),
-    "activation": (dense(activation="Softplus"), "activates by torch.nn.modules.activation.Softplus; known are torch's"),
-    "foreign activation": (dense(activation_function="mine.Tanh"), "activates by mine.Tanh; known are torch's Tanh, "),
-    "residual": (dense(use_residual=True), "2_Dense is a Dense module with a residual, which is not measured; use"),
-    "tokens": (dense(module_input_name="token_embeddings"), "2_Dense works on 'token_embeddings'; measured are modules"),
+    "activation": (
+        dense(activation="Softplus"),
+        "activates by torch.nn.modules.activation.Softplus; known are torch's",
+    ),
+    "foreign activation": (
+        dense(activation_function="mine.Tanh"),
+        "activates by mine.Tanh; known are torch's Tanh, ",
+    ),
+    "residual": (
+        dense(use_residual=True),
+        "2_Dense is a Dense module with a residual, which is not measured; use",
+    ),
+    "tokens": (
+        dense(module_input_name="token_embeddings"),
+        "2_Dense works on 'token_embeddings'; measured are modules",
+    ),
     "no weights": (dense_without_weights, "2_Dense/model.safetensors holds no linear.weight"),
-    "prompt": (left_out_prompt, "leaves its default prompt 'q' out of the pooling, which is not measured; use"),
-}  # fmt: skip
+    "prompt": (
+        left_out_prompt,
+        "leaves its default prompt 'q' out of the pooling, which is not measured; use",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -188,11 +220,14 @@ def test_what_is_not_known_is_refused_in_one_sentence(encoder: Path, case: str) 
 def test_the_packages_of_version_6(tmp_path: Path) -> None:
     """What sentence-transformers 6.2 writes for the same model, other packages and one pooling field."""
     sentence_encoder(tmp_path)
-    own = "sentence_transformers."
-    kinds = ("base.modules.transformer.Transformer", "sentence_transformer.modules.pooling.Pooling", "base.modules.normalize.Normalize")
+    kinds = (
+        "base.modules.transformer.Transformer",
+        "sentence_transformer.modules.pooling.Pooling",
+        "base.modules.normalize.Normalize",
+    )
     modules = json.loads((tmp_path / "modules.json").read_text())
     for module, kind in zip(modules, kinds, strict=True):
-        module["type"] = own + kind
+        module["type"] = f"sentence_transformers.{kind}"
     write_json(tmp_path / "modules.json", modules)
     pooling = {"embedding_dimension": WIDTH, "pooling_mode": "mean", "include_prompt": True}
     write_json(tmp_path / "1_Pooling/config.json", pooling)
