@@ -29,7 +29,8 @@ def sentence_encoder(
     """
     tiny(model, directory, tokenizer=True, bare=True, seed=seed)
     write_modules(directory, "Pooling", *after)
-    write_json(directory / "1_Pooling/config.json", pooling or {"pooling_mode_mean_tokens": True})
+    mode = pooling or {"pooling_mode_mean_tokens": True}
+    write_json(directory / "1_Pooling/config.json", {"word_embedding_dimension": WIDTH, **mode})
     for number, kind in enumerate(after, 2):
         folder = directory / f"{number}_{kind}"
         folder.mkdir(exist_ok=True)

@@ -35,7 +35,7 @@ def quantize(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Reload in a fresh process and compare.")
     ] = True,
-    eval_data: Annotated[str | None, typer.Option("--eval-data", help="Text or labelled rows to measure on.")] = None,
+    eval_data: Annotated[str | None, typer.Option("--eval-data", help="Text, rows or pairs to measure on.")] = None,
     text_column: Annotated[
         str | None, typer.Option("--text-column", help="Of --eval-data; 'first,second' for pairs.")
     ] = None,
@@ -63,6 +63,8 @@ def quantize(
         llmcomp quantize ./my-llama --bits 3 --override "down_proj bits=4" --skip blocks:0-1
 
         llmcomp quantize ./my-classifier --eval-data test.csv --label-column label
+
+        llmcomp quantize ./all-MiniLM-L6-v2 --eval-data pairs.csv --text-column first,second --label-column score
     """
     from llmcomp.api import RunOptions
     from llmcomp.api import quantize as run

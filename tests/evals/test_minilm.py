@@ -127,8 +127,8 @@ POOLINGS = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lastt
 @pytest.mark.parametrize("mode", POOLINGS, ids=str)
 def test_our_embeddings_are_the_packages(mode: str | list[str], pairs: Path, tmp_path: Path) -> None:
     """On tiny models: each pooling with Dense and Normalize, prompt and lower case, texts cut at 48 tokens."""
-    model = sentence_encoder(tmp_path / "model", after=(), pooling_mode=mode, embedding_dimension=128)
-    other = sentence_encoder(tmp_path / "other", after=(), seed=1, pooling_mode=mode, embedding_dimension=128)
+    model = sentence_encoder(tmp_path / "model", after=(), pooling_mode=mode)
+    other = sentence_encoder(tmp_path / "other", after=(), seed=1, pooling_mode=mode)
     for directory in (model, other):
         (directory / "config_sentence_transformers.json").write_text(
             '{"prompts": {"query": "Query: "}, "default_prompt_name": "query"}'

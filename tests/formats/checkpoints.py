@@ -6,12 +6,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -42,12 +44,16 @@ def llama(tied: bool = False, dtype: torch.dtype = torch.float32) -> LlamaForCau
     return _made(LlamaForCausalLM, config, dtype)
 
 
-def bert(dtype: torch.dtype = torch.float32) -> BertForMaskedLM:
+def bert(dtype: torch.dtype = torch.float32, kind: type = BertForMaskedLM) -> Any:
     config = BertConfig(
         hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=160,
         max_position_embeddings=64,
     )  # fmt: skip
-    return _made(BertForMaskedLM, config, dtype)
+    return _made(kind, config, dtype)
+
+
+def bare_bert(dtype: torch.dtype = torch.float32) -> BertModel:
+    return bert(dtype, BertModel)
 
 
 def gpt2(dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
@@ -110,7 +116,7 @@ def write(
 ) -> Written:
     """Quantize `schemes`' modules and write everything, one shard a block."""
     entries = [(ref(model, name), scheme) for name, scheme in schemes.items()]
-    layout = FORMATS[form](entries)
+    layout = FORMATS[form](entries, model)
     source = {k: (tuple(v.shape), witness.dtype_name(v.dtype)) for k, v in model.state_dict().items()}
     ties = dict(model.all_tied_weights_keys)
     packed = {} if form == "dense" else {r.name: s.label for r, s in entries if r.name not in layout.dense}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import INPUTS, Written, bert, gpt2, linears, llama, ref, write
+from checkpoints import INPUTS, Written, bare_bert, bert, gpt2, linears, llama, ref, write
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
@@ -215,6 +215,50 @@ def test_conv1d_widths_without_a_common_group_are_dense() -> None:
     layout = FORMATS["compressed-tensors"]([(odd, Scheme(4)), (ref(model, linears(model)[1]), Scheme(4))])
     assert set(layout.dense) == set(linears(model)[:2])
     assert layout.config(model) is None
+
+
+DEEP = ("intermediate", "output")
+BARE: dict[str, tuple[Scheme, dict[str, Scheme], int]] = {
+    # scheme of the linears, what differs → bits that all of them take in the file
+    "one scheme": (G128, {}, 4),
+    "channel": (CHANNEL, {}, 8),
+    "asymmetric": (ASYM, {}, 4),
+    "groups differ": (G128, {"encoder.layer.0.output.dense": Scheme(4, 64)}, 4),
+    "widths differ": (G64, {"encoder.layer.0.output.dense": Scheme(4, 32)}, 4),
+    "mixed": (G128, {f"encoder.layer.{n}.{kind}.dense": CHANNEL for n in range(2) for kind in DEEP}, 8),
+    "partly asymmetric": (G128, {"encoder.layer.1.output.dense": ASYM}, 4),
+    "embeddings": (G128, {"embeddings.word_embeddings": Scheme(4, 32)}, 4),
+}
+
+
+@pytest.mark.parametrize("case", BARE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bare_model_is_decoded_before_anything_is_called(tmp_path: Path, case: str, dtype: torch.dtype) -> None:
+    """sentence-transformers calls `model.forward`, past the hook that would decode at the first call."""
+    scheme, more, bits = BARE[case]
+    model = bare_bert(dtype)
+    written = write(tmp_path, model, dict.fromkeys(linears(model), scheme) | more)
+    loaded, info = AutoModel.from_pretrained(written.directory, dtype="auto", output_loading_info=True)
+    assert not any(info.values()), info
+    with torch.no_grad():
+        found, expected = loaded.forward(**INPUTS), model(**INPUTS)
+    assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
+    assert all(torch.equal(loaded.get_parameter(name), tensor) for name, tensor in written.dense.items())
+    assert sizes_agree(written, model) and not written.layout.dense
+    (group,) = quantization_config(written)["config_groups"].values()
+    assert group["weights"]["num_bits"] == bits
+
+
+def test_few_wide_weights_of_a_bare_model_are_dense(tmp_path: Path) -> None:
+    """Eight bits for all would take more bytes than one dense weight."""
+    model = bare_bert()
+    wide = "encoder.layer.0.attention.self.query"
+    written = write(tmp_path, model, dict.fromkeys(linears(model), Scheme(2, 128)) | {wide: CHANNEL})
+    assert written.layout.dense == {
+        wide: "transformers decodes all weights of a checkpoint by one scheme, here int2"
+    }
+    assert_loads(written, AutoModel)
+    assert sizes_agree(written, model)
 
 
 def test_dense_writes_what_any_software_reads(tmp_path: Path) -> None:
