@@ -84,6 +84,9 @@ def cards(report: Report) -> list[Card]:
     if report.divergence:
         mean, far = rows["KL mean (nats)"].after, rows["KL 99th percentile"].after
         found.insert(2, Card("top-1 agreement", rows["top-1 agreement"].after, f"KL {mean} mean, {far} p99"))
+    if (kept := rows.get("overlap at 10")) is not None:
+        alike = rows.get("similarity Spearman")
+        found.insert(2, Card(kept.label, kept.after, f"similarity Spearman {alike.after}" if alike else ""))
     if report.layers:
         back = sum(layer.fallback is not None for layer in report.layers)
         detail = f"{back} fell back" if back else "none fell back"

@@ -81,8 +81,9 @@ def _headline(report: Report) -> RenderableType:
         line.append(words.size((after or before).bytes_on_disk))  # type: ignore[union-attr]
     cost = _main_change(report)
     if cost is not None:
-        line.append("   ").append(f"{cost.label} {cost.before} → {cost.after}")
-        line.append(f" ({cost.change})", COLOURS[cost.verdict])
+        known = f"{cost.before} → {cost.after}" if cost.change else cost.after
+        line.append("   ").append(f"{cost.label} {known}")
+        line.append(f" ({cost.change})" if cost.change else "", COLOURS[cost.verdict])
     what = " · ".join(part for part in (report.architecture, report.task, report.format) if part)
     body = Group(title, *([line] if line else []), Text(what, "dim"))
     title_line = f"llmcomp {report.command}"
@@ -90,9 +91,10 @@ def _headline(report: Report) -> RenderableType:
 
 
 def _main_change(report: Report) -> Row | None:
-    """The first quality metric that was measured on both sides."""
+    """The first quality metric that was measured on both sides; of sentence encoders without scores the overlap."""
     rows = summary.quality_rows(report)
-    return next((row for row in rows if row.change), None)
+    overlap = (row for row in rows if row.label == "overlap at 10")
+    return next((row for row in rows if row.change), next(overlap, None))
 
 
 def _comparison(report: Report) -> RenderableType | None:

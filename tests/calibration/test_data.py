@@ -366,3 +366,22 @@ def test_rows_of_the_sample_classifier():
     train, held_out = data.read_texts("sample:classifier"), data.evaluation_texts("sample:classifier")
     assert len(train.rows) == len(train.labels) > 0
     assert not set(train.rows) & set(held_out.rows)
+
+
+@pytest.mark.parametrize("columns", ["first,second", " first , second "])
+def test_two_columns_are_pairs(tmp_path: Path, columns: str) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text("first,second,score\na,b,0.5\nc,,1\n")
+    texts = data.evaluation_texts(str(path), text_column=columns, label_column="score")
+    assert (texts.rows, texts.partners, texts.labels) == (["a", "c"], ["b", ""], [0.5, 1])
+    with pytest.raises(BadData, match=r"Calibration reads one text column, not two \(.*first"):
+        data.read_texts(str(path), text_column=columns)
+    with pytest.raises(BadData, match=r"has no column ''; it has first, second, score"):
+        data.evaluation_texts(str(path), text_column="first,")
+
+
+def test_one_column_may_have_a_comma_in_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a,b": "x", "a": "y"}\n')
+    texts = data.evaluation_texts(str(path), text_column="a,b")
+    assert texts.rows == ["x"] and texts.partners is None

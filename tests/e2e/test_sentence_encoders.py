@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from e2e_command import Command, edit_json
 from e2e_runs import LENGTH, SAMPLES, Run, quantize, recipe_of, reload
+from rich.console import Console
 from tiny_sentences import sentence_encoder, write_json, write_pairs
 
 from llmcomp.cli.main import main
 from llmcomp.report.schema import Report
+from llmcomp.report.table import table
 
 METRICS = {"spearman", "similarity_spearman", "embedding_cosine", "overlap_at_10"}
 MODULES = (
@@ -82,6 +84,7 @@ def test_the_table_and_the_page_show_them(made: Made) -> None:
     overlap = Report.read(made.output).after.quality.metrics["overlap_at_10"].value  # type: ignore[union-attr]
     assert f"{overlap:.1%}" in made.printed and f"{overlap:.1%}" in page
     assert "as pairs: 30 rows." in " ".join(made.printed.split())
+    assert '<div class="title">overlap at 10</div>' in page
 
 
 def test_evaluate_gives_the_same_figures(made: Made, capfd: pytest.CaptureFixture[str]) -> None:
@@ -110,6 +113,10 @@ def test_evaluate_without_pairs_takes_running_text(
     found = Report.from_json(capfd.readouterr().out)
     assert found.after is not None and found.after.quality is not None
     assert set(found.after.quality.metrics) == METRICS - {"spearman"}
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(table(found))
+    headline = console.export_text().split("What it cost")[0]
+    assert f"overlap at 10 {found.after.quality.metrics['overlap_at_10'].value:.1%} " in headline
 
 
 def test_a_column_that_is_not_there(made: Made, capfd: pytest.CaptureFixture[str]) -> None:
