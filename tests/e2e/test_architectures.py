@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from architecture_table import PROVEN
 from e2e_runs import Run, quantize, recipe_of, reload
 from tiny import DECODERS, TINY, tiny
 
@@ -65,6 +66,11 @@ def test_a_fresh_process_loads_the_model_that_was_compressed(
 def test_outputs_stay_near_the_originals(name: str, reloaded: dict[str, dict[str, Any]]) -> None:
     """The witness is llmcomp's own account; the original model is not."""
     assert 1e-3 < reloaded[name]["from_original"] < 0.35
+
+
+def test_the_page_of_architectures_names_the_methods_that_ran(runs: dict[str, Run], rounded: dict[str, Run]) -> None:
+    ran = [{layer.method for run in some.values() for layer in run.report.layers} for some in (runs, rounded)]
+    assert ran == [{method} for method in PROVEN]
 
 
 @pytest.mark.parametrize("name", BODIES)
