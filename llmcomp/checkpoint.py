@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llmcomp.errors import BadCheckpoint, UnknownArchitecture
+from llmcomp.experts import expert_shares, file_renaming
 from llmcomp.sentences import sentence_modules
 from llmcomp.shards import (
     AGAIN,
@@ -166,6 +167,8 @@ class Binding:
         ties: {name: name it shares storage with}, those that hold for these weights.
         missing: names without a tensor of their own: supplied by a tie, or buffers that the model computes.
         unused: keys that the model has no place for.
+        renamed: of a model with experts, {name: key} where transformers renames the key as it loads; files are
+            written with these keys, which other readers know.
     """
 
     checkpoint: Checkpoint
@@ -174,10 +177,17 @@ class Binding:
     ties: dict[str, str]
     missing: list[str]
     unused: list[str]
+    renamed: dict[str, str]
 
     def tensor(self, name: str) -> Tensor:
         """The value that `from_pretrained` gives the parameter `name`: as stored, in the model's dtype."""
         return self.checkpoint.tensor(self.key_of[name]).to(self.dtypes[name])
+
+    def file_name(self, name: str) -> str:
+        """What a tensor is called in the file that is written: a parameter, or a part of a compressed weight."""
+        module, weight, part = name.rpartition(".weight")
+        whole = module + weight or name
+        return self.renamed.get(whole, whole) + (part if module else "")
 
 
 def bind(checkpoint: Checkpoint, model: Any) -> Binding:
@@ -193,6 +203,7 @@ def bind(checkpoint: Checkpoint, model: Any) -> Binding:
     """
     slots: dict[str, Tensor] = model.state_dict()
     key_of, unused = _match(checkpoint, model, slots)
+    renamed = _renamed(model, key_of) if expert_shares(model) else {}
     for name, key in key_of.items():
         _check_fit(checkpoint, model, name, key, slots[name])
     own = set(key_of)
@@ -203,7 +214,7 @@ def bind(checkpoint: Checkpoint, model: Any) -> Binding:
         raise BadCheckpoint(_lost_message(checkpoint, model, lost))
     missing = [name for name in slots if name not in own]
     dtypes = {name: slots[name].dtype for name in key_of}
-    return Binding(checkpoint, key_of, dtypes, ties, missing, unused)
+    return Binding(checkpoint, key_of, dtypes, ties, missing, unused, renamed)
 
 
 # --- opening ---
@@ -279,6 +290,8 @@ def _match(
     unused: list[str] = []
     for key in sorted(checkpoint.keys, key=dot_natural_key):
         name, conversion = rename_source_key(key, renamings, converters, prefix, slots)
+        if name not in slots:  # experts that were taken apart need no merging
+            name, conversion = rename_source_key(key, renamings, [], prefix, slots)
         if name not in slots and key in slots:
             name, conversion = rename_source_key(key, [], [], prefix, slots)
         if name not in slots:
@@ -293,6 +306,11 @@ def _match(
         else:
             key_of.setdefault(name, key)
     return key_of, unused
+
+
+def _renamed(model: Any, key_of: dict[str, str]) -> dict[str, str]:
+    rename = file_renaming(model)
+    return {name: key for name, key in key_of.items() if name != key and rename(key) == name}
 
 
 def _check_fit(checkpoint: Checkpoint, model: Any, name: str, key: str, slot: Tensor) -> None:

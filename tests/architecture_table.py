@@ -17,6 +17,7 @@ from tiny import TINY, build
 
 from llmcomp.adapters.base import Adapter, Block
 from llmcomp.adapters.discover import discover
+from llmcomp.experts import split_experts
 from llmcomp.pipeline.job import plan_recipe
 from llmcomp.recipe import Recipe
 
@@ -59,7 +60,9 @@ def render() -> str:
     """The page."""
     rows: dict[tuple[str, str], _Row] = {}
     for name in TINY:
-        adapter = discover(build(name).to("meta"))
+        model = build(name).to("meta")
+        split_experts(model)
+        adapter = discover(model)
         kind = re.split(r"For[A-Z]|LMHead", adapter.architecture)[0]
         stages = "; ".join(dict.fromkeys(_stages(block) for block in adapter.blocks))
         row = rows.setdefault((kind, stages), _Row(kind, stages))
@@ -75,13 +78,15 @@ def render() -> str:
 
 
 def _stages(block: Block) -> str:
-    last = Counter(ref.name.rpartition(".")[2] for ref in block.linears)
+    """Of several experts, the first, for all."""
+    stages = [stage for stage in block.stages if stage[0].share == 1 or ".0." in stage[0].name.partition(".mlp")[2]]
+    last = Counter(ref.name.rpartition(".")[2] for stage in stages for ref in stage)
 
     def short(name: str) -> str:
-        parts = name.split(".")
-        return ".".join(parts[-1:] if last[parts[-1]] == 1 else parts[-2:])
+        parts = re.sub(r"\bexperts\.0", "each expert", name).split(".")
+        return ".".join(parts[-1:] if last[parts[-1]] == 1 and "each expert" not in parts else parts[-2:])
 
-    inside = (", ".join(short(ref.name) for ref in stage) for stage in block.stages)
+    inside = (", ".join(short(ref.name) for ref in stage) for stage in stages)
     return " → ".join(inside) + (" (one block, run at every depth)" if block.applications > 1 else "")
 
 

@@ -85,13 +85,13 @@ def test_integers_where_weights_should_be(tmp_path: Path) -> None:
 
 
 def test_weights_that_need_merging(tmp_path: Path) -> None:
-    config = transformers.MixtralConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, vocab_size=32, num_local_experts=2,
+    config = transformers.HrmTextConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32, head_dim=16,
+        num_key_value_heads=2,
     )  # fmt: skip
-    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+    transformers.HrmTextForCausalLM(config).save_pretrained(tmp_path)
     message = refuse(tmp_path, UnknownArchitecture)
-    assert message.startswith("MixtralForCausalLM needs the tensor conversion MergeModulelist")
+    assert message.startswith("HrmTextForCausalLM needs the tensor conversion Chunk that makes ")
     assert message.endswith(", which llmcomp cannot do yet.")
 
 

@@ -91,6 +91,16 @@ _DEBERTA = {
     "relative_attention": True, "position_buckets": 16, "pos_att_type": "p2c|c2p", "share_att_key": True,
     "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0,
 }  # fmt: skip
+# Four experts, two for each token. DeepSeek: two of the eight from one of two groups, one more for all tokens, and
+# a first layer without experts.
+_MIXTURE = {"num_experts_per_tok": 2, "num_local_experts": 4}
+_QWEN_MOE = {"num_experts_per_tok": 2, "num_experts": 4, "moe_intermediate_size": WIDTH, "norm_topk_prob": True}
+_DEEPSEEK = {
+    "num_hidden_layers": 2, "first_k_dense_replace": 1, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2,
+    "topk_group": 1, "n_shared_experts": 1, "moe_intermediate_size": WIDTH, "num_key_value_heads": HEADS,
+    "q_lora_rank": WIDTH, "kv_lora_rank": WIDTH, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": HEAD_DIM,
+    "head_dim": 16,
+}  # fmt: skip
 _THREE = {"num_labels": 3}
 
 # name → (prefix of the transformers classes, suffix of the model class, config)
@@ -115,6 +125,9 @@ _MODELS: dict[str, tuple[str, str, Callable[[], dict[str, Any]]]] = {
     # As Falcon 7B: rotary positions, one norm before attention and MLP; as RW: ALiBi, one after the other.
     "falcon": ("Falcon", "ForCausalLM", lambda: dict(_FALCON)),
     "falcon-alibi": ("Falcon", "ForCausalLM", lambda: {**_FALCON, "alibi": True, "parallel_attn": False}),
+    "mixtral": ("Mixtral", "ForCausalLM", lambda: _decoder(**_MIXTURE)),
+    "qwen3-moe": ("Qwen3Moe", "ForCausalLM", lambda: _decoder(**_QWEN_MOE)),
+    "deepseek-v3": ("DeepseekV3", "ForCausalLM", lambda: {**_decoder(), **_DEEPSEEK}),
     "gpt2": ("GPT2", "LMHeadModel", lambda: dict(_GPT2)),
     "opt": ("OPT", "ForCausalLM", lambda: dict(_OPT)),
     "bert": ("Bert", "ForMaskedLM", _encoder),

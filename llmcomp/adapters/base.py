@@ -23,6 +23,7 @@ class LinearRef:
         block: index of the block it belongs to, None outside of the blocks.
         out_features, in_features: of the weight as methods see it, [out, in].
         transposed: the module stores [in, out] (GPT-2's Conv1D).
+        share: of the tokens, how many are expected to reach it; less than 1 for one of several experts.
     """
 
     name: str
@@ -31,6 +32,7 @@ class LinearRef:
     out_features: int
     in_features: int
     transposed: bool = False
+    share: float = 1.0
 
     @property
     def weights(self) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from llmcomp.adapters.base import Adapter, Block, LinearRef
 from llmcomp.adapters.trace import Trace, linears, trace
 from llmcomp.errors import BadCheckpoint, UnknownArchitecture
+from llmcomp.experts import expert_shares, fused_parameters, split_experts
 from llmcomp.sentences import is_sentence_encoder
 
 # The first suffix of the class name that fits tells the task; a class without one is a bare encoder.
@@ -49,6 +51,7 @@ def skeleton(path: str | Path, *, trust_remote_code: bool = False) -> nn.Module:
 
     Its dtypes are those that plain `from_pretrained(path)` gives: the config's dtype (or, where the config
     has none, that of the first floating tensor in the weights), and float32 where the class insists on it.
+    Experts are taken apart (`llmcomp.experts`).
 
     Args:
         path: a directory with config.json; weights are not read.
@@ -64,6 +67,7 @@ def skeleton(path: str | Path, *, trust_remote_code: bool = False) -> nn.Module:
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     with init_empty_weights(include_buffers=False):
         model = kind._from_config(copy.deepcopy(config), dtype=dtype)
+    split_experts(model)
     model.tie_weights()  # accelerate makes each registered parameter a new object, which undoes ties
     _keep_in_float32(model, dtype)
     return model.requires_grad_(False).eval()
@@ -73,14 +77,19 @@ def discover(model: nn.Module) -> Adapter:
     """The structure of a `skeleton`: blocks, stages, roles, embeddings, head, ties, task.
 
     Raises:
-        UnknownArchitecture: no list of like modules with linears in it, no token embedding, or an
-            encoder-decoder; the message shows what was found.
+        UnknownArchitecture: no list of like modules with linears in it, no token embedding, an
+            encoder-decoder, or experts that could not be taken apart; the message shows what was found.
     """
     architecture = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnknownArchitecture(
             f"{architecture} is an encoder-decoder, whose two stacks llmcomp cannot compress yet; "
             "it takes decoder-only and encoder-only models."
+        )
+    if fused := fused_parameters(model):
+        raise UnknownArchitecture(
+            f"{architecture} keeps its experts in fused parameters ({fused[0]} and {len(fused) - 1} more) in a way "
+            "that llmcomp cannot take apart; most of the model would stay as it is."
         )
     list_name, layers = _block_list(model)
     names = [f"{list_name}.{index}" for index in range(len(layers))]
@@ -221,7 +230,11 @@ def _applications(architecture: str, names: Sequence[str], traced: Trace) -> dic
 
 def _block(index: int, name: str, layer: nn.Module, applications: int, traced: Trace) -> Block:
     """Group the linears of one block by the identity of their input; one by one where nothing was traced."""
-    refs = {n: _ref(n, m, _role(layer, n[len(name) + 1 :]), index) for n, m in linears(layer, name)}
+    shares = {f"{name}.{inner}": share for inner, share in expert_shares(layer).items()}
+    refs = {
+        n: replace(_ref(n, m, _role(layer, n[len(name) + 1 :]), index), share=shares.get(n, 1.0))
+        for n, m in linears(layer, name)
+    }
     if traced.problem is not None:
         alone = tuple((ref,) for ref in refs.values())
         return Block(index, name, alone, lasting=frozenset(refs))
@@ -310,9 +323,15 @@ def _uncompressed(model: nn.Module, claimed: set[str], blocks: str) -> dict[str,
             continue
         for key, parameter in module.named_parameters(prefix=name, recurse=False):
             if parameter.dim() > 1:
-                shape = "x".join(map(str, parameter.shape))
-                reasons[key] = f"no linear layer: a {shape} parameter of {type(module).__name__}"
+                reasons[key] = _why_not_linear(parameter, module)
     return reasons
+
+
+def _why_not_linear(parameter: nn.Parameter, module: nn.Module) -> str:
+    if "router" in type(module).__name__.lower():
+        return "router: it decides which experts a token goes to"
+    shape = "x".join(map(str, parameter.shape))
+    return f"no linear layer: a {shape} parameter of {type(module).__name__}"
 
 
 def _why(name: str, module: Any, blocks: str, labels: int | None) -> str:

@@ -14,6 +14,9 @@ What transformers 5.23 with compressed-tensors 0.20 reads (test_compressed_tenso
   one (lower bits fit in wider words; a scale may be repeated), and what is no Conv1D is stored dense.
 - A bare model: sentence-transformers calls its `forward` itself, past the hook that decodes at the first call
   of the model, so it is decoded at load, embeddings too, by one scheme for all as above.
+- Experts, which transformers keeps as one 3-D parameter: decoded while they are merged, every one that a parameter
+  is made of, by the scheme of the group that is first to name them; dense ones among them are lost, and zero
+  points are not looked at. So all experts of a model are packed by one symmetric scheme, or none.
 - Families whose weight initialization wants `weight` of every linear (ModernBERT) do not load packed ones:
   one scheme for all goes with `"dequantize": true`, a mixture as `int-quantized`.
 
@@ -25,7 +28,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +37,7 @@ from torch import Tensor, nn
 
 from llmcomp import packing
 from llmcomp.errors import BadRecipe
+from llmcomp.experts import expert_shares
 from llmcomp.formats.base import Entry, Ref, dense_tensors, linears_of, made_when_alone
 from llmcomp.schemes import Scheme
 from llmcomp.weights import CompressedWeight
@@ -148,6 +152,8 @@ class PackedLayout:
         groups: dict[Storage, list[str]] = {}
         for name, storage in self.storage.items():
             groups.setdefault(storage, []).append(name)
+        routed = expert_shares(model).keys()
+        groups = dict(sorted(groups.items(), key=lambda group: routed.isdisjoint(group[1])))
         targets, ignore = _targets(groups, model)
         formats = {storage.format for storage in groups}
         config: dict[str, Any] = {
@@ -180,9 +186,11 @@ def layout(entries: Sequence[Entry], model: nn.Module | None = None) -> PackedLa
         model: may lie on meta; without it, its initialization is taken to be the usual one.
 
     Raises:
-        BadRecipe: activations that no reader of such a checkpoint would round.
+        BadRecipe: activations that no reader of such a checkpoint would round, or experts that are not all packed by
+            one symmetric scheme.
     """
     transposed, bare = any(ref.transposed for ref, _ in entries), model is not None and _is_bare(model)
+    _check_experts(entries, model)
     if transposed or (bare and entries):
         kind = "Conv1D weights" if transposed else "the weights of a model without a head"
         _refuse_activations(entries, f"readers decode {kind} as they load them and forget about activations")
@@ -210,6 +218,26 @@ def layout(entries: Sequence[Entry], model: nn.Module | None = None) -> PackedLa
     if any(kept.strategy == "block" for kept in storage.values()):
         notes.append("Zero points of mixed asymmetric schemes are stored as int8; vLLM may not read them.")
     return PackedLayout(storage, {}, tuple(notes), dequantize=False)
+
+
+def _check_experts(entries: Sequence[Entry], model: nn.Module | None) -> None:
+    routed = set() if model is None else set(expert_shares(model))
+    if routed:
+        _refuse_activations(entries, "readers merge experts as they load them and forget about activations")
+    schemes = {ref.name: scheme for ref, scheme in entries if ref.name in routed}
+    kinds = sorted({scheme.label for scheme in schemes.values()})
+    if len(schemes) < len(routed):
+        problem = f"{len(routed) - len(schemes)} of {len(routed)} would stay as they are"
+    elif len(kinds) > 1:
+        problem = f"they would have {', '.join(kinds)}"
+    elif not all(scheme.symmetric for scheme in schemes.values()):
+        problem = "they would have zero points"
+    else:
+        return
+    raise BadRecipe(
+        "transformers decodes packed checkpoints of this model only where one symmetric scheme covers the linears of "
+        f"all experts, but {problem}; give them one scheme, or use --format dense."
+    )
 
 
 def _initializes_weights(model: nn.Module, names: Sequence[str]) -> bool:
@@ -300,7 +328,8 @@ def _targets(
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     names = {storage: list(group) for storage, group in groups.items()}
-    targets = {storage: [_either(prefix, group)] for storage, group in names.items()}
+    routed = expert_shares(model).keys()
+    targets = {storage: [_either(prefix, group, routed)] for storage, group in names.items()}
     linears = linears_of(model)
     whole = [storage for storage, group in names.items() if linears & set(group)]
     if len(whole) != 1 or not linears.issuperset(names[whole[0]]):
@@ -310,8 +339,10 @@ def _targets(
     return targets, sorted(ignore | {name.removeprefix(prefix) for name in ignore})
 
 
-def _either(prefix: str, names: Iterable[str]) -> str:
-    """One pattern for all names, with the prefix optional."""
-    bare = "|".join(re.escape(name.removeprefix(prefix)) for name in names)
+def _either(prefix: str, names: Iterable[str], routed: Collection[str]) -> str:
+    """One pattern for all names, with the prefix optional; experts, who are all alike, by any number."""
+    patterns = {name: re.escape(name.removeprefix(prefix)) for name in names}
+    experts = {name: re.sub(r"(?<=\\.)\d+(?=\\.)", r"\\d+", patterns[name]) for name in patterns if name in routed}
+    bare = "|".join(dict.fromkeys((patterns | experts).values()))
     optional = f"(?:{re.escape(prefix)})?" if prefix != "." else ""
     return f"re:{optional}(?:{bare})$"

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llmcomp import bnb
 from llmcomp.errors import VerificationFailed
+from llmcomp.experts import file_renaming, split_experts
 from llmcomp.formats.save import INDEX
 
 _AUTO = (
@@ -69,8 +70,23 @@ class Packed:
         return dense
 
 
-def stored_tensors(directory: Path) -> dict[str, Path]:
-    """{tensor name: its file}, after comparing the index with what the files hold."""
+class Place(NamedTuple):
+    """Where a tensor lies: its file, and what it is called there."""
+
+    path: Path
+    key: str
+
+
+def stored_tensors(directory: Path) -> dict[str, Place]:
+    """{tensor name in the model: its place}, after comparing the index with what the files hold."""
+    held = _held(directory)
+    if not any(".experts." in key for key in held):  # other models' files have the model's own names
+        return {key: Place(path, key) for key, path in held.items()}
+    rename = file_renaming(skeleton_of(directory))
+    return {rename(key): Place(path, key) for key, path in held.items()}
+
+
+def _held(directory: Path) -> dict[str, Path]:
     present = sorted(directory.glob("*.safetensors"))
     held: dict[str, Path] = {}
     for path in present:
@@ -192,7 +208,7 @@ def auto_class(config: Any) -> Any:
 
 
 def skeleton_of(directory: Path) -> nn.Module:
-    """The model without weights."""
+    """The model without weights, experts apart, as files have them."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(directory)
@@ -201,32 +217,33 @@ def skeleton_of(directory: Path) -> nn.Module:
         model = auto.from_config(config) if hasattr(auto, "from_config") else auto(config)
     if not isinstance(model, nn.Module):
         raise VerificationFailed(f"{auto.__name__} made no model from config.json.")
+    split_experts(model)
     return model
 
 
-def decoded_weight(name: str, tensors: dict[str, Path], stored: Mapping[str, Stored]) -> Tensor:
+def decoded_weight(name: str, tensors: dict[str, Place], stored: Mapping[str, Stored]) -> Tensor:
     """The dense weight of a module that is stored compressed."""
     parts = [full for full in stored[name].names(name) if full in tensors]
-    state = {full.removeprefix(f"{name}."): stored_tensor(tensors[full], full) for full in parts}
+    state = {full.removeprefix(f"{name}."): stored_tensor(tensors[full]) for full in parts}
     try:
         return stored[name].decode(state)
     except (RuntimeError, ValueError, KeyError, AssertionError, IndexError) as error:
         raise VerificationFailed(f"{name}.weight cannot be decoded: {first_line(error)}") from error
 
 
-def decoded(tensors: dict[str, Path], stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
+def decoded(tensors: dict[str, Place], stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of the files, dense, one at a time."""
     for name in stored:
         yield f"{name}.weight", decoded_weight(name, tensors, stored)
     packed = {full for name, one in stored.items() for full in one.names(name)}
-    for key, path in tensors.items():
-        if key not in packed:
-            yield key, stored_tensor(path, key)
+    for name, place in tensors.items():
+        if name not in packed:
+            yield name, stored_tensor(place)
 
 
-def stored_tensor(path: Path, key: str) -> Tensor:
-    with safe_open(path, framework="pt") as shard:
-        tensor: Tensor = shard.get_tensor(key)
+def stored_tensor(place: Place) -> Tensor:
+    with safe_open(place.path, framework="pt") as shard:
+        tensor: Tensor = shard.get_tensor(place.key)
     return tensor
 
 

@@ -25,8 +25,10 @@ from torch import Tensor, nn
 
 from llmcomp import bnb
 from llmcomp.errors import LlmcompError, VerificationFailed
+from llmcomp.experts import split_experts
 from llmcomp.formats import witness as witnesses
 from llmcomp.formats.reading import (
+    Place,
     Stored,
     auto_class,
     config_of,
@@ -97,7 +99,7 @@ def check(directory: Path, witness: Path, stream: bool | None = None) -> Verific
     require_same(set(stored), set(known.compressed), "stored compressed", "planned to be")
     planned = {name for name, label in known.compressed.items() if label.endswith(" a8")}
     require_same(rounding(stored), planned, "read with rounded inputs", "planned to be")
-    files = len(set(tensors.values()))
+    files = len({place.path for place in tensors.values()})
     checks = [f"{files} files complete, {len(stored)} modules stored compressed as planned"]
     if stream is None:
         sizes = (math.prod(shape) * getattr(torch, dtype).itemsize for shape, dtype in known.source.values())
@@ -161,6 +163,7 @@ def _run(model: nn.Module, known: Witness) -> Tensor:
 
 
 def _compare_model(model: nn.Module, stored: Mapping[str, Stored], known: Witness) -> None:
+    split_experts(model)
     state = model.state_dict()
     for owner, one in stored.items():  # scales and the like are kept beside the weight
         for part in one.names(owner):
@@ -219,7 +222,7 @@ def _compare_output(output: Tensor, known: Witness, kernels: float) -> tuple[flo
 
 
 def _compare_streamed(
-    directory: Path, tensors: dict[str, Path], stored: Mapping[str, Stored], known: Witness
+    directory: Path, tensors: dict[str, Place], stored: Mapping[str, Stored], known: Witness
 ) -> None:
     """Compare with the witness one tensor at a time, decoded as the reader would."""
     ties: dict[str, str] = getattr(skeleton_of(directory), "all_tied_weights_keys", {})

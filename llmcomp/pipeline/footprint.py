@@ -121,11 +121,24 @@ def footprint(adapter: Adapter, plan: Plan, lanes: Lanes, budget: int) -> Footpr
     """
     tasks = plan.assignment.tasks
     itemsize = {name: value.element_size() for name, value in adapter.model.state_dict().items()}
-    block = _heaviest(adapter, tasks)
+    found = [_within(adapter, block, plan, lanes, budget, itemsize) for block in _heaviest(adapter, tasks)]
+    worst = max(found, key=lambda one: one.terms.total)
+    outside, terms = max(_outside(adapter, plan, itemsize), key=lambda one: one[1].total)
+    spilled = max(one.spilled for one in found)
+    if terms.total > worst.terms.total - worst.terms.kernels:
+        return Footprint(outside, replace(terms, kernels=worst.terms.kernels), spilled)
+    return replace(worst, spilled=spilled)
+
+
+def _within(
+    adapter: Adapter, block: Block, plan: Plan, lanes: Lanes, budget: int, itemsize: dict[str, int]
+) -> Footprint:
+    """The worst moment of one block."""
+    tasks = plan.assignment.tasks
     stages = [[tasks[ref.name] for ref in stage if ref.name in tasks] for stage in block.stages]
     stages = [stage for stage in stages if stage]
     size = itemsize[f"{block.linears[0].name}.weight"]
-    moments = list(_outside(adapter, plan, itemsize))
+    moments = [("reading", MemoryTerms())]
     spilled = 0
     if plan.assignment.calibrated:
         places = _places(adapter, block, stages, lanes, size)
@@ -185,15 +198,18 @@ def _kernels(stages: Sequence[Sequence[Task]]) -> int:
     return min(len(shapes), _KERNELS_KEPT) * _KERNEL_BYTES
 
 
-def _heaviest(adapter: Adapter, tasks: dict[str, Task]) -> Block:
-    """The block with the widest input to compress; not the first, whose input is the embeddings themselves,
+def _heaviest(adapter: Adapter, tasks: dict[str, Task]) -> list[Block]:
+    """The block with the widest input to compress, and the one with the most weights where that is another (of
+    a model with dense blocks before its mixtures); not the first, whose input is the embeddings themselves,
     where there is another like it."""
 
-    def width(block: Block) -> tuple[int, int]:
+    def size(block: Block) -> tuple[int, int]:
         refs = [ref for ref in block.linears if ref.name in tasks]
         return max((ref.in_features for ref in refs), default=0), sum(ref.weights for ref in refs)
 
-    return max(adapter.blocks, key=lambda block: (width(block), block.index == 1))
+    widest = max(adapter.blocks, key=lambda block: (size(block), block.index == 1))
+    largest = max(adapter.blocks, key=lambda block: (size(block)[::-1], block.index == 1))
+    return [widest] if size(widest) == size(largest) else [widest, largest]
 
 
 def _places(

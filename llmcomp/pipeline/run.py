@@ -369,7 +369,8 @@ class Compression:
             tensors = {name: value for name, value in values.items() if name not in self._job.ties}
             for done in finished:
                 tensors |= done.tensors
-            shard = self._writer.write(key, tensors)
+            rename = self._job.binding.file_name
+            shard = self._writer.write(key, {rename(name): tensor for name, tensor in tensors.items()})
             witness.record(self._evidence, key, values, {done.name: done.digest for done in finished})
             layers = [done.layer for done in finished]
             self._journal.add(key, shard, layers)
@@ -382,8 +383,11 @@ class Compression:
             names = list(shard.keys())
             for ref in refs:
                 if ref.name in self._job.assignment.tasks:
-                    own = {name: shard.get_tensor(name) for name in names if name.startswith(f"{ref.name}.weight")}
-                    self._params.put(f"{ref.name}.weight", self._job.layout.decode(ref, own))
+                    weight = f"{ref.name}.weight"
+                    prefix = self._job.binding.file_name(weight)
+                    parts = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+                    own = {weight + part: shard.get_tensor(name) for name, part in parts.items()}
+                    self._params.put(weight, self._job.layout.decode(ref, own))
                     self._remaining.discard(ref.name)
         self._outcome.layers += self._journal.done[key].layers
         self._outcome.order.append(key)

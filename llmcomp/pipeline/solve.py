@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,9 @@ def solve_stage(
     tasks: Sequence[Task], weights: Sequence[Tensor], stats: InputStats | None, options: dict[str, Any]
 ) -> list[Solved]:
     """Compress weights [out, in] that read the same input; those alike in scheme and method are stacked."""
+    tasks = [_affordable(task, stats) for task in tasks]
+    if stats is not None and not stats.tokens:
+        stats = None  # an expert that nothing has reached: no error to state either
     groups: dict[tuple[Any, str], list[int]] = {}
     for position, task in enumerate(tasks):
         groups.setdefault((task.scheme, task.method), []).append(position)
@@ -59,6 +62,23 @@ def solve_stage(
             results[member] = Solved(tasks[member], solution.rows(start, stop), share)
             start = stop
     return [result for result in results if result is not None]
+
+
+def _affordable(task: Task, stats: InputStats | None) -> Task:
+    """The task, or a humbler method where too few tokens have reached an expert.
+
+    With fewer tokens than columns the Gram matrix is singular, and GPTQ compensates along directions that the
+    tokens happen to lack: on held-out inputs (tests/methods/test_few_tokens.py) a search that reads only the
+    matrix as a weighting is better there, and GPTQ is better from one token a column on.
+    """
+    routed, width = task.ref.share < 1, task.ref.in_features
+    if stats is None or not routed or not METHODS[task.method].calibrated or stats.tokens >= width:
+        return task
+    method = "rtn-clip" if stats.tokens else "rtn"
+    if method == task.method:
+        return task
+    why = f"{stats.tokens} calibration tokens reached this expert, fewer than its width {width}: {method}"
+    return replace(task, method=method, fallback="; ".join(filter(None, (task.fallback, why))))
 
 
 def method_has(method: str, options: dict[str, Any]) -> bool:

@@ -50,7 +50,7 @@ class DecodedValues:
         module = key.removesuffix(".weight")
         if key.endswith(".weight") and module in self._stored:
             return decoded_weight(module, self._tensors, self._stored)
-        return stored_tensor(self._tensors[key], key)
+        return stored_tensor(self._tensors[key])
 
 
 def open_streamed(directory: Path) -> tuple[nn.Module, Callable[[], Iterator[Tensor]]]:

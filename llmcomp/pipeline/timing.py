@@ -69,7 +69,7 @@ def seconds(adapter: Adapter, plan: Plan, tokens: int, lanes: int, rates: Rates)
             # Each linear is computed once for each window (`calibration.capture`); where a block runs several
             # times, once for each run, and as often before it is solved.
             runs = 1 if block.applications == 1 else 2 * block.applications
-            total += runs * 2.0 * tokens * sum(ref.weights for ref in block.linears) / rates.forward
+            total += runs * 2.0 * tokens * sum(ref.weights * ref.share for ref in block.linears) / rates.forward
             total += runs * _LANE_STOP * lanes * (1 + len(block.stages))
         for stage in block.stages:
             wanted = [tasks[ref.name] for ref in stage if ref.name in tasks]
@@ -86,7 +86,8 @@ def seconds(adapter: Adapter, plan: Plan, tokens: int, lanes: int, rates: Rates)
 def _stage(stage: list[Task], tokens: int, rates: Rates) -> float:
     columns = stage[0].ref.in_features
     weights = float(sum(task.ref.weights for task in stage))
-    total = tokens * float(columns) ** 2 / rates.exact  # upper half of 2 · tokens · in²
+    # The upper half of 2 · tokens · in².
+    total = tokens * stage[0].ref.share * float(columns) ** 2 / rates.exact
     for task in stage:
         share = float(task.ref.weights)
         shrinks, refinements = SEARCH[task.scheme.bits] if METHODS[task.method].calibrated else ((1.0,), 0)

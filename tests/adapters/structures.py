@@ -103,10 +103,37 @@ STAGES = {
         ),
     ),
 }
+def _experts(count: int, *names: str) -> tuple[tuple[str, ...], ...]:
+    *inputs, output = names
+    one = [tuple(f"mlp.experts.{n}.{name}" for name in inputs) for n in range(count)]
+    return tuple(stage for n in range(count) for stage in (one[n], (f"mlp.experts.{n}.{output}",)))
+
+
+MLA = (  # queries, and keys and values, through a narrow projection and a norm each
+    ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+    ("self_attn.q_b_proj",),
+    ("self_attn.kv_b_proj",),
+    ("self_attn.o_proj",),
+)
+STAGES |= {
+    "mixtral": ("model.layers", 2, (*LLAMA[:2], *_experts(4, "w1", "w3", "w2"))),
+    "qwen3-moe": ("model.layers", 2, (*LLAMA[:2], *_experts(4, "gate_proj", "up_proj", "down_proj"))),
+    "deepseek-v3": ("model.layers", 2, (*MLA, *LLAMA[2:])),
+}
+# Blocks that differ from the first.
+OTHERS = {
+    ("deepseek-v3", 1): (
+        *MLA,
+        *_experts(8, "gate_proj", "up_proj", "down_proj"),
+        ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+        ("mlp.shared_experts.down_proj",),
+    )
+}
 # Solved with the attention's inputs, computed after its output.
 LASTING = {
     "cohere": {"mlp.gate_proj", "mlp.up_proj"},
     "gptj": {"mlp.fc_in"},
     "falcon": {"mlp.dense_h_to_4h"},
+    "deepseek-v3": {"self_attn.kv_a_proj_with_mqa"},
 }
 MLP = re.compile(rf"({SHARED})?(mlp|ffn|fc[12]|intermediate|output)\b|{SHARED}ffn_output")

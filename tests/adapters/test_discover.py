@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from structures import BERT, BLOOM, DEBERTA, LASTING, LLAMA, MLP, STAGES
+from structures import BERT, BLOOM, DEBERTA, LASTING, LLAMA, MLP, OTHERS, STAGES
 from tiny import DECODERS, TINY, build, tiny
 from tiny_sentences import write_json, write_modules
 from torch import nn
@@ -18,6 +18,7 @@ from torch import nn
 from llmcomp.adapters.base import Adapter, Block
 from llmcomp.adapters.discover import discover, skeleton
 from llmcomp.errors import BadCheckpoint, UnknownArchitecture
+from llmcomp.experts import split_experts
 
 TASKS = dict.fromkeys(TINY, "masked-lm") | dict.fromkeys(DECODERS, "causal-lm")
 TASKS |= {name: "sequence-classification" for name in TINY if name.endswith("-classifier")}
@@ -47,6 +48,7 @@ def test_blocks_stages_and_roles(name: str, found: Callable[[str], Adapter]) -> 
     assert adapter.trace_problem is None and adapter.stages_known
     assert [block.name for block in adapter.blocks] == [f"{where}.{i}" for i in range(count)]
     for block in adapter.blocks:
+        stages = OTHERS.get((name, block.index), stages)
         assert short_names(block) == stages
         for short, ref in zip([n for stage in stages for n in stage], block.linears, strict=True):
             assert ref.role == ("mlp" if MLP.match(short) else "attention")
@@ -57,6 +59,7 @@ def test_blocks_stages_and_roles(name: str, found: Callable[[str], Adapter]) -> 
 @pytest.mark.parametrize("name", TINY)
 def test_shapes_are_those_of_the_weights(name: str, found: Callable[[str], Adapter]) -> None:
     model = build(name)
+    split_experts(model)
     adapter = found(name)
     for ref in adapter.refs:
         weight = model.get_submodule(ref.name).weight
@@ -70,6 +73,7 @@ def test_every_matrix_is_accounted_for(name: str, found: Callable[[str], Adapter
     """A matrix is compressible, or named with a reason, or an embedding of positions or types."""
     adapter = found(name)
     model = build(name)
+    split_experts(model)
     known = {ref.name for ref in adapter.refs} | set(adapter.uncompressed)
     for key, parameter in model.named_parameters(remove_duplicate=False):
         owner = key.rpartition(".")[0]
@@ -241,14 +245,30 @@ def test_without_a_trace_each_linear_is_its_own_stage_and_says_so() -> None:
     assert len(adapter.blocks[0].linears) == 7
 
 
-def test_fused_experts_are_named_as_uncompressed(tmp_path: Path) -> None:
-    config = transformers.MixtralConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=64, num_local_experts=4, num_experts_per_tok=2,
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "deepseek-v3"])
+def test_experts_are_linears_and_routers_stay(name: str, found: Callable[[str], Adapter]) -> None:
+    adapter = found(name)
+    routed = [ref for ref in adapter.refs if ref.share < 1]
+    assert routed and all(".experts." in ref.name for ref in routed)
+    assert {ref.share for ref in routed} == {0.25 if name == "deepseek-v3" else 0.5}
+    reasons = {why for key, why in adapter.uncompressed.items() if key.endswith("mlp.gate.weight")}
+    assert reasons == {"router: it decides which experts a token goes to"}
+
+
+def test_experts_that_cannot_be_taken_apart_are_refused(tmp_path: Path) -> None:
+    """GPT-OSS has biases, and gates and ups in turn."""
+    config = transformers.GptOssConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, vocab_size=64, num_local_experts=4, num_experts_per_tok=2,
+        layer_types=["sliding_attention", "full_attention"],
     )  # fmt: skip
-    adapter = discover(skeleton(config_only(tmp_path, config, "MixtralForCausalLM")))
-    reason = adapter.uncompressed["model.layers.0.mlp.experts.down_proj"]
-    assert reason == "no linear layer: a 4x64x128 parameter of MixtralExperts"
+    expected = (
+        "GptOssForCausalLM keeps its experts in fused parameters (model.layers.0.mlp.experts.gate_up_proj and 3 more) "
+        "in a way that llmcomp cannot take apart; most of the model would stay as it is."
+    )
+    with pytest.raises(UnknownArchitecture) as caught:
+        discover(skeleton(config_only(tmp_path, config, "GptOssForCausalLM")))
+    assert str(caught.value) == expected
 
 
 def test_no_architecture_means_the_bare_model(tmp_path: Path) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from architecture_table import PROVEN
-from e2e_runs import Run, quantize, recipe_of, reload
+from e2e_runs import Run, quantize, recipe_of, reload, tensors
+from safetensors.torch import load_file, save_file
 from tiny import DECODERS, TINY, tiny
+
+from llmcomp.errors import VerificationFailed
+from llmcomp.formats.verify import check
 
 # Linears of a block: q k v o and gate up down; q, k and v fused, o and two; else q k v o and two.
 GATED = (
@@ -17,8 +23,11 @@ GATED = (
 )  # fmt: skip
 FUSED = ("gpt2", "modernbert", "phi3", "gpt-neox", "bloom", "falcon", "falcon-alibi")
 LINEARS = dict.fromkeys(GATED, 7) | dict.fromkeys(FUSED, 4)
+LINEARS |= {"mixtral": 4 + 4 * 3, "qwen3-moe": 4 + 4 * 3}  # attention, and three of each expert
 BLOCKS = {"modernbert": 4, "albert": 1}
 BODIES = tuple(name for name in TINY if not name.endswith("-classifier"))
+PARTS = ("_packed", "_scale", "_shape")
+MIXTURES = ("mixtral", "qwen3-moe", "deepseek-v3")
 TASKS = {"classifier": "sequence-classification", "masked": "masked-lm", "causal": "causal-lm"}
 
 
@@ -69,7 +78,7 @@ def test_outputs_stay_near_the_originals(name: str, reloaded: dict[str, dict[str
 
 
 def test_the_page_of_architectures_names_the_methods_that_ran(runs: dict[str, Run], rounded: dict[str, Run]) -> None:
-    ran = [{layer.method for run in some.values() for layer in run.report.layers} for some in (runs, rounded)]
+    ran = [{run.report.layers[0].method for run in some.values()} for some in (runs, rounded)]
     assert ran == [{method} for method in PROVEN]
 
 
@@ -84,11 +93,17 @@ def test_the_report_accounts_for_every_linear(name: str, runs: dict[str, Run]) -
     report = runs[name].report
     family = name.removesuffix("-classifier")
     blocks = BLOCKS.get(family, 2)
-    assert len(report.layers) == blocks * LINEARS.get(family, 6)
+    if family == "deepseek-v3":  # five of attention, three of an MLP, or of each of eight experts and a shared one
+        assert len(report.layers) == (5 + 3) + (5 + 8 * 3 + 3)
+    else:
+        assert len(report.layers) == blocks * LINEARS.get(family, 6)
     assert {layer.block for layer in report.layers} == set(range(blocks))
     assert {layer.role for layer in report.layers} == {"attention", "mlp"}
     assert {layer.scheme for layer in report.layers} == {"int4 g128"}
-    assert all(layer.fallback is None and layer.method == "gptq" for layer in report.layers)
+    starved = [layer for layer in report.layers if layer.method != "gptq"]
+    assert bool(starved) == (family in MIXTURES)
+    assert all("fewer than its width" in (layer.fallback or "") and ".experts." in layer.name for layer in starved)
+    assert all(layer.fallback is None for layer in report.layers if layer.method == "gptq")
     assert all(layer.error is not None and 0 < layer.error < 0.05 for layer in report.layers)
     assert all(layer.bytes_after < layer.bytes_before / 6 for layer in report.layers)
     assert report.task == task_of(name)
@@ -105,6 +120,32 @@ def test_what_was_left_alone_has_a_reason(name: str, runs: dict[str, Run]) -> No
         assert "head not targeted" in left.values()
     assert "embeddings not targeted" in left.values()
     assert not set(left) & set(runs[name].schemes()), "a linear both compressed and left"
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_keep_the_names_of_the_source(name: str, runs: dict[str, Run]) -> None:
+    """As llm-compressor writes them and other software reads them: one packed weight for each expert."""
+    source, output = tensors(runs[name].source), tensors(runs[name].output)
+    packed = {key for key in source if f"{key}_packed" in output}
+    assert {key for key in source if ".experts." in key} <= packed
+    assert {key.removesuffix(part) for key in output for part in PARTS if key.endswith(part)} <= set(source)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_verification_sees_one_changed_bit_of_an_expert(
+    name: str, stream: bool, runs: dict[str, Run], tmp_path: Path
+) -> None:
+    run = runs[name]
+    damaged = Path(shutil.copytree(run.output, tmp_path / "q"))
+    assert check(damaged, run.witness, stream).passed
+    key = sorted(key for key in tensors(damaged) if re.search(r"\.experts\.3\..*_packed", key))[0]
+    path = next(path for path in damaged.glob("*.safetensors") if key in load_file(path))
+    stored = load_file(path)
+    stored[key][0, 0] ^= 1
+    save_file(stored, path, metadata={"format": "pt"})
+    with pytest.raises(VerificationFailed, match=r"experts\.3\.\w+\.weight has other values"):
+        check(damaged, run.witness, stream)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -47,6 +47,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "qwen3-rtn-clip": ("qwen3", {}, {"method": "rtn-clip"}, PACKED),
     "qwen3-gptq": ("qwen3", {}, {}, PACKED),
     "mistral-narrow": ("mistral", {"hidden_size": 96, "intermediate_size": 160}, {}, PACKED),
+    # The shared expert and attention have a scheme of their own; the routed experts' comes first in config.json.
+    "deepseek-mixed": (
+        "deepseek-v3", {},
+        {"overrides": (Override("attention", bits=8), Override("re:.*shared_experts.*", bits=8))}, PACKED,
+    ),
+    "mixtral-dense": ("mixtral", {}, {"symmetric": False, "overrides": (Override("w2", bits=8),)}, "dense"),
     "bert-odd": ("bert", {"hidden_size": 72, "intermediate_size": 128}, {"group_size": 64}, PACKED),
 }  # fmt: skip
 

@@ -43,6 +43,7 @@ def seen(adapter: Adapter, **step: object) -> Prospect:
         ("llama", {"bits": 8, "targets": ("attention", "mlp", "head")}),
         ("gpt2", {"bits": 4}),
         ("bert-classifier", {"bits": 8, "group_size": "channel"}),
+        ("qwen3-moe", {"bits": 4}),
     ],
 )
 def test_bytes_are_those_of_the_files(tmp_path: Path, name: str, step: dict[str, object]) -> None:
@@ -182,3 +183,28 @@ def test_a_shared_block_holds_all_its_statistics_and_all_blocks_stay(
     both = (adapter, alone)
     two, one = (footprint(each, plan_recipe(Recipe(), each), Lanes.of(4, 16), BUDGET).terms for each in both)
     assert two.total - one.total == pytest.approx(block, rel=0.1)
+
+
+def test_the_forecast_looks_at_dense_blocks_and_at_mixtures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSeek's first block is the widest, the second has the most weights."""
+    adapter = adapter_of(tiny("deepseek-v3", tmp_path))
+    found = moments(adapter, monkeypatch)
+    names = [block.name for block in adapter.blocks]
+    assert all(any(name in moment for moment in found) for name in names)
+    layout = plan_recipe(Recipe(), adapter).layout
+    dense, mixture = (sum(layout.nbytes(ref, 4) for ref in block.linears) for block in adapter.blocks)
+    assert max(terms.packed for terms in found.values()) == mixture > dense
+
+
+def test_experts_take_the_time_of_their_share_of_tokens(tmp_path: Path) -> None:
+    few = adapter_of(tiny("qwen3-moe", tmp_path / "few", num_experts_per_tok=1))
+    all_of_them = adapter_of(tiny("qwen3-moe", tmp_path / "all", num_experts_per_tok=4))
+    one, four = (
+        seconds(one, plan_recipe(Recipe((QuantizeStep(method="rtn-clip"),)), one), 10**6, 1, RATES)
+        for one in (few, all_of_them)
+    )
+    linears = 2.0 * 10**6 * sum(ref.weights * 0.75 for ref in few.refs if ".experts." in ref.name) / RATES.forward
+    grams = 10**6 * 0.75 * 2 * 4 * 2 * 128.0**2 / RATES.exact
+    assert four - one == pytest.approx(linears + grams, rel=0.01)

@@ -1,0 +1,73 @@
+"""Packed experts: what plain transformers decodes while it merges them, and what it cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import build, tiny
+
+from llmcomp import api
+from llmcomp.adapters.discover import discover, skeleton
+from llmcomp.errors import BadRecipe
+from llmcomp.experts import split_experts
+from llmcomp.formats import compressed_tensors
+from llmcomp.pipeline.job import plan_recipe
+from llmcomp.recipe import Override, QuantizeStep, Recipe
+
+ADVICE = "; give them one scheme, or use --format dense."
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny("mixtral", tmp_path_factory.mktemp("experts") / "mixtral", num_hidden_layers=1)
+
+
+@pytest.mark.parametrize(
+    ("step", "problem"),
+    [
+        ({"targets": ("attention",)}, "12 of 12 would stay as they are"),
+        ({"overrides": (Override("re:.*experts.2.*", skip=True),)}, "3 of 12 would stay as they are"),
+        ({"overrides": (Override("w2", bits=8),)}, "they would have int4 g128, int8 g128"),
+        ({"symmetric": False}, "they would have zero points"),
+    ],
+)
+def test_what_no_packed_checkpoint_can_hold_is_refused(mixtral: Path, step: dict[str, Any], problem: str) -> None:
+    adapter = discover(skeleton(mixtral))
+    with pytest.raises(BadRecipe) as caught:
+        plan_recipe(Recipe((QuantizeStep(**step),)), adapter)
+    assert problem in str(caught.value) and str(caught.value).endswith(ADVICE)
+    plan_recipe(Recipe((QuantizeStep(**step),), format="dense"), adapter)
+
+
+def test_rounded_inputs_would_be_forgotten(mixtral: Path) -> None:
+    recipe = Recipe((QuantizeStep(bits=8, group_size="channel", activations="int8-dynamic"),))
+    with pytest.raises(BadRecipe, match="--activations does not apply here: readers merge experts as they load them"):
+        plan_recipe(recipe, discover(skeleton(mixtral)))
+
+
+def test_dense_experts_beside_packed_attention_do_not_load(
+    mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Should this fail one day, transformers has learned it and the refusal can go."""
+    monkeypatch.setattr(compressed_tensors, "_check_experts", lambda *_: None)
+    recipe = Recipe((QuantizeStep(method="rtn", targets=("attention",)),))
+    made = api.quantize(str(mixtral), recipe=recipe, output=tmp_path / "q", evaluate=False, verify=False)
+    with pytest.raises(RuntimeError, match="conversion of the weights"):
+        type(build("mixtral")).from_pretrained(made.output)
+
+
+def test_the_experts_group_comes_first_and_names_them_in_one_pattern() -> None:
+    """transformers takes the first group whose target says 'experts', and shared ones say so too."""
+    model = build("deepseek-v3").to("meta")
+    split_experts(model)
+    adapter = discover(model)
+    override = (Override("attention", bits=8), Override("re:.*shared.*", bits=8))
+    plan = plan_recipe(Recipe((QuantizeStep(overrides=override),)), adapter)
+    config = plan.layout.config(model)
+    assert config is not None
+    first, second = config["config_groups"].values()
+    assert (first["weights"]["num_bits"], second["weights"]["num_bits"]) == (4, 8)
+    assert r"layers\.\d+\.mlp\.experts\.\d+\.gate_proj" in first["targets"][0]
+    assert len(first["targets"][0]) < 400 and "shared_experts" in second["targets"][0]
