@@ -125,6 +125,21 @@ def expert_shares(model: nn.Module) -> dict[str, float]:
     }
 
 
+def gates(model: nn.Module) -> set[str]:
+    """Names of the linears beside experts that weigh them: routers, and gates of a shared expert."""
+    found = set()
+    for path, module in model.named_modules():
+        if isinstance(module, SplitExperts):
+            parent = path.rpartition(".")[0]
+            beside = model.get_submodule(parent).named_children()
+            found |= {
+                f"{parent}.{name}".lstrip(".")
+                for name, child in beside
+                if isinstance(child, nn.Linear) and child.out_features <= len(module)
+            }
+    return found
+
+
 def file_renaming(model: Any) -> Callable[[str], str]:
     """How transformers renames a key of a file, such as Mixtral's `block_sparse_moe` to `mlp`, as it loads it."""
     from transformers.conversion_mapping import get_model_conversion_mapping

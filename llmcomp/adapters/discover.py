@@ -29,9 +29,10 @@ from transformers.pytorch_utils import Conv1D
 from llmcomp.adapters.base import Adapter, Block, LinearRef
 from llmcomp.adapters.trace import Trace, linears, trace
 from llmcomp.errors import BadCheckpoint, UnknownArchitecture
-from llmcomp.experts import expert_shares, fused_parameters, split_experts
+from llmcomp.experts import expert_shares, fused_parameters, gates, split_experts
 from llmcomp.sentences import is_sentence_encoder
 
+_ROUTER = "router: it decides which experts a token goes to"
 # The first suffix of the class name that fits tells the task; a class without one is a bare encoder.
 _TASKS = {
     "ForCausalLM": "causal-lm",
@@ -231,9 +232,11 @@ def _applications(architecture: str, names: Sequence[str], traced: Trace) -> dic
 def _block(index: int, name: str, layer: nn.Module, applications: int, traced: Trace) -> Block:
     """Group the linears of one block by the identity of their input; one by one where nothing was traced."""
     shares = {f"{name}.{inner}": share for inner, share in expert_shares(layer).items()}
+    weighing = {f"{name}.{inner}" for inner in gates(layer)}
     refs = {
         n: replace(_ref(n, m, _role(layer, n[len(name) + 1 :]), index), share=shares.get(n, 1.0))
         for n, m in linears(layer, name)
+        if n not in weighing
     }
     if traced.problem is not None:
         alone = tuple((ref,) for ref in refs.values())
@@ -314,9 +317,9 @@ def _ties(model: Any) -> dict[str, str]:
 def _uncompressed(model: nn.Module, claimed: set[str], blocks: str) -> dict[str, str]:
     """Matrices that nothing will compress: name → why. Embeddings of positions and types are left out."""
     labels = getattr(model.config, "num_labels", None)
-    reasons: dict[str, str] = {}
+    reasons: dict[str, str] = dict.fromkeys(gates(model), _ROUTER)
     for name, module in model.named_modules():
-        if name in claimed or isinstance(module, nn.Embedding):
+        if name in claimed or name in reasons or isinstance(module, nn.Embedding):
             continue
         if isinstance(module, (nn.Linear, Conv1D)):
             reasons[name] = _why(name, module, blocks, labels)
@@ -329,7 +332,7 @@ def _uncompressed(model: nn.Module, claimed: set[str], blocks: str) -> dict[str,
 
 def _why_not_linear(parameter: nn.Parameter, module: nn.Module) -> str:
     if "router" in type(module).__name__.lower():
-        return "router: it decides which experts a token goes to"
+        return _ROUTER
     shape = "x".join(map(str, parameter.shape))
     return f"no linear layer: a {shape} parameter of {type(module).__name__}"
 

@@ -255,6 +255,19 @@ def test_experts_are_linears_and_routers_stay(name: str, found: Callable[[str], 
     assert reasons == {"router: it decides which experts a token goes to"}
 
 
+@pytest.mark.parametrize(
+    ("family", "stays"),
+    [("Qwen2Moe", {"mlp.gate.weight", "mlp.shared_expert_gate"}), ("Phimoe", {"mlp.router"})],
+)
+def test_routers_and_gates_that_are_linears_stay_too(family: str, stays: set[str], tmp_path: Path) -> None:
+    settings = {**build("mixtral").config.to_dict(), "num_experts": 4, "moe_intermediate_size": 128}
+    config = getattr(transformers, f"{family}Config")(**settings)
+    adapter = discover(skeleton(config_only(tmp_path, config, f"{family}ForCausalLM")))
+    left = {name.partition("layers.1.")[2]: why for name, why in adapter.uncompressed.items() if ".1." in name}
+    assert left == dict.fromkeys(stays, "router: it decides which experts a token goes to")
+    assert sum(ref.share < 1 for ref in adapter.blocks[1].linears) == 12
+
+
 def test_experts_that_cannot_be_taken_apart_are_refused(tmp_path: Path) -> None:
     """GPT-OSS has biases, and gates and ups in turn."""
     config = transformers.GptOssConfig(

@@ -81,3 +81,20 @@ def test_a_damaged_block_is_an_error_and_leaves_nothing_behind(tmp_path: Path) -
     with torch.no_grad(), pytest.raises(RuntimeError, match="size"):
         model.model.layers[0](torch.zeros(1, 4, 3), position_embeddings=(torch.zeros(1), torch.zeros(1)))
     assert all(parameter.is_meta for parameter in model.model.layers[0].parameters())
+
+
+@pytest.mark.parametrize("recipe", ["symmetric", "dense"])
+def test_experts_are_read_block_by_block_too(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole, transformers computes all experts at once and adds up in another order."""
+    source = tiny("mixtral", tmp_path / "source", tokenizer=True)
+    made = llmcomp.quantize(
+        str(source), recipe=RECIPES[recipe], output=tmp_path / "out", evaluate=False, verify=False
+    )
+    whole = llmcomp.evaluate(made.output, against=source, data=TEXT, settings=QUICK)
+    short_of_memory(monkeypatch)
+    streamed = llmcomp.evaluate(made.output, against=source, data=TEXT, settings=QUICK)
+    assert "blocks were read as they were needed" in streamed.notes[-1]
+    for one, other in ((whole.before, streamed.before), (whole.after, streamed.after)):
+        assert one is not None and other is not None and one.quality is not None and other.quality is not None
+        for name, metric in one.quality.metrics.items():
+            assert other.quality.metrics[name].value == pytest.approx(metric.value, rel=1e-5)
