@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from llmcomp import bnb
 from llmcomp.errors import BadRecipe
+from llmcomp.experts import expert_shares
 from llmcomp.formats.base import Entry, Ref, made_when_alone
 from llmcomp.weights import CompressedWeight
 
@@ -134,7 +135,9 @@ def _layout(kind: bnb.Kind, entries: Sequence[Entry], model: nn.Module | None) -
     names = [ref.name for ref, _ in entries]
     if any(ref.role == "embeddings" for ref, _ in entries):
         problems.append("it has no embeddings that can be saved; leave them out of the targets")
-    if model is not None:
+    if model is not None and expert_shares(model):
+        problems.append("transformers keeps this model's experts fused, which it would leave as they are")
+    elif model is not None:
         plain, tied = set(bnb.convertible(model)), _tied(model)
         if shared := next((name for name in names if name in tied and name in plain), None):
             problems.append(f"{shared} shares its storage with the embeddings; leave it out of the targets")

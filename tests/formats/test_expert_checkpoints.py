@@ -14,7 +14,7 @@ from llmcomp.errors import BadRecipe
 from llmcomp.experts import split_experts
 from llmcomp.formats import compressed_tensors
 from llmcomp.pipeline.job import plan_recipe
-from llmcomp.recipe import Override, QuantizeStep, Recipe
+from llmcomp.recipe import Override, QuantizeStep, Recipe, step_of
 
 ADVICE = "; give them one scheme, or use --format dense."
 
@@ -45,6 +45,12 @@ def test_rounded_inputs_would_be_forgotten(mixtral: Path) -> None:
     recipe = Recipe((QuantizeStep(bits=8, group_size="channel", activations="int8-dynamic"),))
     with pytest.raises(BadRecipe, match="--activations does not apply here: readers merge experts as they load them"):
         plan_recipe(recipe, discover(skeleton(mixtral)))
+
+
+@pytest.mark.parametrize("form", ["bnb-nf4", "bnb-int8"])
+def test_bitsandbytes_would_leave_experts_as_they_are(mixtral: Path, form: str) -> None:
+    with pytest.raises(BadRecipe, match="transformers keeps this model's experts fused, which it would leave"):
+        plan_recipe(Recipe((step_of(form),), format=form), discover(skeleton(mixtral)))
 
 
 def test_dense_experts_beside_packed_attention_do_not_load(
