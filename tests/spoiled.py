@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llmcomp.adapters.discover import skeleton
 from llmcomp.checkpoint import Binding, Checkpoint, bind
+from llmcomp.experts import expert_shares, split_experts
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -48,14 +49,22 @@ def batch() -> dict[str, Tensor]:
 
 
 def assert_same_outputs(directory: Path) -> Binding:
-    """Assert that skeleton + bind is from_pretrained to the bit; return the binding."""
+    """Assert that skeleton + bind is from_pretrained to the bit, experts taken apart in both; return the binding."""
     checkpoint = Checkpoint.open(directory)
     model = skeleton(directory)
     binding = bind(checkpoint, model)
+    other = plain(directory)
+    split_experts(other)
     with torch.no_grad():
         mine = fill(model, binding)(**batch())[0]
-        theirs = plain(directory)(**batch())[0]
-    assert torch.equal(mine, theirs)
+        theirs = other(**batch())[0]
+    if expert_shares(other):
+        # Products with a few tokens are rounded by where weights begin in memory, and mapped ones begin anywhere.
+        assert float((mine - theirs).abs().max() / theirs.std()) < 1e-5
+        state, loaded = model.state_dict(), other.state_dict()
+        assert all(torch.equal(state[name], loaded[name]) for name in loaded)
+    else:
+        assert torch.equal(mine, theirs)
     assert mine.float().std() > 0.01
     return binding
 

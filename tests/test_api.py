@@ -86,6 +86,7 @@ def test_load_opens_what_was_saved(bert: Path, result: llmcomp.QuantizeResult) -
     with torch.no_grad():
         found, wanted = model(input_ids=ids).logits, original(input_ids=ids).logits
     assert 0 < (found - wanted).square().mean().sqrt() < 0.05 * wanted.std()
+    model(input_ids=ids).logits.sum().backward()  # as a caller may who does not know of inference mode
 
 
 def test_evaluate_compares(bert: Path, text: Path, result: llmcomp.QuantizeResult) -> None:

@@ -89,9 +89,12 @@ def load(directory: str | Path, task: str | None = None) -> nn.Module:
     return model
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def first_forward(model: Any) -> None:
-    """Run one token, which is when compressed-tensors decompresses and re-wraps every module's forward."""
+    """Run one token, which is when compressed-tensors decompresses and re-wraps every module's forward.
+
+    Not in inference mode: the weights that it makes would serve nobody who computes gradients later.
+    """
     model(input_ids=torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device))
 
 
