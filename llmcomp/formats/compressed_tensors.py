@@ -122,7 +122,7 @@ class PackedLayout:
 
     def decode(self, ref: Ref, tensors: Mapping[str, Tensor]) -> Tensor:
         if ref.name in self.dense:
-            return tensors[f"{ref.name}.weight"]
+            return tensors[f"{ref.name}.weight"].clone()  # not mapped, see `dense`
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 

@@ -24,7 +24,8 @@ class DenseLayout:
         return dense_tensors(ref, weight)
 
     def decode(self, ref: Ref, tensors: Mapping[str, Tensor]) -> Tensor:
-        return tensors[f"{ref.name}.weight"]
+        # Not mapped: where a weight begins in memory may decide how products with few tokens are rounded.
+        return tensors[f"{ref.name}.weight"].clone()
 
     def nbytes(self, ref: Ref, itemsize: int) -> int:
         return ref.out_features * ref.in_features * itemsize

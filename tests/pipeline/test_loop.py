@@ -196,10 +196,12 @@ def test_an_expert_that_sees_no_token(calibration: Calibration, given: Given, tm
     assert result.report.verification is not None and result.report.verification.passed
 
 
-def test_stopped_among_experts_and_resumed(calibration: Calibration, tmp_path: Path) -> None:
-    source = tiny("mixtral", tmp_path / "model")
+@pytest.mark.parametrize(("name", "after"), [("mixtral", 13), ("deepseek-v3", 11)])
+def test_stopped_among_experts_and_resumed(name: str, after: int, calibration: Calibration, tmp_path: Path) -> None:
+    """In the second block, the first is taken from its shard."""
+    source = tiny(name, tmp_path / "model")
     whole = quantize(source, tmp_path / "whole", calibration)
-    stop_after(13, source, tmp_path / "q", calibration)
+    stop_after(after, source, tmp_path / "q", calibration)
     resumed = quantize(source, tmp_path / "q", calibration)
     assert set(resumed) == set(whole)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
