@@ -6,6 +6,8 @@ multiplies integers. What is computed here is the reader's own arithmetic, to th
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,3 +35,14 @@ def quantize_inputs(module: nn.Module) -> RemovableHandle:
         return (quantized(positional[0]), *positional[1:])
 
     return module.register_forward_pre_hook(hook)
+
+
+@contextmanager
+def quantizing_inputs(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let linears compute with quantized inputs while it lasts."""
+    handles = [quantize_inputs(module) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -6,6 +6,7 @@ Found by `llmcomp.adapters.discover.discover` on a model whose parameters live o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -92,6 +93,15 @@ class Adapter:
     uncompressed: dict[str, str]
     trace_problem: str | None = None
 
+    # A mixture of experts has tens of thousands of linears, each of which is asked for.
+    @cached_property
+    def _block_names(self) -> dict[str, int]:
+        return {block.name: block.index for block in self.blocks}
+
+    @cached_property
+    def _by_name(self) -> dict[str, LinearRef]:
+        return {ref.name: ref for ref in self.refs}
+
     @property
     def stages_known(self) -> bool:
         """Whether stages come from the computation itself, not from the order of the modules."""
@@ -109,10 +119,10 @@ class Adapter:
 
     def block_of(self, parameter: str) -> int | None:
         """Index of the block that a parameter or buffer name belongs to, None outside of the blocks."""
-        for block in self.blocks:
-            if parameter.startswith(block.name + "."):
-                return block.index
-        return None
+        outer = parameter.rpartition(".")[0]
+        while outer and outer not in self._block_names:
+            outer = outer.rpartition(".")[0]
+        return self._block_names.get(outer)
 
     def ref(self, name: str) -> LinearRef:
         """The compressible weight called `name`.
@@ -120,7 +130,6 @@ class Adapter:
         Raises:
             UnknownArchitecture: there is none.
         """
-        for ref in self.refs:
-            if ref.name == name:
-                return ref
+        if name in self._by_name:
+            return self._by_name[name]
         raise UnknownArchitecture(f"{self.architecture} has no compressible module called {name}.")

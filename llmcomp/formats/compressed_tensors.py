@@ -30,6 +30,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -197,7 +198,7 @@ def layout(entries: Sequence[Entry], model: nn.Module | None = None) -> PackedLa
         return _one_storage(entries, transposed, 2 if model is None else next(model.parameters()).element_size())
     linears = [entry for entry in entries if entry[0].role != "embeddings"]
     schemes = {scheme for _, scheme in linears}
-    bound = model is not None and _initializes_weights(model, [ref.name for ref, _ in linears])
+    bound = model is not None and _initializes_weights(model, tuple(ref.name for ref, _ in linears))
     if any(scheme.activations for scheme in schemes):
         # The layout that kernels for 8-bit activations read.
         return PackedLayout({ref.name: _standard(scheme, PLAIN) for ref, scheme in entries}, {}, (), dequantize=False)
@@ -240,7 +241,8 @@ def _check_experts(entries: Sequence[Entry], model: nn.Module | None) -> None:
     )
 
 
-def _initializes_weights(model: nn.Module, names: Sequence[str]) -> bool:
+@lru_cache(maxsize=1)  # who compares plans of one model asks for each of them, and the copy takes its time
+def _initializes_weights(model: nn.Module, names: tuple[str, ...]) -> bool:
     """Whether transformers, when it loads this model, initializes the `weight` of these linears by name."""
     initialize = getattr(model, "initialize_weights", None)
     if initialize is None or not names:

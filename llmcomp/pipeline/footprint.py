@@ -7,7 +7,7 @@ moments. Mapped pages (source weights, spilled activations) do not count, as in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 
 from llmcomp.adapters.base import Adapter, Block, LinearRef
@@ -43,6 +43,9 @@ _BLOCK = 128  # columns of a step of `_solve.factorize` and `_solve.sweep`
 # What the first forward leaves behind: modules that torch and transformers import as it runs, thread pools,
 # scratch. Measured on a small BERT, a small Llama and a block of a large one.
 ALLOCATOR = 8 * 2**20
+
+
+Look = Callable[[Adapter, Block, Sequence[str], int, int], list[Waiting]]
 
 
 @dataclass(frozen=True)
@@ -112,16 +115,17 @@ class Lanes:
         return self.rows * self.length
 
 
-def footprint(adapter: Adapter, plan: Plan, lanes: Lanes, budget: int) -> Footprint:
+def footprint(adapter: Adapter, plan: Plan, lanes: Lanes, budget: int, look: Look = waiting) -> Footprint:
     """The worst moment of a run.
 
     Args:
         lanes: of the calibration windows.
         budget: bytes of `--activation-memory`.
+        look: how a lane is followed; who asks for several plans of one model may remember it.
     """
     tasks = plan.assignment.tasks
     itemsize = {name: value.element_size() for name, value in adapter.model.state_dict().items()}
-    found = [_within(adapter, block, plan, lanes, budget, itemsize) for block in _heaviest(adapter, tasks)]
+    found = [_within(adapter, block, plan, lanes, budget, itemsize, look) for block in _heaviest(adapter, tasks)]
     worst = max(found, key=lambda one: one.terms.total)
     outside, terms = max(_outside(adapter, plan, itemsize), key=lambda one: one[1].total)
     spilled = max(one.spilled for one in found)
@@ -131,7 +135,7 @@ def footprint(adapter: Adapter, plan: Plan, lanes: Lanes, budget: int) -> Footpr
 
 
 def _within(
-    adapter: Adapter, block: Block, plan: Plan, lanes: Lanes, budget: int, itemsize: dict[str, int]
+    adapter: Adapter, block: Block, plan: Plan, lanes: Lanes, budget: int, itemsize: dict[str, int], look: Look
 ) -> Footprint:
     """The worst moment of one block."""
     tasks = plan.assignment.tasks
@@ -141,7 +145,7 @@ def _within(
     moments = [("reading", MemoryTerms())]
     spilled = 0
     if plan.assignment.calibrated:
-        places = _places(adapter, block, stages, lanes, size)
+        places = _places(adapter, block, stages, lanes, size, look)
         follow = _surveyed if block.applications > 1 else _calibrated
         moments += follow(block, stages, places, plan, lanes, budget, size)
         spilled = max(place.parked for place in places) * lanes.count - budget
@@ -213,10 +217,10 @@ def _heaviest(adapter: Adapter, tasks: dict[str, Task]) -> list[Block]:
 
 
 def _places(
-    adapter: Adapter, block: Block, stages: Sequence[Sequence[Task]], lanes: Lanes, size: int
+    adapter: Adapter, block: Block, stages: Sequence[Sequence[Task]], lanes: Lanes, size: int, look: Look
 ) -> list[Waiting]:
     """One lane at the block's entry, at each stage, and after it."""
-    found = waiting(adapter, block, [stage[0].ref.name for stage in stages], lanes.rows, lanes.length)
+    found = look(adapter, block, [stage[0].ref.name for stage in stages], lanes.rows, lanes.length)
     if len(found) == len(stages) + 2:
         return found
     stream = adapter.embeddings.in_features * size * lanes.tokens

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcomp.adapters.base import Adapter
+from llmcomp.adapters.base import Adapter, Block
 from llmcomp.methods import METHODS
-from llmcomp.pipeline.footprint import Lanes, MemoryTerms, converting, footprint
+from llmcomp.pipeline.footprint import Lanes, Look, MemoryTerms, converting, footprint
 from llmcomp.pipeline.job import Plan, plan_recipe
 from llmcomp.pipeline.timing import Rates, measure_rates, seconds
+from llmcomp.pipeline.waiting import Waiting, waiting
 from llmcomp.recipe import Calibration, Recipe
 from llmcomp.weights import QuantizedWeight
 
@@ -96,14 +97,15 @@ def prospect(
     assert isinstance(dtype, torch.dtype)
     rates = measure_rates(dtype)
     step = recipe.steps[0]
-    own = row(adapter, recipe, calibration, activation_memory, rates)
+    look = _remembering()
+    own = row(adapter, recipe, calibration, activation_memory, rates, look)
     rows, planned = [own], plan_recipe(recipe, adapter)
     for width in () if planned.whole else bits:  # there is nothing to choose
         for method in METHODS:
             if (method, width) != (step.method, step.bits):
                 options = step.options if method == step.method else {}
                 other = replace(recipe, steps=(replace(step, method=method, bits=width, options=options),))
-                found = row(adapter, other, calibration, activation_memory, rates)
+                found = row(adapter, other, calibration, activation_memory, rates, look)
                 rows.append(replace(found, asked=False))
     before, parameters = _before(adapter)
     notes = [*planned.layout.notes]
@@ -124,7 +126,23 @@ def prospect(
     )
 
 
-def row(adapter: Adapter, recipe: Recipe, calibration: Calibration, activation_memory: int, rates: Rates) -> Row:
+def _remembering() -> Look:
+    """`waiting`, asked once for each place: how lanes wait depends on no method and no width."""
+    known: dict[tuple[str, tuple[str, ...], int, int], list[Waiting]] = {}
+
+    def look(adapter: Adapter, block: Block, wanted: Sequence[str], rows: int, length: int) -> list[Waiting]:
+        key = (block.name, tuple(wanted), rows, length)
+        if key not in known:
+            known[key] = waiting(adapter, block, wanted, rows, length)
+        return known[key]
+
+    return look
+
+
+def row(
+    adapter: Adapter, recipe: Recipe, calibration: Calibration, activation_memory: int, rates: Rates,
+    look: Look = waiting,
+) -> Row:
     """What one recipe would cost.
 
     Raises:
@@ -133,7 +151,8 @@ def row(adapter: Adapter, recipe: Recipe, calibration: Calibration, activation_m
     plan, step = plan_recipe(recipe, adapter), recipe.steps[0]
     lanes = Lanes.of(calibration.samples, calibration.sequence_length)
     after = bytes_after(adapter, plan)
-    found = converting(adapter, plan, after) if plan.whole else footprint(adapter, plan, lanes, activation_memory)
+    budget = activation_memory
+    found = converting(adapter, plan, after) if plan.whole else footprint(adapter, plan, lanes, budget, look)
     after += header_bytes(adapter, plan)
     tokens = calibration.samples * calibration.sequence_length
     tasks = plan.assignment.tasks
@@ -179,11 +198,17 @@ def bytes_after(adapter: Adapter, plan: Plan, stored: Collection[str] | None = N
 def header_bytes(adapter: Adapter, plan: Plan) -> int:
     """Bytes of the shards' headers, one shard a block: in a model of a few megabytes they count."""
     tasks, shards = plan.assignment.tasks, dict[int | None, dict[str, Any]]()
+    alike: dict[tuple[Any, ...], tuple[str, dict[str, Tensor]]] = {}
     for name, tensor in _written(adapter, plan, None).items():
         module, _, leaf = name.rpartition(".")
         entries = {name: tensor}
         if leaf == "weight" and module in tasks:
-            entries = _on_meta(plan, module, tensor.dtype)
+            ref = tasks[module].ref
+            kind = (tuple(tensor.shape), ref.role, tasks[module].scheme, module in plan.layout.dense, tensor.dtype)
+            if kind not in alike:
+                alike[kind] = module, _on_meta(plan, module, tensor.dtype)
+            first, found = alike[kind]
+            entries = {module + own.removeprefix(first): value for own, value in found.items()}
         shard = shards.setdefault(adapter.block_of(name), {"__metadata__": {"format": "pt"}})
         for key, value in entries.items():
             offset = value.numel() * value.element_size() * max(1, len(shard) // 2)

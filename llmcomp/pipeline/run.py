@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from llmcomp.activations import quantize_inputs
+from llmcomp.activations import quantizing_inputs
 from llmcomp.adapters.base import Adapter, Block, LinearRef
 from llmcomp.calibration.capture import Lane, Stop, advance_all, stopping
 from llmcomp.calibration.parking import Parking
@@ -110,9 +110,7 @@ class Compression:
         spill.mkdir(parents=True, exist_ok=True)
         self._parking = Parking(spill, job.activation_memory)
         self._trimmed = 0  # of `spilled`, when the heap last gave its free pages back
-        self._scaling = Scaling(
-            job.adapter, job.assignment.tasks, self._params, job.options, job.partial / "scales"
-        )
+        self._scaling = Scaling(job.adapter, job.assignment.tasks, self._params, job.options, job.partial)
         self._done: dict[str, Finished] = {}  # linears of the present block
         self._pending: dict[str, Task] = {}
         # Blocks that run several times are looked at from the model's start, which then has to stay.
@@ -131,16 +129,17 @@ class Compression:
             UserError: a directory that cannot be written to.
         """
         keep_large_blocks_apart()
-        adapter, model = self._job.adapter, self._job.adapter.model
+        adapter, model, tasks = self._job.adapter, self._job.adapter.model, self._job.assignment.tasks
         self._progress.phase("compress", len(adapter.blocks))
-        linears = {name: model.get_submodule(name) for name in self._job.assignment.tasks}
+        linears = {name: model.get_submodule(name) for name in tasks}
         blocks = {block.name: model.get_submodule(block.name) for block in adapter.blocks}
         try:
             with (
                 writing(self._job.partial),
                 stopping(model, blocks, linears, self._pending.__contains__),
                 self._scaling.dividing(linears),
-                self._rounded_inputs(linears),
+                # After statistics were taken: no linear computes before it is compressed.
+                quantizing_inputs(linears[name] for name, task in tasks.items() if task.scheme.activations),
             ):
                 self._begin()
                 reached = self._advance()
@@ -357,11 +356,8 @@ class Compression:
             self._done[scaled.producer] = replace(done, tensors=scaled.tensors, digest=witness.digest(decoded))
 
     def _write(self, key: str, names: Sequence[str], instead: Mapping[str, Tensor] = MappingProxyType({})) -> None:
-        """One shard: what was compressed since the last one, and of `names` what is not compressed.
-
-        Args:
-            instead: values that differ in the file from those in memory.
-        """
+        """One shard: what was compressed since the last one, and of `names` what is not; `instead`: values that
+        differ in the file from those in memory."""
         with self._timed("save"):
             finished, self._done = list(self._done.values()), {}
             packed = {done.name for done in finished}
@@ -391,18 +387,6 @@ class Compression:
                     self._remaining.discard(ref.name)
         self._outcome.layers += self._journal.done[key].layers
         self._outcome.order.append(key)
-
-    @contextmanager
-    def _rounded_inputs(self, linears: Mapping[str, nn.Module]) -> Iterator[None]:
-        """While it lasts, linears with quantized activations round what they read, after statistics were taken of it:
-        no linear computes before it is compressed."""
-        tasks = self._job.assignment.tasks
-        handles = [quantize_inputs(module) for name, module in linears.items() if tasks[name].scheme.activations]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

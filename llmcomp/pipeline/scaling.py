@@ -60,14 +60,14 @@ class Scaling:
 
     Args:
         adapter: the model's structure. tasks: what is done with each linear. params: the model's values.
-        options: settings of the recipe's method. directory: for the factors of finished blocks.
+        options: settings of the recipe's method. partial: directory of unfinished work.
     """
 
     def __init__(
-        self, adapter: Adapter, tasks: Mapping[str, Task], params: Residency, options: dict[str, Any], directory: Path
+        self, adapter: Adapter, tasks: Mapping[str, Task], params: Residency, options: dict[str, Any], partial: Path
     ) -> None:
         self._adapter, self._tasks, self._params, self._options = adapter, tasks, params, options
-        self._directory = directory
+        self._directory = partial / "scales"
         self._written: dict[str, Tensor] = {}  # of the present block: what the file holds, not the memory
         self._refs = {ref.name: ref for ref in adapter.refs}
         self._factors: dict[str, Tensor] = {}
