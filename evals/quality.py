@@ -6,7 +6,7 @@ For each setting, calibration seed and tool: quantize in the tool's own environm
 its user would (`evals/score.py`), keep the loss of every window. Peers' results are kept in a JSON file per
 cell under LLMCOMP_EVAL_CACHE, keyed by the tool's version and everything that shapes the result, so a second
 run measures only what is missing; llmcomp is always measured again. The last column is llmcomp minus the
-best GPTQ peer of that cell (best by the mean over seeds), paired over windows and seeds: an interval that
+best peer of that cell (best by the mean over seeds), paired over windows and seeds: an interval that
 does not reach above zero says that no peer is better.
 """
 
@@ -81,8 +81,12 @@ TOOLS = {
     tool.name: tool
     for tool in (
         Tool("llmcomp", OURS, "gptq"),
+        Tool("llmcomp awq", OURS, "awq"),
+        Tool("llmcomp awq-gptq", OURS, "awq-gptq"),
         Tool("llmcompressor gptq", "llmcompressor", "gptq"),
         Tool("llmcompressor gptq-mse", "llmcompressor", "gptq-mse"),
+        Tool("llmcompressor awq", "llmcompressor", "awq"),
+        Tool("llmcompressor awq-gptq", "llmcompressor", "awq-gptq"),
         Tool("llmcompressor rtn-mse", "llmcompressor", "rtn-mse"),
         Tool("gptqmodel gptq", "gptqmodel", "gptq", "gptqmodel"),
         Tool("gptqmodel gptq-mse", "gptqmodel", "gptq-mse", "gptqmodel"),
@@ -205,7 +209,7 @@ def stacked(rows: list[dict], text: str) -> np.ndarray | None:
 
 def compared(values: dict[str, np.ndarray], relative: bool) -> str:
     """llmcomp minus the peer with the lowest mean, with its paired interval, as a table cell."""
-    peers = {name: value for name, value in values.items() if name != OURS and "rtn" not in name}
+    peers = {name: value for name, value in values.items() if TOOLS[name].package != OURS and "rtn" not in name}
     if OURS not in values or not peers:
         return "–"
     best = min(peers, key=lambda name: peers[name].mean())

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-METHODS = ("gptq", "gptq-mse", "rtn", "rtn-mse")
+METHODS = ("gptq", "gptq-mse", "awq", "awq-gptq", "rtn", "rtn-mse")
 TASKS = ("causal-lm", "classification")
 
 

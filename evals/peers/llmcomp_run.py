@@ -22,7 +22,10 @@ LATE = ("compressed_tensors.quantization", "datasets", "matplotlib.figure", "ric
 LATE += ("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
 LATE += ("transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama")
 # What our names for a method are called on its command line; its default is left for it to choose.
-METHOD_WORDS = {"gptq": [], "rtn": ["--method", "rtn"], "rtn-mse": ["--method", "rtn-clip"]}
+METHOD_WORDS = {
+    "gptq": [], "awq": ["--method", "awq"], "awq-gptq": ["--method", "awq-gptq"], "rtn": ["--method", "rtn"],
+    "rtn-mse": ["--method", "rtn-clip"],
+}  # fmt: skip
 
 
 def import_everything() -> None:

@@ -2,7 +2,8 @@
 
 `gptq` is GPTQModifier as it comes (static activation order, damping 0.01, min-max scales); `gptq-mse` sets
 the weight observer to `mse`, the tool's own clip search, which is its best GPTQ on every text measured;
-`rtn-mse` is that observer without GPTQ. Symmetric, linear layers of the blocks only.
+`rtn-mse` is that observer without GPTQ; `awq` and `awq-gptq` put AWQModifier with `duo_scaling: both`, its most
+thorough search, before `rtn-mse` and `gptq-mse`. Symmetric, linear layers of the blocks only.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.bert import modeling_bert  # noqa: F401 - what from_pretrained would import later
 from transformers.models.llama import modeling_llama  # noqa: F401
@@ -24,9 +26,11 @@ from evals.peers.arguments import Job, parse, rows
 OUTSIDE_BLOCKS = ["lm_head", "classifier", "re:.*pooler.*"]
 
 
-def recipe(job: Job) -> GPTQModifier | QuantizationModifier:
-    """The modifier for a job."""
-    method, _, observer = job.method.partition("-")
+def recipe(job: Job) -> list[AWQModifier | GPTQModifier | QuantizationModifier]:
+    """The modifiers for a job, in order."""
+    scaled = job.method.startswith("awq")
+    method = {"awq": "rtn-mse", "awq-gptq": "gptq-mse"}.get(job.method, job.method)
+    method, _, observer = method.partition("-")
     weights = QuantizationArgs(
         num_bits=job.bits,
         type="int",
@@ -37,7 +41,8 @@ def recipe(job: Job) -> GPTQModifier | QuantizationModifier:
     )
     groups = {"linears": QuantizationScheme(targets=["Linear"], weights=weights)}
     kind = GPTQModifier if method == "gptq" else QuantizationModifier
-    return kind(config_groups=groups, ignore=OUTSIDE_BLOCKS)
+    found = kind(config_groups=groups, ignore=OUTSIDE_BLOCKS)
+    return [AWQModifier(duo_scaling="both"), found] if scaled else [found]
 
 
 def main() -> None:

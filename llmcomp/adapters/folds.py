@@ -265,7 +265,7 @@ class _Flow(TorchDispatchMode):
         weights = [f"{name}.weight" for name in stage]
         source = next((one for one in self._sources.values() if weights[0] in one.readers), None)
         if source is None or any(weight not in source.readers for weight in weights):
-            return "what it reads is not what one norm or linear of its block gives"
+            return "its input is not the output of one norm or linear of its block"
         channels = source.readers[weights[0]]
         if any(not torch.equal(source.readers[weight], channels) for weight in weights):
             return f"its linears read different channels of {short(source.name)}"

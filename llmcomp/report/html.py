@@ -117,5 +117,4 @@ def _machine(report: Report) -> list[tuple[str, str]]:
     versions = found.pop("versions")
     found["memory"] = words.size(found["memory"])
     lines = [(name, str(value)) for name, value in found.items()]
-    llmcomp = [("llmcomp", report.llmcomp_version)] if report.llmcomp_version else []
-    return lines + llmcomp + [(str(name), str(value)) for name, value in versions.items()]
+    return lines + [(str(name), str(value)) for name, value in ({"llmcomp": report.llmcomp_version} | versions).items()]

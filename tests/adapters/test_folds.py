@@ -19,7 +19,7 @@ from llmcomp.experts import split_experts
 
 BODIES = tuple(name for name in TINY if not name.endswith("-classifier"))
 IDS = torch.randint(8, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
-NORM, LINEAR, RESIDUAL, UNKNOWN = "norm", "linear", "is also read by add", "is not what one norm or linear"
+NORM, LINEAR, RESIDUAL, UNKNOWN = "norm", "linear", "is also read by add", "is not the output of one norm or linear"
 
 # Verdicts on a block's stages, in order: the kind of producer, or a part of the reason why there is none.
 LLAMA = (NORM, LINEAR, NORM, LINEAR)
