@@ -13,7 +13,8 @@ What transformers 5.23 with compressed-tensors 0.20 reads (test_compressed_tenso
   [group, 1], and again by one scheme for all: widths and group sizes that differ are brought to a common
   one (lower bits fit in wider words; a scale may be repeated), and what is no Conv1D is stored dense.
 - A bare model: sentence-transformers calls its `forward` itself, past the hook that decodes at the first call
-  of the model, so it is decoded at load, embeddings too, by one scheme for all as above.
+  of the model, so it is decoded at load, embeddings too, by one scheme for all as above. It does so with heads,
+  too (CrossEncoder): encoders with one scheme for all linears are decoded at load.
 - Experts, which transformers keeps as one 3-D parameter: decoded while they are merged, every one that a parameter
   is made of, by the scheme of the group that is first to name them; dense ones among them are lost, and zero
   points are not looked at. So all experts of a model are packed by one symmetric scheme, or none.
@@ -202,7 +203,8 @@ def layout(entries: Sequence[Entry], model: nn.Module | None = None) -> PackedLa
     if any(scheme.activations for scheme in schemes):
         # The layout that kernels for 8-bit activations read.
         return PackedLayout({ref.name: _standard(scheme, PLAIN) for ref, scheme in entries}, {}, (), dequantize=False)
-    if len(schemes) == 1 and len(linears) == len(entries) and (bound or not next(iter(schemes)).symmetric):
+    at_load = bound or (model is not None and not _generates(model)) or not all(one.symmetric for one in schemes)
+    if len(schemes) == 1 and len(linears) == len(entries) and at_load:
         storage = {ref.name: _standard(scheme) for ref, scheme in linears}
         return PackedLayout(storage, {}, (), dequantize=True)
     storage, notes = {}, []
@@ -268,6 +270,11 @@ def _standard(scheme: Scheme, form: str = PACKED) -> Storage:
 def _refuse_activations(entries: Sequence[Entry], reason: str) -> None:
     if any(scheme.activations for _, scheme in entries):
         raise BadRecipe(f"--activations does not apply here: {reason}; leave it out.")
+
+
+def _generates(model: Any) -> bool:
+    """Whether it is a language model that writes text; encoders are what sentence-transformers opens."""
+    return bool(model.can_generate()) if hasattr(model, "can_generate") else True
 
 
 def _is_bare(model: nn.Module) -> bool:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from e2e_runs import Run, quantize, recipe_of, reload, tensors
 from tiny import tiny
+from transformers import AutoModelForMaskedLM
 
 from llmcomp.recipe import Override
 
@@ -152,6 +154,16 @@ def test_dense_is_on_the_grid_and_as_large_as_before(runs: dict[str, Run]) -> No
     weight = tensors(run.output)["model.decoder.layers.0.fc1.weight"]
     assert max(len(row.unique()) for row in weight) <= 2**3
     assert run.report.labels[0].startswith("As large and as fast as before")
+
+
+def test_an_encoder_is_decoded_before_anything_is_called(runs: dict[str, Run]) -> None:
+    """sentence-transformers' CrossEncoder calls `forward`, past the hook that decodes at the first call."""
+    output = runs["roberta-channel"].output
+    assert json.loads((output / "config.json").read_text())["quantization_config"]["dequantize"] is True
+    model = AutoModelForMaskedLM.from_pretrained(output)
+    with torch.no_grad():
+        first = model.forward(input_ids=torch.arange(8, 24)[None]).logits
+        assert torch.equal(first, model(input_ids=torch.arange(8, 24)[None]).logits)
 
 
 @pytest.mark.parametrize("name", ["llama-a8", "bert-a8", "modernbert-a8"])
