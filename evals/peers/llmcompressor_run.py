@@ -15,6 +15,7 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.bert import modeling_bert  # noqa: F401 - what from_pretrained would import later
 from transformers.models.llama import modeling_llama  # noqa: F401
@@ -45,10 +46,17 @@ def recipe(job: Job) -> list[AWQModifier | GPTQModifier | QuantizationModifier]:
     return [AWQModifier(duo_scaling="both"), found] if scaled else [found]
 
 
+def pin_only_where_there_is_an_accelerator() -> None:
+    """AWQModifier of 0.14.0.1 pins what it caches in any case, which torch refuses on a machine with only a CPU."""
+    if not torch.accelerator.is_available():
+        IntermediatesCache.pin_memory = lambda self, batch_index: None
+
+
 def main() -> None:
     """Checkpoint in, checkpoint out."""
     mark("IMPORTED")
     job = parse()
+    pin_only_where_there_is_an_accelerator()
     torch.set_num_threads(job.threads)
     auto = AutoModelForCausalLM if job.task == "causal-lm" else AutoModelForSequenceClassification
     model = auto.from_pretrained(job.model, dtype="auto")
