@@ -85,7 +85,8 @@ class Stored:
         else:
             beside = {name: tensor for name, tensor in tensors.items() if name != "weight"}
             state = functional.QuantState.from_dict(beside, device=weight.device)
-            dense = functional.dequantize_4bit(weight, state)
+            # A weight of one or two elements comes out transposed: its one byte looks like a packed row.
+            dense = functional.dequantize_4bit(weight, state).reshape(state.shape)
         return _turned(dense.to(self.dtype), self.transposed)
 
 
