@@ -29,11 +29,21 @@ from llmcomp.formats.witness import dtype_name
 from llmcomp.measure.cost import size_of
 from llmcomp.measure.machine import this_machine
 from llmcomp.measure.run import evaluate_model
-from llmcomp.pipeline.job import Data, Plan, Source, gather, model_inputs, open_source, plan_recipe
+from llmcomp.pipeline.job import (
+    Data,
+    Job,
+    Outcome,
+    Plan,
+    Source,
+    gather,
+    model_inputs,
+    open_source,
+    plan_recipe,
+)
 from llmcomp.pipeline.journal import Journal, fingerprint
 from llmcomp.pipeline.memory import PeakMemory
 from llmcomp.pipeline.plan import bytes_after
-from llmcomp.pipeline.run import Compression, Job, Outcome
+from llmcomp.pipeline.run import Compression
 from llmcomp.pipeline.streaming import open_streamed
 from llmcomp.pipeline.whole import Conversion, prepare
 from llmcomp.progress import Progress

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from llmcomp.pipeline.assign import Assignment, assign
 from llmcomp.pipeline.solve import method_config
 from llmcomp.progress import Progress
 from llmcomp.recipe import FIXED, QuantizeStep, Recipe
+from llmcomp.report.schema import LayerReport
 
 TOKENS_PER_BATCH = 1024  # of one forward; more gains little speed and costs memory
 _WITNESSES, _WITNESS_TOKENS = 2, 64
@@ -59,6 +60,52 @@ class Plan:
     ties: Mapping[str, str]
     untied: bool
     whole: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything the loop needs, resolved and checked.
+
+    Attributes:
+        adapter: structure, its model's parameters on meta.
+        binding: where the parameters lie in the source.
+        assignment: what is done with each linear.
+        options: settings of the recipe's method.
+        layout: how compressed weights are stored.
+        ties: {name: name it shares storage with} in the checkpoint that is written.
+        batches: inputs of the model for calibration.
+        witness: inputs of the model for verification.
+        partial: directory of unfinished work.
+        activation_memory: bytes that the lanes' inputs may take before they go to files.
+    """
+
+    adapter: Adapter
+    binding: Binding
+    assignment: Assignment
+    options: dict[str, Any]
+    layout: Layout
+    ties: Mapping[str, str]
+    batches: Sequence[Mapping[str, Tensor]]
+    witness: Mapping[str, Tensor]
+    partial: Path
+    activation_memory: int
+
+
+@dataclass
+class Outcome:
+    """What the loop has done.
+
+    Attributes:
+        order: names of the shards, first to last. phases: seconds by phase. resumed: blocks that an earlier
+        run had finished. spilled: bytes of activations that went to files. source: name → (shape, dtype).
+    """
+
+    layers: list[LayerReport] = field(default_factory=list)
+    order: list[str] = field(default_factory=list)
+    phases: dict[str, float] = field(default_factory=dict)
+    resumed: int = 0
+    spilled: int = 0
+    source: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
 
 
 def open_source(path: Path, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> Source:

@@ -11,25 +11,23 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from llmcomp.activations import quantizing_inputs
-from llmcomp.adapters.base import Adapter, Block, LinearRef
+from llmcomp.adapters.base import Block, LinearRef
 from llmcomp.calibration.capture import Lane, Stop, advance_all, stopping
 from llmcomp.calibration.parking import Parking
 from llmcomp.calibration.stats import GramAccumulator
-from llmcomp.checkpoint import Binding
 from llmcomp.errors import RunError
-from llmcomp.formats import Layout, witness
+from llmcomp.formats import witness
 from llmcomp.formats.save import ShardWriter, writing
-from llmcomp.pipeline.assign import Assignment, Task
+from llmcomp.pipeline.assign import Task
+from llmcomp.pipeline.job import Job, Outcome
 from llmcomp.pipeline.journal import Journal
 from llmcomp.pipeline.memory import keep_large_blocks_apart, return_freed_memory
 from llmcomp.pipeline.residency import Residency
@@ -39,52 +37,6 @@ from llmcomp.progress import Progress
 from llmcomp.report.schema import LayerReport
 
 _HOLES = 8 * 2**20  # bytes that went to files and left holes in the heap, too scattered to be filled again
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything the loop needs, resolved and checked.
-
-    Attributes:
-        adapter: structure, its model's parameters on meta.
-        binding: where the parameters lie in the source.
-        assignment: what is done with each linear.
-        options: settings of the recipe's method.
-        layout: how compressed weights are stored.
-        ties: {name: name it shares storage with} in the checkpoint that is written.
-        batches: inputs of the model for calibration.
-        witness: inputs of the model for verification.
-        partial: directory of unfinished work.
-        activation_memory: bytes that the lanes' inputs may take before they go to files.
-    """
-
-    adapter: Adapter
-    binding: Binding
-    assignment: Assignment
-    options: dict[str, Any]
-    layout: Layout
-    ties: Mapping[str, str]
-    batches: Sequence[Mapping[str, Tensor]]
-    witness: Mapping[str, Tensor]
-    partial: Path
-    activation_memory: int
-
-
-@dataclass
-class Outcome:
-    """What the loop has done.
-
-    Attributes:
-        order: names of the shards, first to last. phases: seconds by phase. resumed: blocks that an earlier
-        run had finished. spilled: bytes of activations that went to files. source: name → (shape, dtype).
-    """
-
-    layers: list[LayerReport] = field(default_factory=list)
-    order: list[str] = field(default_factory=list)
-    phases: dict[str, float] = field(default_factory=dict)
-    resumed: int = 0
-    spilled: int = 0
-    source: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,10 @@ from llmcomp.formats.bitsandbytes import BnbLayout, load, save
 from llmcomp.formats.save import ShardWriter, writing
 from llmcomp.matmul import WideProducts
 from llmcomp.pipeline.footprint import converting
-from llmcomp.pipeline.job import Plan, Source
+from llmcomp.pipeline.job import Outcome, Plan, Source
 from llmcomp.pipeline.memory import return_freed_memory
 from llmcomp.pipeline.plan import bytes_after
 from llmcomp.pipeline.residency import check_finite
-from llmcomp.pipeline.run import Outcome
 from llmcomp.pipeline.streaming import streamed
 from llmcomp.progress import Progress
 from llmcomp.report.schema import LayerReport
