@@ -135,6 +135,12 @@ def sentence_kl(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
     return (np.exp(p) * (p - q)).sum(axis=1)
 
 
+def sentence_labels(path: Path) -> np.ndarray:
+    """Labels int64 [rows] of a JSONL file with `sentence` and `label`."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return np.array([int(json.loads(line)["label"]) for line in lines])
+
+
 @dataclass(frozen=True)
 class Interval:
     """A mean with its 95% interval, in the unit of what was averaged."""

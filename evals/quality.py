@@ -34,6 +34,7 @@ from evals.common import (
     paired_interval,
     percent,
     sentence_kl,
+    sentence_labels,
 )
 from evals.process import RunFailed, environment, machine, run, versions
 from evals.setup_peers import peer_python
@@ -238,25 +239,34 @@ def lm_table(part: Part, tools: list[str], results: dict, dense: dict[str, list]
 
 
 def sst2_table(part: Part, tools: list[str], results: dict, dense: dict[str, list]) -> str:
-    """Mean and 99th-percentile KL from the original, agreement with it, per setting and tool."""
+    """Accuracy and its difference from the original's in points, mean and 99th-percentile KL from the original,
+    agreement with it, per setting and tool."""
     rows = []
     original = np.array(dense["sst2"])
+    labels = sentence_labels(assets_root() / part.texts["sst2"])
+    before = original.argmax(-1) == labels
     for setting in part.settings:
         divergences, cells = {}, {}
         for name in tools:
             logits = stacked(results.get((setting.name, name), [{"failed": "not run"}]), "sst2")
             if logits is None:
-                cells[name] = ["refused", "–", "–"]
+                cells[name] = ["refused", *["–"] * 4]
                 continue
             kl = np.stack([sentence_kl(original, one) for one in logits])
             agree = (logits.argmax(-1) == original.argmax(-1)).mean()
+            after = logits.argmax(-1) == labels
+            lost = paired_interval(100.0 * after, np.broadcast_to(100.0 * before, after.shape))
             divergences[name] = kl
-            cells[name] = [f"{kl.mean():.2e}", f"{np.percentile(kl, 99):.2e}", f"{agree:.2%}"]
+            cells[name] = [
+                f"{after.mean():.2%}", f"{lost.mean:+.2f} [{lost.low:+.2f}, {lost.high:+.2f}]",
+                f"{kl.mean():.2e}", f"{np.percentile(kl, 99):.2e}", f"{agree:.2%}",
+            ]  # fmt: skip
         for name in tools:
             note = compared(divergences, False) if name == OURS else ""
             rows.append([setting.name, name, *cells[name], note])
-    return markdown(
-        ["setting", "tool", "KL mean", "KL p99", "agreement", "KL, llmcomp − best peer (95%)"], rows
+    head = ["setting", "tool", "accuracy", "points − original (95%)", "KL mean", "KL p99", "agreement"]
+    return f"Original: accuracy {before.mean():.2%}.\n\n" + markdown(
+        [*head, "KL, llmcomp − best peer (95%)"], rows
     )
 
 

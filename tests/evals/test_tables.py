@@ -1,0 +1,29 @@
+"""The benchmark's table of a classifier, on logits whose answers are known."""
+
+import json
+
+import numpy as np
+
+from evals.quality import PARTS, sst2_table
+
+
+def test_accuracy_is_counted_against_the_labels_and_in_points_from_the_original(tmp_path, monkeypatch):
+    labels = [0, 1, 1, 0]
+    folder = tmp_path / "data" / "sst2"
+    folder.mkdir(parents=True)
+    rows = [json.dumps({"sentence": "a", "label": label}) for label in labels]
+    (folder / "test.jsonl").write_text("\n".join(rows) + "\n")
+    monkeypatch.setenv("LLMCOMP_ASSETS", str(tmp_path))
+    original = np.eye(2)[[0, 1, 1, 1]].tolist()  # three of four are right
+    compressed = np.eye(2)[[0, 1, 0, 1]].tolist()  # two are, and one answer differs
+    part = PARTS["sst2"]
+    results = {(setting.name, "llmcomp"): [{"scores": {"sst2": compressed}}] * 3 for setting in part.settings}
+
+    table = sst2_table(part, ["llmcomp", "llmcompressor gptq"], results, {"sst2": original})
+
+    row = next(line for line in table.splitlines() if "| 4-bit g128    | llmcomp " in line)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert "accuracy 75.00%" in table
+    assert cells[2:4] == ["50.00%", "-25.00 [-75.00, +0.00]"]
+    assert cells[6] == "75.00%"
+    assert "refused" in table.splitlines()[-1]
