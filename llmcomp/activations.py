@@ -1,4 +1,7 @@
-"""Activations in 8 bits, as readers of a W8A8 checkpoint compute them: each token scaled by its own largest entry.
+"""Activations in 8 bits, as readers of a W8A8 checkpoint compute them.
+
+`int8-dynamic`: each token is scaled by its own largest entry. `int8-static`: one scale for everything that a linear
+will ever read, found in calibration and stored beside its weight as `input_scale`.
 
 Plain transformers simulates this on a CPU (compressed-tensors quantizes and dequantizes each input); vLLM
 multiplies integers. What is computed here is the reader's own arithmetic, to the bit.
@@ -6,43 +9,44 @@ multiplies integers. What is computed here is the reader's own arithmetic, to th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+STEPS = 127.5  # from zero to the largest entry, as compressed-tensors counts them
 
-def quantized(inputs: Tensor) -> Tensor:
-    """Inputs rounded to int8 and back: scale = max|x| / 127.5 of each token, in the inputs' own dtype.
+
+def quantized(inputs: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Inputs rounded to int8 and back, in the scale's dtype.
 
     Args:
-        inputs: floating [batch, tokens, features]. Of a tensor of two dimensions compressed-tensors takes one
-            scale for all, so this does too.
+        inputs: floating [batch, tokens, features].
+        scale: [1]; None for max|x| / 127.5 of each token, in the inputs' own dtype. Of a tensor of two dimensions
+            compressed-tensors then takes one scale for all, so this does too.
     """
-    features = tuple(range(2, inputs.ndim)) or tuple(range(inputs.ndim))
-    scale = inputs.abs().amax(features, keepdim=True).div_(127.5)
-    scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
-    return (inputs / scale).clamp_(-128, 127).round_().mul_(scale)
+    if scale is None:
+        features = tuple(range(2, inputs.ndim)) or tuple(range(inputs.ndim))
+        scale = _above_zero(inputs.abs().amax(features, keepdim=True).div_(STEPS))
+    return (inputs / scale).clamp_(-128, 127).round_().to(scale.dtype).mul_(scale)
 
 
-def quantize_inputs(module: nn.Module) -> RemovableHandle:
-    """Let a linear compute with quantized inputs until the handle is removed."""
+def static_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale [1], in the dtype it is stored in, that serves inputs up to max(`largest`)."""
+    return _above_zero((largest.amax().float() / STEPS).to(dtype).reshape(1))
+
+
+def _above_zero(scale: Tensor) -> Tensor:
+    """compressed-tensors' own way with inputs that are all zero."""
+    return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
+
+
+def quantize_inputs(module: nn.Module, rounded: Callable[[Tensor], Tensor] = quantized) -> RemovableHandle:
+    """Let a linear compute with rounded inputs until the handle is removed."""
 
     def hook(_: nn.Module, positional: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (quantized(positional[0]), *positional[1:])
+        return (rounded(positional[0]), *positional[1:])
 
     return module.register_forward_pre_hook(hook)
-
-
-@contextmanager
-def quantizing_inputs(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Let linears compute with quantized inputs while it lasts."""
-    handles = [quantize_inputs(module) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

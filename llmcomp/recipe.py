@@ -63,8 +63,9 @@ class QuantizeStep:
         group_size: weights that share a scale, or 'channel', or None for the default: 128 where the width
             allows it, else the largest of 64 and 32 that divides it, else per channel (the report counts it).
         symmetric: no zero points.
-        activations: 'int8-dynamic' lets each linear round its inputs to 8 bits, token by token; the weights
-            then have 8 bits per channel.
+        activations: lets each linear round its inputs to 8 bits; the weights then have 8 bits per channel.
+            'int8-dynamic': token by token; 'int8-static': by one scale for all, found in calibration, after loud
+            channels were scaled down where something before the linear can take that over.
         options: the method's own settings, such as {damping: 0.01}; unknown ones are errors.
     """
 

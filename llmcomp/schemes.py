@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from llmcomp.errors import BadRecipe
 
 BITS = (2, 3, 4, 8)
-INT8_DYNAMIC = "int8-dynamic"
+INT8_DYNAMIC, INT8_STATIC = "int8-dynamic", "int8-static"
+# Ways to round inputs (`llmcomp.activations`), and what tables call them.
+ACTIVATIONS = {INT8_DYNAMIC: "a8", INT8_STATIC: "a8 static"}
 GROUP_SIZES = (32, 64, 128)
 
 
@@ -20,8 +22,8 @@ GROUP_SIZES = (32, 64, 128)
 class Scheme:
     """Bits, granularity and symmetry of one quantized weight [out, in].
 
-    `group_size=None` means per channel: one scale for each output row. `activations='int8-dynamic'`: the linear
-    also rounds its inputs (`llmcomp.activations`); kernels for that want weights of 8 bits per channel.
+    `group_size=None` means per channel: one scale for each output row. `activations`, one of `ACTIVATIONS`: the
+    linear also rounds its inputs; kernels for that want weights of 8 bits per channel.
 
     >>> Scheme(4, 128).groups(512)
     4
@@ -45,8 +47,9 @@ class Scheme:
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
             sizes = ", ".join(map(str, GROUP_SIZES))
             raise BadRecipe(f"--group-size {self.group_size} cannot be: choose one of {sizes} or 'channel'.")
-        if self.activations not in (None, INT8_DYNAMIC):
-            raise BadRecipe(f"--activations {self.activations} cannot be: it is {INT8_DYNAMIC} or left out.")
+        if self.activations is not None and self.activations not in ACTIVATIONS:
+            ways = ", ".join(ACTIVATIONS)
+            raise BadRecipe(f"--activations {self.activations} cannot be: it is one of {ways}, or left out.")
         if self.activations is not None and (self.bits, self.group_size, self.symmetric) != (8, None, True):
             raise BadRecipe(
                 f"--activations {self.activations} needs symmetric weights of 8 bits per channel, not {self._stored}; "
@@ -63,8 +66,8 @@ class Scheme:
 
     @property
     def label(self) -> str:
-        """Short text for tables, such as 'int4 g128 asym' or 'int8 channel a8'."""
-        return self._stored + ("" if self.activations is None else " a8")
+        """Short text for tables, such as 'int4 g128 asym' or 'int8 channel a8 static'."""
+        return self._stored + ("" if self.activations is None else f" {ACTIVATIONS[self.activations]}")
 
     @property
     def _stored(self) -> str:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from llmcomp.schemes import Scheme
 
+INPUT_SCALE = "input_scale"  # of a module that rounds its inputs by a fixed scale, as compressed-tensors calls it
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
@@ -23,12 +25,15 @@ class QuantizedWeight:
         scale: [out, groups], in the dtype it is stored in (and the dtype of the dense weight).
         zero_point: int8 [out, groups], or None when the scheme is symmetric.
         scheme: bits, group size, symmetry.
+        input_scale: [1], in the scale's dtype, by which the linear rounds its inputs, where its scheme says that this
+            is known beforehand; methods leave it out.
     """
 
     values: Tensor
     scale: Tensor
     zero_point: Tensor | None
     scheme: Scheme
+    input_scale: Tensor | None = None
 
     def dense(self) -> Tensor:
         """The weight [out, in] as a reader decodes it, bit for bit: arithmetic in the scale's own dtype."""
@@ -46,7 +51,8 @@ class QuantizedWeight:
         zeros = 0
         if self.zero_point is not None:
             zeros = _packed_words(rows, self.scheme.bits) * self.scale.shape[1] * 4
-        return packed + self.scale.numel() * self.scale.element_size() + zeros
+        floats = self.scale.numel() + (0 if self.input_scale is None else self.input_scale.numel())
+        return packed + floats * self.scale.element_size() + zeros
 
 
 CompressedWeight = QuantizedWeight

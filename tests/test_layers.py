@@ -35,7 +35,7 @@ ROWS = [
 SHARED = {
     "cli": {"options", "progress"},
     "formats": {"base", "reading", "save", "witness"},
-    "methods": {"_grid", "_solve", "solution", "rtn", "gptq"},
+    "methods": {"_grid", "_scale", "_solve", "solution", "rtn", "gptq"},
 }
 COLLECTORS = {"cli.main", "formats", "methods"}  # the three that name every file of their package
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llmcomp import schemes
 from llmcomp.errors import BadRecipe
-from llmcomp.schemes import BITS, GROUP_SIZES, Scheme
+from llmcomp.schemes import ACTIVATIONS, BITS, GROUP_SIZES, Scheme
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
@@ -67,6 +67,7 @@ def test_a_scheme_is_a_value() -> None:
 
 def test_rounded_activations_have_a_label_of_their_own() -> None:
     assert Scheme(8, activations="int8-dynamic").label == "int8 channel a8"
+    assert Scheme(8, activations="int8-static").label == "int8 channel a8 static"
 
 
 @pytest.mark.parametrize(
@@ -76,11 +77,12 @@ def test_rounded_activations_have_a_label_of_their_own() -> None:
 def test_activations_want_weights_of_8_bits_per_channel(
     bits: int, group_size: int | None, symmetric: bool, stored: str
 ) -> None:
-    said = f"int8-dynamic needs symmetric weights of 8 bits per channel, not {stored}; take --bits 8"
-    with pytest.raises(BadRecipe, match=said):
-        Scheme(bits, group_size, symmetric, "int8-dynamic")
+    for way in ACTIVATIONS:
+        said = f"{way} needs symmetric weights of 8 bits per channel, not {stored}; take --bits 8"
+        with pytest.raises(BadRecipe, match=said):
+            Scheme(bits, group_size, symmetric, way)
 
 
 def test_activations_that_cannot_be() -> None:
-    with pytest.raises(BadRecipe, match="--activations int4 cannot be: it is int8-dynamic or left out"):
+    with pytest.raises(BadRecipe, match="int4 cannot be: it is one of int8-dynamic, int8-static, or left out"):
         Scheme(8, activations="int4")

@@ -34,7 +34,8 @@ Activations = Annotated[
     str | None,
     typer.Option(
         "--activations",
-        help="int8-dynamic: linears also round their inputs, each token by its own scale (W8A8).",
+        help="Linears also round their inputs (W8A8). int8-dynamic: each token by its own scale; int8-static: by one "
+        "scale for each linear, from calibration.",
         show_default="not rounded",
     ),
 ]

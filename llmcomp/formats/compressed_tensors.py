@@ -41,14 +41,16 @@ from llmcomp import packing
 from llmcomp.errors import BadRecipe
 from llmcomp.experts import expert_shares
 from llmcomp.formats.base import Entry, Ref, dense_tensors, linears_of, made_when_alone
-from llmcomp.schemes import Scheme
-from llmcomp.weights import CompressedWeight
+from llmcomp.schemes import INT8_DYNAMIC, INT8_STATIC, Scheme
+from llmcomp.weights import INPUT_SCALE, CompressedWeight
 
 PACKED, PLAIN = "pack-quantized", "int-quantized"
-# How inputs are rounded: `llmcomp.activations`.
-_PER_TOKEN = {
-    "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True,
-}  # fmt: skip
+_INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None}
+# How inputs are rounded (`llmcomp.activations`).
+_INPUTS = {
+    INT8_DYNAMIC: {**_INT8, "strategy": "token", "dynamic": True},
+    INT8_STATIC: {**_INT8, "strategy": "tensor", "dynamic": False},
+}
 SMALLEST_GROUP = 32  # repeating scales for smaller groups than this would cost more than it saves
 
 
@@ -63,7 +65,7 @@ class Storage:
         group: weights along the input that share a scale, None for the whole row.
         symmetric: no zero points.
         transposed: the file holds [in, out].
-        activations: the linear's inputs are rounded to int8, token by token.
+        activations: how the linear's inputs are rounded, of `llmcomp.schemes.ACTIVATIONS`, if they are.
     """
 
     format: str
@@ -72,7 +74,7 @@ class Storage:
     group: int | None
     symmetric: bool
     transposed: bool = False
-    activations: bool = False
+    activations: str | None = None
 
     @property
     def packs_zeros(self) -> bool:
@@ -114,6 +116,8 @@ class PackedLayout:
             values, scale, zero = values.t(), scale.t(), None if zero is None else zero.t()
         prefix = f"{ref.name}.weight"
         tensors = {f"{prefix}_scale": scale.contiguous()}
+        if weight.input_scale is not None:
+            tensors[f"{ref.name}.{INPUT_SCALE}"] = weight.input_scale
         if zero is not None:
             zero = packing.pack(zero, storage.bits, 0) if storage.packs_zeros else zero.contiguous()
             tensors[f"{prefix}_zero_point"] = zero
@@ -141,12 +145,13 @@ class PackedLayout:
             return rows * columns * itemsize
         storage, scales = self.storage[ref.name], rows * self._groups(ref)
         zeros = 0 if storage.symmetric else scales
+        inputs = itemsize if storage.activations == INT8_STATIC else 0
         if storage.packs_zeros:
             zeros = packing.words(rows, storage.bits) * 4 * self._groups(ref)
         if storage.transposed:
             rows, columns = columns, rows
         packed = rows * packing.words(columns, storage.bits) * 4 + 2 * 8  # and the int64 shape
-        return scales * itemsize + zeros + (rows * columns if storage.format == PLAIN else packed)
+        return scales * itemsize + inputs + zeros + (rows * columns if storage.format == PLAIN else packed)
 
     def config(self, model: nn.Module) -> dict[str, Any] | None:
         if not self.storage:
@@ -166,7 +171,7 @@ class PackedLayout:
                 f"group_{n}": {
                     "targets": targets[storage],
                     "weights": storage.args(),
-                    "input_activations": _PER_TOKEN if storage.activations else None,
+                    "input_activations": _INPUTS[storage.activations] if storage.activations else None,
                     "output_activations": None,
                     "format": storage.format,
                 }
@@ -263,8 +268,7 @@ def _initializes_weights(model: nn.Module, names: tuple[str, ...]) -> bool:
 
 def _standard(scheme: Scheme, form: str = PACKED) -> Storage:
     strategy = "channel" if scheme.group_size is None else "group"
-    activations = scheme.activations is not None
-    return Storage(form, scheme.bits, strategy, scheme.group_size, scheme.symmetric, activations=activations)
+    return Storage(form, scheme.bits, strategy, scheme.group_size, scheme.symmetric, activations=scheme.activations)
 
 
 def _refuse_activations(entries: Sequence[Entry], reason: str) -> None:

@@ -20,6 +20,7 @@ from llmcomp import bnb
 from llmcomp.errors import VerificationFailed
 from llmcomp.experts import file_renaming, split_experts
 from llmcomp.formats.save import INDEX
+from llmcomp.schemes import INT8_DYNAMIC, INT8_STATIC
 
 _AUTO = (
     "ForCausalLM",
@@ -31,6 +32,8 @@ _AUTO = (
     "",
 )
 _PARTS = ("", "_packed", "_scale", "_shape", "_zero_point")
+# Of input activations, by what a scale is for and whether it is made when the input is there.
+_ROUNDING = {("token", True): INT8_DYNAMIC, ("tensor", False): INT8_STATIC}
 
 
 class Stored(Protocol):
@@ -163,21 +166,21 @@ def _stored_by_bnb(directory: Path, tensors: Iterable[str]) -> dict[str, Stored]
     return {name: bnb.Stored(kind, dtype, plain[name]) for name in sorted(held)}
 
 
-def rounding(stored: Mapping[str, Stored]) -> set[str]:
-    """Names of the modules whose inputs the reader rounds (`llmcomp.activations`).
+def rounding(stored: Mapping[str, Stored]) -> dict[str, str]:
+    """{module whose inputs the reader rounds: how}, as in `llmcomp.schemes.ACTIVATIONS`.
 
     Raises:
         VerificationFailed: inputs that are rounded in another way.
     """
-    found = set()
+    found = {}
     for name, one in stored.items():
         args = one.scheme.input_activations if isinstance(one, Packed) else None
         if args is None:
             continue
-        said = {"bits": args.num_bits, "type": args.type, "per": args.strategy, "dynamic": args.dynamic}
-        if not args.symmetric or said != {"bits": 8, "type": "int", "per": "token", "dynamic": True}:
+        way = _ROUNDING.get((args.strategy, args.dynamic))
+        if way is None or not args.symmetric or (args.num_bits, args.type) != (8, "int"):
             raise VerificationFailed(f"{name} reads inputs that are rounded in a way llmcomp does not compute: {args}.")
-        found.add(name)
+        found[name] = way
     return found
 
 

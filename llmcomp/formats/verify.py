@@ -43,6 +43,8 @@ from llmcomp.formats.reading import (
 from llmcomp.formats.witness import Digest, Witness, digest, dtype_name, model_output
 from llmcomp.matmul import WideProducts
 from llmcomp.report.schema import Verification
+from llmcomp.schemes import ACTIVATIONS
+from llmcomp.weights import INPUT_SCALE
 
 # Root mean square of the outputs' difference over the outputs' standard deviation. The parameters are equal
 # to the bit, so what is left is the order of summation: units in the last place, grown through the blocks.
@@ -97,8 +99,11 @@ def check(directory: Path, witness: Path, stream: bool | None = None) -> Verific
     _same_dtype(directory, known)
     stored = stored_modules(directory, tensors)
     require_same(set(stored), set(known.compressed), "stored compressed", "planned to be")
-    planned = {name for name, label in known.compressed.items() if label.endswith(" a8")}
-    require_same(rounding(stored), planned, "read with rounded inputs", "planned to be")
+    read = rounding(stored)
+    for way, label in ACTIVATIONS.items():
+        planned = {name for name, said in known.compressed.items() if said.endswith(f" {label}")}
+        rounded = {name for name, found in read.items() if found == way}
+        require_same(rounded, planned, f"read with inputs rounded by {way}", "planned to be")
     files = len({place.path for place in tensors.values()})
     checks = [f"{files} files complete, {len(stored)} modules stored compressed as planned"]
     if stream is None:
@@ -165,7 +170,7 @@ def _run(model: nn.Module, known: Witness) -> Tensor:
 def _compare_model(model: nn.Module, stored: Mapping[str, Stored], known: Witness) -> None:
     split_experts(model)
     state = model.state_dict()
-    for owner, one in stored.items():  # scales and the like are kept beside the weight
+    for owner, one in stored.items():  # the weight's scales and the like are kept beside it
         for part in one.names(owner):
             if part != f"{owner}.weight":
                 state.pop(part, None)
@@ -182,9 +187,12 @@ def _compare_model(model: nn.Module, stored: Mapping[str, Stored], known: Witnes
 
 def _compare_tensor(name: str, tensor: Tensor, expected: Digest, known: Witness) -> None:
     shape, dtype = tuple(tensor.shape), dtype_name(tensor.dtype)
-    if name not in known.source:
-        raise VerificationFailed(f"{name} is not a tensor of the source model.")
-    for where, wanted in (("source", known.source[name]), ("witness", (expected.shape, expected.dtype))):
+    wanted_by = {"witness": (expected.shape, expected.dtype)}
+    if not name.endswith(f".{INPUT_SCALE}"):
+        if name not in known.source:
+            raise VerificationFailed(f"{name} is not a tensor of the source model.")
+        wanted_by = {"source": known.source[name], **wanted_by}
+    for where, wanted in wanted_by.items():
         if (shape, dtype) != wanted:
             raise VerificationFailed(
                 f"{name} is {dtype} {list(shape)}, but {wanted[1]} {list(wanted[0])} in the {where}."
@@ -211,7 +219,7 @@ def _compare_output(output: Tensor, known: Witness, kernels: float) -> tuple[flo
         raise VerificationFailed("The compressed model's own outputs are not finite.")
     difference = (output - wanted).abs()
     spread = float(difference.square().mean().sqrt() / wanted.std().clamp_min(1e-12))
-    dtypes = {known.source[name][1] for name in known.digests} & set(TOLERANCE)
+    dtypes = {known.source[name][1] for name in known.digests if name in known.source} & set(TOLERANCE)
     allowed = max(kernels, *(TOLERANCE[dtype] for dtype in dtypes or ("float32",)))
     if spread > allowed:
         raise VerificationFailed(

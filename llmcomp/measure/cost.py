@@ -31,7 +31,7 @@ from llmcomp.shards import TensorInfo, read_json_object, read_shard, weight_file
 
 # What is stored beside a packed or integer weight; counted as bytes, not as parameters.
 _BESIDE = (
-    *("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale"),
+    *("input_scale", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale"),
     *bnb.BESIDE,
 )
 

@@ -4,8 +4,7 @@ W x = (W diag(s)) (x / s): a column of W that is multiplied before rounding is r
 is taken over by the operation that makes x (`llmcomp.adapters.folds` finds it). The paper's family s = r^a is
 searched, r the size of each channel; here
 
-* scales are powers of two. Multiplying and dividing by them is exact in every floating dtype, so folding changes
-  no bit of what an unquantized model computes, bf16 and fp16 included;
+* scales are powers of two, so folding changes no bit of what an unquantized model computes (`_scale`);
 * the error of each candidate is the exact one, tr(E G E') with the Gram matrix G, instead of a run of the module.
 
 `awq` rounds the scaled weight with searched clipping (`rtn-clip`; the paper's section 3.2 with `AutoAWQ`'s
@@ -22,15 +21,11 @@ from torch import Tensor
 
 from llmcomp.calibration.stats import InputStats
 from llmcomp.errors import BadRecipe
-from llmcomp.methods._grid import SEARCH, round_to, search_grid
+from llmcomp.methods._scale import exponents, pooled, rounding_error, sampled
 from llmcomp.methods.gptq import GPTQConfig, gptq
 from llmcomp.methods.rtn import rtn_clip
-from llmcomp.methods.solution import Solution, quadratics
+from llmcomp.methods.solution import Solution
 from llmcomp.schemes import Scheme
-from llmcomp.weights import dequantize
-
-_ROWS = 256  # of all weights with one input, evenly spaced, whose error stands for all
-_LARGEST = 6  # exponent of a scale: keeps scales of fp16 weights away from their smallest numbers
 
 
 @dataclass(frozen=True)
@@ -93,51 +88,27 @@ def search_scale(
     Returns:
         float32 [in], powers of two; ones where no scale lowers the error.
     """
-    assert stats.gram is not None  # no method has used it up yet
-    samples = _sampled(weights)
-    sizes = _sizes(stats, channels)
+    samples, sizes = sampled(weights), _sizes(stats, channels)
     best = torch.zeros_like(sizes)
-    least = _error(samples, schemes, stats, best)
+    least = rounding_error(samples, schemes, stats, torch.exp2(best))
     tried = {tuple(best.tolist())}
     for step in range(1, config.steps + 1):
-        exponents = (sizes * (step / config.steps)).round().clamp(-_LARGEST, _LARGEST)
-        key = tuple(exponents.tolist())
+        whole = exponents(sizes * (step / config.steps))
+        key = tuple(whole.tolist())
         if key in tried:
             continue
         tried.add(key)
-        error = _error(samples, schemes, stats, exponents)
+        error = rounding_error(samples, schemes, stats, torch.exp2(whole))
         if error < least:
-            best, least = exponents, error
+            best, least = whole, error
     return torch.exp2(best)
-
-
-def _sampled(weights: Sequence[Tensor]) -> list[Tensor]:
-    """Evenly spaced rows of each weight, in proportion to its rows."""
-    step = max(1, sum(weight.shape[0] for weight in weights) // _ROWS)
-    return [weight[::step].float() for weight in weights]
 
 
 def _sizes(stats: InputStats, channels: Tensor) -> Tensor:
     """log2 of the root mean square of each input, pooled over those that share a scale, less the mean; float32 [in]."""
-    count = int(channels.max()) + 1
-    power = torch.zeros(count, dtype=torch.float64).index_add_(0, channels, stats.diagonal.double())
-    members = torch.zeros(count, dtype=torch.float64).index_add_(0, channels, torch.ones(len(channels)).double())
-    pooled = (power / members.clamp_min(1))[channels]
-    floor = pooled.max() * 2.0**-40
+    power = pooled(stats.diagonal, channels, "mean")
+    floor = power.max() * 2.0**-40
     if floor == 0:
         return torch.zeros(len(channels))
-    sizes = pooled.clamp_min(floor).log2() / 2
+    sizes = power.clamp_min(floor).log2() / 2
     return (sizes - sizes.mean()).float()
-
-
-def _error(samples: Sequence[Tensor], schemes: Sequence[Scheme], stats: InputStats, exponents: Tensor) -> float:
-    """tr(E G E') of the sampled rows, E = W - Q(W diag(s)) diag(s)^-1."""
-    scale = torch.exp2(exponents)
-    importance = stats.diagonal / scale.square()
-    assert stats.gram is not None
-    total = 0.0
-    for rows, scheme in zip(samples, schemes, strict=True):
-        grid = search_grid(rows * scale, scheme, torch.float32, importance, *SEARCH[scheme.bits])
-        rounded = dequantize(round_to(rows * scale, grid), grid.scale, grid.zero_point)
-        total += float(quadratics(rows - rounded / scale, stats.gram).sum())
-    return total

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class Solution:
         held = self.weight
         zero = None if held.zero_point is None else held.zero_point[start:stop]
         return Solution(
-            QuantizedWeight(held.values[start:stop], held.scale[start:stop], zero, held.scheme),
+            replace(held, values=held.values[start:stop], scale=held.scale[start:stop], zero_point=zero),
             None if self.row_error is None else self.row_error[start:stop],
             None if self.row_norm is None else self.row_norm[start:stop],
             self.damping,

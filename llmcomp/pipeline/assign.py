@@ -8,7 +8,7 @@ from llmcomp.adapters.base import Adapter, LinearRef
 from llmcomp.errors import BadRecipe
 from llmcomp.methods import METHODS
 from llmcomp.recipe import ROLES, QuantizeStep, matches, override_for, scheme_for
-from llmcomp.schemes import Scheme
+from llmcomp.schemes import INT8_DYNAMIC, INT8_STATIC, Scheme
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,13 @@ def assign(adapter: Adapter, step: QuantizeStep) -> Assignment:
                 tasks[ref.name] = task
     if not tasks and not problems:
         problems.append("the recipe's targets and overrides leave nothing to quantize")
+    made = Assignment(tasks, left)
+    if step.activations == INT8_STATIC and tasks and not made.calibrated:
+        able = ", ".join(name for name, method in METHODS.items() if method.calibrated)
+        problems.append(
+            f"--activations {INT8_STATIC} finds its ranges in calibration, and method {step.method} reads no text; "
+            f"choose one of {able}, or --activations {INT8_DYNAMIC}"
+        )
     if misfits and len(misfits) == len(tasks):
         widths = sorted({ref.in_features for ref in misfits})
         problems.append(
@@ -67,7 +74,7 @@ def assign(adapter: Adapter, step: QuantizeStep) -> Assignment:
         )
     if problems:
         raise BadRecipe(f"The recipe does not fit {adapter.architecture}: " + "; ".join(problems) + ".")
-    return Assignment(tasks, left)
+    return made
 
 
 def _task(ref: LinearRef, step: QuantizeStep, misfits: list[LinearRef], problems: list[str]) -> Task | None:

@@ -17,6 +17,7 @@ from llmcomp.pipeline.job import Plan, plan_recipe
 from llmcomp.pipeline.timing import Rates, measure_rates, seconds
 from llmcomp.pipeline.waiting import Waiting, waiting
 from llmcomp.recipe import Calibration, Recipe
+from llmcomp.schemes import INT8_STATIC
 from llmcomp.weights import QuantizedWeight
 
 # What a shard's header says of a tensor beside its name, shape and offsets.
@@ -101,8 +102,9 @@ def prospect(
     own = row(adapter, recipe, calibration, activation_memory, rates, look)
     rows, planned = [own], plan_recipe(recipe, adapter)
     for width in () if planned.whole else bits:  # there is nothing to choose
-        for method in METHODS:
-            if (method, width) != (step.method, step.bits):
+        for method, entry in METHODS.items():
+            possible = entry.calibrated or step.activations != INT8_STATIC
+            if possible and (method, width) != (step.method, step.bits):
                 options = step.options if method == step.method else {}
                 other = replace(recipe, steps=(replace(step, method=method, bits=width, options=options),))
                 found = row(adapter, other, calibration, activation_memory, rates, look)
@@ -223,7 +225,8 @@ def _on_meta(plan: Plan, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
     values = torch.empty(shape, dtype=torch.int8, device="meta")
     scale = torch.empty(shape[0], groups, dtype=dtype, device="meta")
     zero = None if task.scheme.symmetric else torch.empty(shape[0], groups, dtype=torch.int8, device="meta")
-    return plan.layout.tensors(task.ref, QuantizedWeight(values, scale, zero, task.scheme))
+    inputs = scale[0, :1] if task.scheme.activations == INT8_STATIC else None
+    return plan.layout.tensors(task.ref, QuantizedWeight(values, scale, zero, task.scheme, inputs))
 
 
 def _written(adapter: Adapter, plan: Plan, stored: Collection[str] | None) -> dict[str, Tensor]:

@@ -18,7 +18,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from llmcomp.activations import quantizing_inputs
 from llmcomp.adapters.base import Block, LinearRef
 from llmcomp.calibration.capture import Lane, Stop, advance_all, stopping
 from llmcomp.calibration.parking import Parking
@@ -30,11 +29,13 @@ from llmcomp.pipeline.assign import Task
 from llmcomp.pipeline.job import Job, Outcome
 from llmcomp.pipeline.journal import Journal
 from llmcomp.pipeline.memory import keep_large_blocks_apart, return_freed_memory
+from llmcomp.pipeline.ranges import Ranges
 from llmcomp.pipeline.residency import Residency
 from llmcomp.pipeline.scaling import Scaled, Scaling
 from llmcomp.pipeline.solve import layer_report, solve_stage
 from llmcomp.progress import Progress
 from llmcomp.report.schema import LayerReport
+from llmcomp.weights import INPUT_SCALE
 
 _HOLES = 8 * 2**20  # bytes that went to files and left holes in the heap, too scattered to be filled again
 
@@ -63,6 +64,7 @@ class Compression:
         self._parking = Parking(spill, job.activation_memory)
         self._trimmed = 0  # of `spilled`, when the heap last gave its free pages back
         self._scaling = Scaling(job.adapter, job.assignment.tasks, self._params, job.options, job.partial)
+        self._ranges = Ranges(job.assignment.tasks)
         self._done: dict[str, Finished] = {}  # linears of the present block
         self._pending: dict[str, Task] = {}
         # Blocks that run several times are looked at from the model's start, which then has to stay.
@@ -90,8 +92,8 @@ class Compression:
                 writing(self._job.partial),
                 stopping(model, blocks, linears, self._pending.__contains__),
                 self._scaling.dividing(linears),
-                # After statistics were taken: no linear computes before it is compressed.
-                quantizing_inputs(linears[name] for name, task in tasks.items() if task.scheme.activations),
+                # After statistics were taken, and after the division: the order in which a reader has them.
+                self._ranges.rounding(linears),
             ):
                 self._begin()
                 reached = self._advance()
@@ -280,12 +282,13 @@ class Compression:
             if isinstance(scaled, Scaled) and stats is not None:
                 weights = [(weight * scaled.factor).to(weight.dtype) for weight in weights]
                 stats.scale_(scaled.factor)
+            self._ranges.find(refs, stats, weights[0])
             solved = solve_stage(tasks, weights, stats, self._job.options)
             del weights, stats
         with self._timed("save"):
             while solved:
                 done = solved.pop(0)
-                ref, weight = done.task.ref, done.solution.weight
+                ref, weight = done.task.ref, self._ranges.ranged(done.task.ref, done.solution.weight)
                 name = f"{ref.name}.weight"
                 self._params.install(ref, weight.dense())
                 tensors = self._job.layout.tensors(ref, weight)
@@ -317,6 +320,7 @@ class Compression:
             tensors = {name: value for name, value in values.items() if name not in self._job.ties}
             for done in finished:
                 tensors |= done.tensors
+                values |= {name: one for name, one in done.tensors.items() if name.endswith(f".{INPUT_SCALE}")}
             rename = self._job.binding.file_name
             shard = self._writer.write(key, {rename(name): tensor for name, tensor in tensors.items()})
             witness.record(self._evidence, key, values, {done.name: done.digest for done in finished})
@@ -336,6 +340,7 @@ class Compression:
                     parts = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
                     own = {weight + part: shard.get_tensor(name) for name, part in parts.items()}
                     self._params.put(weight, self._job.layout.decode(ref, own))
+                    self._ranges.restore(ref, lambda name: shard.get_tensor(self._job.binding.file_name(name)))
                     self._remaining.discard(ref.name)
         self._outcome.layers += self._journal.done[key].layers
         self._outcome.order.append(key)

@@ -11,9 +11,10 @@ multiplies, the scale is what its rounded weight makes of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ from llmcomp.adapters.folds import SHIFTS, Fold, folds
 from llmcomp.calibration.stats import InputStats
 from llmcomp.formats.base import divide_rows
 from llmcomp.methods import METHODS
+from llmcomp.methods.smoothquant import search_migration
 from llmcomp.pipeline.assign import Task
 from llmcomp.pipeline.residency import Residency
 from llmcomp.pipeline.solve import method_config, method_has
+from llmcomp.schemes import INT8_STATIC
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Scaling:
         self._refs = {ref.name: ref for ref in adapter.refs}
         self._factors: dict[str, Tensor] = {}
         self._stages: dict[str, Stage] = {}
-        wanted = {name for name, task in tasks.items() if METHODS[task.method].scale is not None}
+        wanted = {name for name, task in tasks.items() if self._search(task) is not None}
         verdicts = folds(adapter) if wanted else {}
         for refs in (refs for block in adapter.blocks for refs in block.stages):
             if any(ref.name in wanted for ref in refs):
@@ -117,14 +120,19 @@ class Scaling:
         if isinstance(stage.verdict, str):
             return f"inputs not scaled: {stage.verdict}"
         tasks = [self._tasks[ref.name] for ref in refs]
-        method = next(task.method for task in tasks if METHODS[task.method].scale is not None)
-        search = METHODS[method].scale
-        assert search is not None
-        config = method_config(method, self._options if method_has(method, self._options) else {})
-        wanted = search(weights, [task.scheme for task in tasks], stats, stage.verdict.channels, config)
+        search = next(found for task in tasks if (found := self._search(task)) is not None)
+        wanted = search(weights, [task.scheme for task in tasks], stats, stage.verdict.channels)
         if bool((wanted == 1).all()):
             return "inputs not scaled: no scale lowers the error"
         return self._scaled(stage, stage.verdict, wanted, done)
+
+    def _search(self, task: Task) -> Callable[..., Tensor] | None:
+        """How scales are chosen for what this linear reads: (weights, schemes, stats, channels) → [in]."""
+        if task.scheme.activations == INT8_STATIC:
+            return search_migration
+        scale = METHODS[task.method].scale
+        options = self._options if method_has(task.method, self._options) else {}
+        return None if scale is None else partial(scale, config=method_config(task.method, options))
 
     def use(self, refs: Sequence[LinearRef], scaled: Scaled) -> None:
         """From now on these linears divide what they read."""

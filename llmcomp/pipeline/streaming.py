@@ -7,19 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from llmcomp.activations import quantize_inputs
+from llmcomp.activations import quantize_inputs, quantized
 from llmcomp.adapters.base import Adapter
 from llmcomp.adapters.discover import discover, skeleton
 from llmcomp.checkpoint import Checkpoint, bind
 from llmcomp.formats.reading import decoded_weight, rounding, stored_modules, stored_tensor, stored_tensors
 from llmcomp.pipeline.memory import return_freed_memory
 from llmcomp.pipeline.residency import Residency, Values
+from llmcomp.schemes import INT8_STATIC
+from llmcomp.weights import INPUT_SCALE
 
 
 class DecodedValues:
@@ -40,10 +43,12 @@ class DecodedValues:
                     self.key_of[name] = str(key)
                     break
 
-    @property
-    def rounding(self) -> set[str]:
-        """Names of the linears whose inputs are quantized."""
-        return rounding(self._stored)
+    def rounding(self) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+        """Names of the linears whose inputs are rounded, and how."""
+        for name, way in rounding(self._stored).items():
+            static = way == INT8_STATIC
+            scale = stored_tensor(self._tensors[f"{name}.{INPUT_SCALE}"]) if static else None
+            yield name, partial(quantized, scale=scale)
 
     def tensor(self, name: str) -> Tensor:
         key = self.key_of[name]
@@ -67,8 +72,8 @@ def open_streamed(directory: Path) -> tuple[nn.Module, Callable[[], Iterator[Ten
     values: Values = bind(checkpoint, model) if checkpoint.quantization is None else DecodedValues(directory, model)
     _stream(discover(model), values, checkpoint.release)
     if isinstance(values, DecodedValues):
-        for name in values.rounding:
-            quantize_inputs(model.get_submodule(name))
+        for name, rounded in values.rounding():
+            quantize_inputs(model.get_submodule(name), rounded)
 
     def parameters() -> Iterator[Tensor]:
         named = {name for name, _ in model.named_parameters(remove_duplicate=False)}

@@ -85,9 +85,11 @@ def test_every_flag_reaches_the_options(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_activations_bring_8_bits_per_channel(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe, _ = asked(monkeypatch, "--activations", "int8-dynamic")
-    assert (recipe.steps[0].bits, recipe.steps[0].activations) == (8, "int8-dynamic")
-    assert scheme_for(recipe.steps[0], None, 96) == Scheme(8, None, True, "int8-dynamic")
+    for way in ("int8-dynamic", "int8-static"):
+        recipe, _ = asked(monkeypatch, "--activations", way)
+        assert (recipe.steps[0].bits, recipe.steps[0].activations) == (8, way)
+        assert scheme_for(recipe.steps[0], None, 96) == Scheme(8, None, True, way)
+        assert Recipe.from_yaml(recipe.to_yaml()) == recipe
 
 
 def test_a_number_as_group_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,12 @@ from tiny import DECODERS, build, write_tokenizer
 from llmcomp.adapters.discover import discover
 from llmcomp.adapters.folds import Fold, folds
 from llmcomp.experts import split_experts
-from llmcomp.recipe import Override
+from llmcomp.recipe import Override, Recipe
 
 SOME_DENSE = tuple(Override(name, skip=True) for name in ("q_proj", "v_proj", "up_proj"))
 KEYS_BY_GPTQ = (Override("k_proj", method="gptq", bits=8),)
 DENSE = {"format": "dense"}
+STATIC = {"activations": "int8-static"}
 
 # name → (model, dtype, the recipe's step and format)
 CASES: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
@@ -34,6 +35,9 @@ CASES: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     "cohere dense": ("cohere", torch.float32, {"method": "awq", **DENSE}),
     "gpt2": ("gpt2", torch.float32, {"method": "awq", "group_size": 64}),
     "mixtral": ("mixtral", torch.float32, {"method": "awq", "group_size": 32}),
+    "llama static": ("llama", torch.float32, {"bits": 8, **STATIC}),
+    "gemma2 static bf16": ("gemma2", torch.bfloat16, {"bits": 8, "method": "rtn-clip", **STATIC}),
+    "bert static": ("bert", torch.float32, {"bits": 8, "method": "awq-gptq", **STATIC}),
     "bert": ("bert", torch.float32, {"method": "awq"}),
     "albert": ("albert", torch.float32, {"method": "awq", "group_size": 32}),
 }  # fmt: skip
@@ -77,7 +81,8 @@ def reloaded(runs: dict[str, Run]) -> dict[str, dict[str, Any]]:
 def test_a_fresh_process_computes_what_the_run_computed(name: str, reloaded: dict[str, dict[str, Any]]) -> None:
     found = reloaded[name]
     assert found["account"] == {} and found["imported"] == []
-    assert found["from_witness"] < (2e-2 if name.endswith("bf16") else 1e-5)
+    # In bf16 a unit in the last place may be the next of 255 steps, where inputs are rounded.
+    assert found["from_witness"] < (3e-2 if name.endswith("static bf16") else 2e-2 if name.endswith("bf16") else 1e-5)
     assert found["verification"]["passed"], found["verification"]["checks"]
     assert 1e-4 < found["from_original"] < 0.7
 
@@ -86,7 +91,7 @@ def test_a_fresh_process_computes_what_the_run_computed(name: str, reloaded: dic
 def test_the_report_says_what_was_scaled_by_whom_and_what_not(name: str, runs: dict[str, Run]) -> None:
     said = {layer.name: layer.scaling for layer in runs[name].report.layers}
     method = CASES[name][2].get("method", "gptq")
-    if not method.startswith("awq"):
+    if not method.startswith("awq") and "activations" not in CASES[name][2]:
         assert set(said.values()) == {None}
         return
     assert all(said.values())
@@ -120,6 +125,23 @@ def test_scaling_lowers_the_error_of_loud_models(
     assert error(scaled) < 0.97 * error(plain)
 
 
+def test_ranges_are_those_of_the_scaled_inputs(runs: dict[str, Run]) -> None:
+    """Every 32nd channel is sixteen times as loud: what the weights take over need not be in the range."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llmcomp.pipeline.scaling.search_migration", lambda weights, *_: torch.ones(weights[0].shape[1]))
+        run = runs["llama static"]
+        output = run.output.with_name("llama-static-unscaled")
+        plain = quantize(run.source, output, Recipe.load(run.output / "llmcomp_recipe.yaml"))
+    assert {layer.scaling for layer in plain.report.layers} == {"inputs not scaled: no scale lowers the error"}
+    found, before = tensors(run.output), tensors(plain.output)
+    for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"):
+        key = f"model.layers.0.{name}.input_scale"
+        assert float(found[key]) < 0.5 * float(before[key]), name
+    away = {one.output.name: found["from_original"] for one, found in zip(
+        (run, plain), reload({"scaled": run, "plain": plain}).values(), strict=True)}
+    assert away[run.output.name] < 0.7 * away[plain.output.name]
+
+
 def test_what_is_not_compressed_is_scaled_as_well(runs: dict[str, Run]) -> None:
     """Queries read the scaled norm, values and up take over scales: dense, and by powers of two only."""
     before, after = tensors(runs["llama some dense"].source), tensors(runs["llama some dense"].output)
@@ -134,7 +156,7 @@ DEEPER: dict[str, dict[str, Any]] = {
     "llama": THREE, "phi3": THREE, "mixtral": THREE, "gemma2": {**THREE, "layer_types": ["sliding_attention"] * 3},
     "albert": {"num_hidden_layers": 6, "num_hidden_groups": 3},
 }  # fmt: skip
-RESUMED = ("llama some dense", "gemma2 bf16", "phi3", "albert", "mixtral")
+RESUMED = ("llama some dense", "gemma2 bf16", "phi3", "albert", "mixtral", "llama static")
 
 
 @pytest.mark.parametrize("after", [1, 2])

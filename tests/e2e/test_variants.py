@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from e2e_runs import Run, quantize, recipe_of, reload, tensors
-from tiny import tiny
+from tiny import build, tiny
 from transformers import AutoModelForMaskedLM
 
+from llmcomp.adapters.discover import discover
 from llmcomp.recipe import Override
 
 ALL = ("attention", "mlp", "embeddings", "head")
@@ -45,6 +46,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "llama-a8": ("llama", {}, {"bits": 8, "activations": "int8-dynamic"}, PACKED),
     "bert-a8": ("bert", {}, {"bits": 8, "activations": "int8-dynamic", "overrides": INT8_ENDS[:1]}, PACKED),
     "modernbert-a8": ("modernbert", {}, {"bits": 8, "activations": "int8-dynamic"}, PACKED),
+    "llama-a8-static": (
+        "llama", {}, {"bits": 8, "activations": "int8-static", "targets": ("attention", "mlp", "head")}, PACKED,
+    ),
+    "bert-a8-static": (
+        "bert", {},
+        {"bits": 8, "activations": "int8-static", "method": "rtn-clip", "overrides": INT8_ENDS[:1]}, PACKED,
+    ),
+    "modernbert-a8-static": ("modernbert", {}, {"bits": 8, "activations": "int8-static"}, PACKED),
+    "albert-a8-static": ("albert", {}, {"bits": 8, "activations": "int8-static"}, PACKED),
     "qwen3-rtn": ("qwen3", {}, {"method": "rtn"}, PACKED),
     "qwen3-rtn-clip": ("qwen3", {}, {"method": "rtn-clip"}, PACKED),
     "qwen3-gptq": ("qwen3", {}, {}, PACKED),
@@ -166,19 +176,31 @@ def test_an_encoder_is_decoded_before_anything_is_called(runs: dict[str, Run]) -
         assert torch.equal(first, model(input_ids=torch.arange(8, 24)[None]).logits)
 
 
-@pytest.mark.parametrize("name", ["llama-a8", "bert-a8", "modernbert-a8"])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "-a8" in name])
 def test_rounded_activations(name: str, runs: dict[str, Run], reloaded: dict[str, dict[str, Any]]) -> None:
     """Where inputs are rounded, too, more is lost; embeddings are read by indices, which nothing rounds."""
     report = runs[name].report
     inside = {layer.scheme for layer in report.layers if layer.role in ("attention", "mlp")}
-    assert inside == {"int8 channel a8"}
+    assert inside == {"int8 channel a8" + (" static" if name.endswith("static") else "")}
     outside = [layer.scheme for layer in report.layers if layer.role == "embeddings"]
-    assert outside == (["int8 channel"] if name == "bert-a8" else [])
+    assert outside == (["int8 channel"] if name.startswith("bert") else [])
     assert not [layer for layer in report.layers if layer.fallback]
     assert any("simulates the rounded activations" in label for label in report.labels)
     assert reloaded[name]["from_original"] < 0.05
     if name == "llama-a8":
         assert reloaded["llama-int8"]["from_original"] < reloaded[name]["from_original"]
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.endswith("static")])
+def test_linears_with_one_input_share_its_range(name: str, runs: dict[str, Run]) -> None:
+    """Kernels that fuse them want one scale; what reads something else has one of its own."""
+    stored = tensors(runs[name].output)
+    scales = {key.removesuffix(".input_scale"): value for key, value in stored.items() if key.endswith("input_scale")}
+    assert set(scales) == {layer.name for layer in runs[name].report.layers if layer.scheme.endswith("static")}
+    assert all(scale.shape == (1,) and float(scale) > 0 for scale in scales.values())
+    stages = [stage for block in discover(build(VARIANTS[name][0]).to("meta")).blocks for stage in block.stages]
+    shared = [{float(scales[ref.name]) for ref in stage} for stage in stages]
+    assert all(len(one) == 1 for one in shared) and len({min(one) for one in shared}) == len(stages)
 
 
 def fell_back(run: Run, test: Callable[[int], bool]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from llmcomp.activations import quantize_inputs
+from llmcomp.activations import quantize_inputs, quantized, static_scale
 from llmcomp.adapters.base import LinearRef
 from llmcomp.formats import FORMATS, broken_ties, witness
 from llmcomp.formats.base import Layout
 from llmcomp.formats.save import ShardWriter, checkpoint_config, partial_of
-from llmcomp.schemes import Scheme
-from llmcomp.weights import QuantizedWeight
+from llmcomp.schemes import INT8_STATIC, Scheme
+from llmcomp.weights import INPUT_SCALE, QuantizedWeight
 
 INPUTS = {
     "input_ids": torch.tensor([[5, 17, 3, 80, 9, 41, 2, 6], [7, 1, 99, 23, 0, 0, 0, 0]]),
@@ -121,7 +122,8 @@ def write(
     ties = dict(model.all_tied_weights_keys)
     packed = {} if form == "dense" else {r.name: s.label for r, s in entries if r.name not in layout.dense}
     broken = broken_ties(ties, list(schemes))
-    shards, sizes = _shards(model, entries, layout)
+    scales = _input_scales(model, [r.name for r, scheme in entries if scheme.activations == INT8_STATIC])
+    shards, sizes = _shards(model, entries, layout, scales)
     for name in set(ties) - set(broken):
         shards["block-99999"].pop(name, None)
     writer = ShardWriter(partial_of(folder / "out"))
@@ -129,14 +131,15 @@ def write(
     plain = _replaced(model, entries)
     for key, tensors in shards.items():
         writer.write(key, tensors)
-    witness.record(place, "all", {name: plain[name] for name in source})
+    own = {f"{name}.{INPUT_SCALE}": scale for name, scale in scales.items()}
+    witness.record(place, "all", {name: plain[name] for name in source} | own)
     with torch.no_grad():
         model.load_state_dict(plain)
         if broken:
             model.config.tie_word_embeddings = False
         for r, scheme in entries:
             if scheme.activations:
-                quantize_inputs(model.get_submodule(r.name))
+                quantize_inputs(model.get_submodule(r.name), partial(quantized, scale=scales.get(r.name)))
         output = witness.model_output(model(**INPUTS))
     witness.save(place, compressed=packed, source=source, inputs=INPUTS, output=output)
     dtype = witness.dtype_name(model.dtype)
@@ -148,7 +151,7 @@ def write(
 
 
 def _shards(
-    model: nn.Module, entries: list, layout: Layout
+    model: nn.Module, entries: list, layout: Layout, scales: Mapping[str, Tensor]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, int]]:
     chosen = {r.name: (r, s) for r, s in entries}
     shards: dict[str, dict[str, Tensor]] = {}
@@ -159,12 +162,29 @@ def _shards(
         shard = shards.setdefault(f"block-{int(inside[1]):05d}" if inside else "block-99999", {})
         if last == "weight" and name in chosen:
             r, scheme = chosen[name]
-            new = layout.tensors(r, rtn(tensor.t() if r.transposed else tensor, scheme))
+            made = rtn(tensor.t() if r.transposed else tensor, scheme)
+            new = layout.tensors(r, replace(made, input_scale=scales.get(name)))
             sizes[name] = sum(t.nbytes for t in new.values())
             shard.update(new)
         else:
             shard[key] = tensor.clone()
     return dict(sorted(shards.items())), sizes
+
+
+def _input_scales(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
+    """Half of what each linear reads at most, so that some is clipped."""
+    found: dict[str, Tensor] = {}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: found.update({name: static_scale(args[0].abs() / 2, args[0].dtype)})
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        model(**INPUTS)
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 def _replaced(model: nn.Module, entries: list) -> dict[str, Tensor]:

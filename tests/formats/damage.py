@@ -201,7 +201,7 @@ def a_damaged_config(directory: Path) -> None:
     (directory / "config.json").write_text("{")
 
 
-@damage(said=r"\w+_proj is planned to be, but not read with rounded inputs", kind="activations")
+@damage(said=r"\w+_proj is planned to be, but not read with inputs rounded by int8-dynamic", kind="activations")
 def activations_forgotten(directory: Path) -> None:
     edit_config(directory, lambda config: group_of(config).update(input_activations=None))
 
@@ -214,3 +214,27 @@ def activations_of_fewer_bits(directory: Path) -> None:
 @damage(said="reads inputs that are rounded in a way llmcomp does not compute", kind="activations")
 def activations_of_unsigned_integers(directory: Path) -> None:
     edit_config(directory, lambda config: group_of(config)["input_activations"].update(symmetric=False))
+
+
+@damage(said=f"{Q}.input_scale has other values", kind="static")
+def an_input_scale(directory: Path) -> None:
+    flip(directory, f"{Q}.input_scale")
+
+
+@damage(said=f"{Q}.input_scale (has other values|is float16)", kind="static")
+def an_input_scale_of_another_dtype(directory: Path) -> None:
+    key = f"{Q}.input_scale"
+    edit(directory, key, lambda t: t.update({key: t[key].half()}))
+
+
+@damage(said=f"(missing keys: )?{Q}.input_scale(.$| is in the compressed model, but not in the files)", kind="static")
+def no_input_scale(directory: Path) -> None:
+    key = f"{Q}.input_scale"
+    edit(directory, key, lambda t: t.pop(key))
+    edit_index(directory, lambda files: files.pop(key))
+
+
+@damage(said=r"\w+_proj is read with inputs rounded by int8-dynamic, but not planned to be", kind="static")
+def static_ranges_made_dynamic(directory: Path) -> None:
+    args = {"strategy": "token", "dynamic": True}
+    edit_config(directory, lambda config: group_of(config)["input_activations"].update(args))

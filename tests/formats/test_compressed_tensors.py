@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 from llmcomp.activations import quantized
 from llmcomp.errors import BadRecipe
 from llmcomp.formats import FORMATS, broken_ties
-from llmcomp.schemes import Scheme
+from llmcomp.schemes import ACTIVATIONS, Scheme
 
 G128, G64, CHANNEL = Scheme(4, 128), Scheme(3, 64), Scheme(8)
 A8 = Scheme(8, activations="int8-dynamic")
@@ -101,13 +102,14 @@ def test_bert_with_its_tied_bias(tmp_path: Path) -> None:
     assert_loads(write(tmp_path, model, schemes), AutoModelForMaskedLM)
 
 
+@pytest.mark.parametrize("way", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [llama, bert])
-def test_rounded_activations(tmp_path: Path, make: Callable, dtype: torch.dtype) -> None:
+def test_rounded_activations(tmp_path: Path, make: Callable, dtype: torch.dtype, way: str) -> None:
     """The reader rounds what every compressed linear reads, and nothing else."""
     model = make(dtype=dtype)
     skipped, *names = linears(model)
-    written = write(tmp_path, model, dict.fromkeys(names, A8) | {skipped: CHANNEL})
+    written = write(tmp_path, model, dict.fromkeys(names, Scheme(8, activations=way)) | {skipped: CHANNEL})
     read = assert_loads(written, AutoModelForCausalLM if make is llama else AutoModelForMaskedLM)
     assert sizes_agree(written, model)
     groups = quantization_config(written)["config_groups"].values()
@@ -120,7 +122,9 @@ def test_rounded_activations(tmp_path: Path, make: Callable, dtype: torch.dtype)
         linear.register_forward_hook(lambda _, args, out, name=name: seen.update({name + ".out": out}))
     with torch.no_grad():
         read(**INPUTS)
-        for name, change in ((skipped, lambda x: x), (names[0], quantized)):
+        scale = getattr(read.get_submodule(names[0]), "input_scale", None)
+        assert (scale is None) == (way == "int8-dynamic") and not hasattr(read.get_submodule(skipped), "input_scale")
+        for name, change in ((skipped, lambda x: x), (names[0], partial(quantized, scale=scale))):
             expected = read.get_submodule(name)
             wanted = nn.functional.linear(change(seen[name]), expected.weight, expected.bias)
             assert torch.equal(seen[name + ".out"], wanted), name

@@ -19,6 +19,7 @@ from llmcomp.formats.verify import check, verify
 from llmcomp.schemes import Scheme
 
 SYM, ASYM, A8 = Scheme(4, 64), Scheme(4, 64, False), Scheme(8, activations="int8-dynamic")
+STATIC = Scheme(8, activations="int8-static")
 EMBEDDINGS = {"model.embed_tokens": Scheme(8)}
 
 
@@ -26,7 +27,7 @@ EMBEDDINGS = {"model.embed_tokens": Scheme(8)}
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Written]:
     """One checkpoint a kind; tests corrupt copies."""
     made = {}
-    for kind, scheme in {"symmetric": SYM, "asymmetric": ASYM, "activations": A8}.items():
+    for kind, scheme in {"symmetric": SYM, "asymmetric": ASYM, "activations": A8, "static": STATIC}.items():
         model = llama()
         schemes = dict.fromkeys(linears(model), scheme)
         made[kind] = write(tmp_path_factory.mktemp(kind), model, schemes)
@@ -46,10 +47,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Written]:
         (lambda: llama(dtype=torch.bfloat16), lambda names: dict.fromkeys(names, SYM)),
         (bert, lambda names: dict.fromkeys(names, ASYM)),
         (llama, lambda names: dict.fromkeys(names, A8)),
+        (lambda: llama(dtype=torch.bfloat16), lambda names: dict.fromkeys(names, STATIC)),
         (gpt2, lambda names: dict.fromkeys(names, ASYM)),
         (gpt2, lambda names: {}),
     ],
-    ids=["sym", "asym", "mixed", "tied", "embeddings", "head", "bfloat16", "bert", "activations", "gpt2", "nothing"],
+    ids=["sym", "asym", "mixed", "tied", "embeddings", "head", "bf16", "bert", "activations", "static", "gpt2", "none"],
 )
 def test_a_whole_checkpoint_passes(tmp_path: Path, make: Callable, schemes: Callable, stream: bool) -> None:
     model = make()

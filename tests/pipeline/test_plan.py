@@ -44,14 +44,16 @@ def seen(adapter: Adapter, **step: object) -> Prospect:
         ("gpt2", {"bits": 4}),
         ("bert-classifier", {"bits": 8, "group_size": "channel"}),
         ("qwen3-moe", {"bits": 4}),
+        ("llama", {"bits": 8, "activations": "int8-static", "method": "rtn-clip"}),
     ],
 )
 def test_bytes_are_those_of_the_files(tmp_path: Path, name: str, step: dict[str, object]) -> None:
     from llmcomp import RunOptions, quantize
 
     source = tiny(name, tmp_path / "model", tokenizer=True, dtype=torch.bfloat16)
-    planned = seen(adapter_of(source), method="rtn", **step).rows[0].bytes_after
-    recipe = Recipe((QuantizeStep(method="rtn", **step),))  # type: ignore[arg-type]
+    step = {"method": "rtn", **step}
+    planned = seen(adapter_of(source), **step).rows[0].bytes_after
+    recipe = Recipe((QuantizeStep(**step),), Calibration("sample", 4, 16))  # type: ignore[arg-type]
     options = RunOptions(output=tmp_path / "out", evaluate=False, verify=False)
     quantize(str(source), recipe=recipe, options=options)
     written = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
@@ -108,6 +110,11 @@ def test_terms_add_up_and_every_method_has_a_row(tmp_path: Path) -> None:
         assert row.disk == row.bytes_after + row.spilled
         assert (row.statistics > 0) == METHODS[row.method].calibrated
         assert row.seconds > 0
+
+
+def test_static_ranges_have_a_row_for_each_method_that_finds_them(tmp_path: Path) -> None:
+    found = seen(adapter_of(tiny("llama", tmp_path)), bits=8, activations="int8-static")
+    assert {row.method for row in found.rows} == {name for name, one in METHODS.items() if one.calibrated}
 
 
 def test_fallbacks_are_named(tmp_path: Path) -> None:
