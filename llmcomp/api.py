@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcomp.progress import Progress, Silent
+from llmcomp.ranks import joined
 from llmcomp.recipe import Calibration, Recipe, check, step_of
 from llmcomp.report.schema import Report
 
@@ -76,6 +77,9 @@ def quantize(
 ) -> QuantizeResult:
     """Quantize a model's weights, verify the checkpoint, and measure what it cost.
 
+    In a process that torchrun or `accelerate launch --multi_gpu` started, all ranks call this and compress together;
+    all get the result, the first one writes it.
+
     Args:
         model: a local directory, a Hub id, an alias or a 'sample:' name.
         bits, group_size, method, symmetric, activations, calibration, format: sugar for a recipe of one step. None is
@@ -86,7 +90,7 @@ def quantize(
 
     Raises:
         UserError: what was asked cannot be (exit status 2).
-        RunError: something failed on the way; no output appears (exit status 1).
+        RunError: something failed on the way; no output appears (exit status 1). Of several ranks, all fail.
     """
     from llmcomp import hub
 
@@ -100,12 +104,15 @@ def quantize(
         recipe = Recipe((step,), Calibration(calibration), format=format)
     check(recipe)
     options = replace(options, **run)
-    resolved = hub.resolve(
-        model, revision=options.revision, allow_pickle=options.allow_pickle, progress=progress
-    )
-    from llmcomp.session import Session
+    with joined() as world:
+        resolved = hub.resolve(
+            model, revision=options.revision, allow_pickle=options.allow_pickle,
+            progress=progress if world.first else Silent(),
+        )  # fmt: skip
+        from llmcomp.session import Session
 
-    return QuantizeResult(*Session(model, resolved.source, resolved.path, recipe, options, progress).run())
+        session = Session(model, resolved.source, resolved.path, recipe, options, progress, world)
+        return QuantizeResult(*session.run())
 
 
 def evaluate(

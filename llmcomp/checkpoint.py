@@ -123,13 +123,14 @@ class Checkpoint:
         """Close the files; their mapped pages go with the last tensor that was read from them."""
         self._handles.clear()
 
-    def fingerprint(self) -> str:
-        """SHA-256 over config.json and every weight file's name, size, modification time and header."""
+    def fingerprint(self, times: bool = True) -> str:
+        """SHA-256 over config.json and every weight file's name, size, header and, with `times`, modification time,
+        which copies on other hosts do not share."""
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
         for file in sorted(self._shards):
             stat = file.stat()
             name = file.relative_to(self.path).as_posix()
-            digest.update(f"\n{name} {stat.st_size} {stat.st_mtime_ns} ".encode())
+            digest.update(f"\n{name} {stat.st_size} {stat.st_mtime_ns if times else ''} ".encode())
             digest.update(self._shards[file].header)
         return digest.hexdigest()
 

@@ -10,7 +10,9 @@
     │   └── OutputExists        a directory that would be overwritten
     └── RunError                exit 1: something failed on the way; nothing was half-written
         ├── NumericalError      NaN or Inf; names the layer
-        └── VerificationFailed  the written checkpoint is not the model that was compressed
+        ├── VerificationFailed  the written checkpoint is not the model that was compressed
+        ├── RankLost            another process of the run has ended without a word
+        └── EndedElsewhere      another process of the run has said why all end; this one has nothing to add
 
 Messages say what was given, what was expected and what to do, in one sentence.
 """
@@ -51,3 +53,14 @@ class NumericalError(RunError): ...
 
 
 class VerificationFailed(RunError): ...
+
+
+class RankLost(RunError): ...
+
+
+class EndedElsewhere(RunError):
+    """Ends this process with the exit status of the one that has spoken."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

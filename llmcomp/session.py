@@ -3,6 +3,7 @@ publish. Nothing appears under the output's name before the last of these."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from llmcomp.calibration.data import Texts, evaluation_texts
-from llmcomp.errors import LlmcompError
+from llmcomp.errors import BadRecipe, LlmcompError, UserError
 from llmcomp.formats.save import (
     ShardWriter,
     checkpoint_config,
+    clear_scratch,
     default_output,
     partial_of,
     preflight,
     publish,
+    scratch_of,
     writing,
 )
 from llmcomp.formats.verify import verify
@@ -46,7 +49,8 @@ from llmcomp.pipeline.plan import bytes_after
 from llmcomp.pipeline.run import Compression
 from llmcomp.pipeline.streaming import open_streamed
 from llmcomp.pipeline.whole import Conversion, prepare
-from llmcomp.progress import Progress
+from llmcomp.progress import Progress, Silent
+from llmcomp.ranks import ALONE, World
 from llmcomp.recipe import Recipe
 from llmcomp.report.html import FILE_NAME as PAGE_NAME
 from llmcomp.report.html import render
@@ -63,13 +67,16 @@ class Session:
 
     Args:
         model: the name that the user gave; source: what it led to; path: the directory.
+        world: the ranks that compress together; the first one alone writes, verifies, measures and reports.
     """
 
     def __init__(
-        self, model: str, source: str, path: Path, recipe: Recipe, options: RunOptions, progress: Progress
+        self, model: str, source: str, path: Path, recipe: Recipe, options: RunOptions, progress: Progress,
+        world: World = ALONE,
     ) -> None:
         self.model, self.source_name, self.path = model, source, path
-        self.recipe, self.options, self.progress = recipe, options, progress
+        self.recipe, self.options, self.world = recipe, options, world
+        self.progress = progress if world.first else Silent()
         step = recipe.steps[0]
         self.output = Path(options.output or default_output(model, step.method, step.bits, step.activations))
         self.partial = partial_of(self.output)
@@ -90,14 +97,21 @@ class Session:
             )
             plan = plan_recipe(self.recipe, source.adapter)
             if plan.whole:
+                self._alone()
                 prepare(source.adapter, plan)
-            preflight(self.output, self.options.overwrite, 2 * bytes_after(source.adapter, plan, source.binding.key_of))
+            if self.world.first:
+                need = 2 * bytes_after(source.adapter, plan, source.binding.key_of)
+                preflight(self.output, self.options.overwrite, need)
             texts = self._evaluation_texts()
-            data = gather(self.recipe, source, plan, self.model, self.progress)
+            data = gather(self.recipe, source, plan, self.model, self.progress, self.world)
         with PeakMemory() as memory:
             outcome = (self._convert if plan.whole else self._compress)(source, plan, data)
+            of_others = self.world.largest(memory.peak)
+            self.world.part()
+            if not self.world.first:  # what the first one will have made of it
+                return self.output, Report.from_json(self.world.conclude(None).decode())
             checkpoint = self._assemble(source, plan, outcome)
-        report = self._report(source, plan, data, outcome, memory.peak)
+        report = self._report(source, plan, data, outcome, max(memory.peak, of_others))
         if self.options.verify:
             with self._timed("verify"):
                 self.progress.phase("verify")
@@ -111,15 +125,24 @@ class Session:
             (checkpoint / FILE_NAME).write_text(report.to_json(), encoding="utf-8")
             (checkpoint / PAGE_NAME).write_text(render(report), encoding="utf-8")
         publish(self.partial, self.output, self.options.overwrite)
+        self.world.conclude(report.to_json().encode())
         return self.output, report
+
+    def _alone(self) -> None:
+        if self.world.size > 1:
+            raise BadRecipe(
+                f"--format {self.recipe.format} is made by transformers of the whole model in one process, and this "
+                f"run has {self.world.size}; start it without a launcher."
+            )
 
     # --- the phases ---
 
     def _compress(self, source: Source, plan: Plan, data: Data) -> Outcome:
-        identity = fingerprint(
-            self.recipe.to_yaml(), source.checkpoint.fingerprint(), data.fingerprint, version("llmcomp")
-        )
-        journal = Journal(self.partial, identity)
+        parts = [self.recipe.to_yaml(), source.checkpoint.fingerprint(), data.fingerprint, version("llmcomp")]
+        if self.world.size > 1:  # sums in another order are other bits
+            parts.append(f"{self.world.size} ranks")
+            self._agree(source, data)
+        journal = Journal(self.partial, fingerprint(*parts), self.world)
         if journal.discarded:
             self._note("An unfinished run of another recipe, model or data was discarded; starting afresh.")
         elif journal.done:
@@ -133,13 +156,33 @@ class Session:
             ties=plan.ties,
             batches=[model_inputs(batch) for batch in data.batches],
             witness=data.witness,
-            partial=self.partial,
+            partial=self.partial if self.world.first else scratch_of(self.partial, self.world.rank),
             activation_memory=self.options.activation_memory,
+            world=self.world,
         )
-        outcome = Compression(job, journal, self.progress).run()
+        try:
+            outcome = Compression(job, journal, self.progress).run()
+        finally:
+            if not self.world.first:
+                clear_scratch(job.partial)
         for phase, seconds in outcome.phases.items():
             self.phases[phase] = seconds
         return outcome
+
+    def _agree(self, source: Source, data: Data) -> None:
+        """Compare what this rank has read with what the first one has."""
+        mine = {
+            "recipe": self.recipe.to_yaml(),
+            "model": source.checkpoint.fingerprint(times=False),
+            "calibration data": data.fingerprint,
+            "version of llmcomp": version("llmcomp"),
+        }
+        first = json.loads(self.world.message(json.dumps(mine).encode() if self.world.first else None))
+        if other := [name for name in mine if mine[name] != first[name]]:
+            raise UserError(
+                f"Rank {self.world.rank} has another {' and '.join(other)} than rank 0; give all hosts the same "
+                f"(here the model is {self.path})."
+            )
 
     def _convert(self, source: Source, plan: Plan, data: Data) -> Outcome:
         """By transformers, from the whole model."""
@@ -188,7 +231,7 @@ class Session:
     def _evaluation_texts(self) -> Texts | None:
         """What to measure on, read before the work so that a wrong name is said at once."""
         options = self.options
-        if not options.evaluate:
+        if not options.evaluate or not self.world.first:
             return None
         source = options.eval_data or (self.model if self.model.startswith("sample:") else "default")
         return evaluation_texts(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmcomp.errors import NumericalError
 from llmcomp.matmul import fast_matmul
+from llmcomp.ranks import ALONE, World
 
 _TILE = 512  # columns of a strip: only the strips' part right of the diagonal is computed
 _STRIP = 2048  # columns that one product yields
@@ -98,8 +99,8 @@ class GramAccumulator:
                     end = min(column + _STRIP, size)
                     gram[row:stop, column:end].addmm_(part[:, row:stop].t(), part[:, column:end])
 
-    def finish(self, name: str) -> InputStats:
-        """The statistics of the module `name`; the accumulator is spent.
+    def finish(self, name: str, world: World = ALONE) -> InputStats:
+        """The statistics of the module `name`, over what all ranks have added; the accumulator is spent.
 
         Raises:
             NumericalError: NaN or Inf among the inputs, or none at all.
@@ -107,12 +108,15 @@ class GramAccumulator:
         gram, self._gram, self._buffer = self._gram, None, None
         if gram is None:
             raise NumericalError(f"No calibration token has reached {name}.")
+        size = gram.shape[0]
+        for row in range(0, size, _TILE):
+            world.sum_(gram[row : row + _TILE, row:])
+        world.max_(self._absmax)
         if not bool(torch.isfinite(gram.diagonal()).all()):
             raise NumericalError(f"The calibration inputs of {name} hold NaN or Inf.")
-        size = gram.shape[0]
         for row in range(0, size, _TILE):
             stop = min(row + _TILE, size)
             for column in range(stop, size, _TILE):
                 end = min(column + _TILE, size)
                 gram[column:end, row:stop].copy_(gram[row:stop, column:end].t())
-        return InputStats(gram, self._absmax, gram.diagonal().clone(), self._tokens)
+        return InputStats(gram, self._absmax, gram.diagonal().clone(), world.total(self._tokens))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,9 +20,10 @@ from llmcomp.cli.models import models
 from llmcomp.cli.plan import plan
 from llmcomp.cli.quantize import quantize
 from llmcomp.cli.report import report
-from llmcomp.errors import LlmcompError
+from llmcomp.errors import EndedElsewhere, LlmcompError, UserError
+from llmcomp.ranks import joined, launched
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 app = typer.Typer(
     help="Make Hugging Face models smaller, see what it cost, get a checkpoint that other software loads.",
@@ -34,6 +38,14 @@ for _verb in (quantize, inspect, plan, evaluate, report, models):
 class Interrupted(BaseException):
     """Ctrl-C. Not KeyboardInterrupt, which typer would turn into its own exit status."""
 
+    exit_code = INTERRUPTED
+
+
+class Terminated(BaseException):
+    """SIGTERM, which a launcher sends to all ranks when one has ended."""
+
+    exit_code = TERMINATED
+
 
 def _version(asked: bool) -> None:
     if asked:
@@ -45,30 +57,45 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_version)
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; works after any verb, too.")] = False,
 ) -> None:
     """Options of the app itself act by callbacks; `--debug` is read by `main`."""
+    if context.invoked_subcommand != "quantize" and (size := launched().size) > 1:
+        raise UserError(
+            f"llmcomp {context.invoked_subcommand} works in one process, and {size} were started; call it without a "
+            "launcher."
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the CLI.
 
     Returns:
-        The exit status: 0, 1 for a failure, 2 for a user's mistake, 130 for Ctrl-C.
+        The exit status: 0, 1 for a failure, 2 for a user's mistake, 130 for Ctrl-C; of several ranks the same.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     before = signal.signal(signal.SIGINT, _interrupt)
+    terminated: Any = signal.getsignal(signal.SIGTERM)
     try:
-        app(args=arguments, prog_name="llmcomp")
+        if launched().size > 1:
+            signal.signal(signal.SIGTERM, _terminate)
+        with joined() as world, _talking(world.first):
+            app(args=arguments, prog_name="llmcomp")
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except Interrupted:
         return _say("Interrupted; the same command resumes where it stopped.", INTERRUPTED, debug)
+    except Terminated:
+        sentence = "Stopped from outside, or because another process has ended; the same command resumes."
+        return _say(sentence, TERMINATED, debug)
+    except EndedElsewhere as elsewhere:
+        return elsewhere.exit_code
     except LlmcompError as error:
         return _say(str(error), error.exit_code, debug)
     except BrokenPipeError:  # the reader of our stdout went away, as `| head` does
@@ -78,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(f"Unexpected failure, please report it with --debug's output: {sentence}", 1, debug)
     finally:
         signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGTERM, terminated)
     return 0
 
 
@@ -86,9 +114,33 @@ def run() -> None:
     sys.exit(main())
 
 
+@contextlib.contextmanager
+def _talking(wanted: bool) -> Iterator[None]:
+    """What is said on the way is said by one rank of all."""
+    if wanted:
+        yield
+        return
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not tear the clean-up
+    _ignore_signals()
     raise Interrupted
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    _ignore_signals()
+    raise Terminated
+
+
+def _ignore_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # a second one must not tear the clean-up
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _say(sentence: str, status: int, debug: bool) -> int:

@@ -69,6 +69,7 @@ def quantize(
     from llmcomp.api import RunOptions
     from llmcomp.api import quantize as run
     from llmcomp.cli.progress import listener
+    from llmcomp.ranks import launched
 
     step = {
         "bits": bits, "group_size": group_size, "method": method, "targets": target, "skip": skip,
@@ -76,7 +77,7 @@ def quantize(
     }  # fmt: skip
     data = {"source": calibration, "samples": samples, "sequence_length": sequence_length}
     made = o.make_recipe(recipe, step, data, {"seed": seed, "format": format})
-    if save_recipe is not None:
+    if save_recipe is not None and launched().first:
         _save(save_recipe, made.to_yaml())
     settings = RunOptions(
         output=output,

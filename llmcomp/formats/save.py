@@ -3,6 +3,7 @@
     .<output>.partial/            beside the output, so that a rename is enough
         blocks/<name>.safetensors what ShardWriter.write leaves; survives a kill
         checkpoint/               what finish() makes of them (hard links): the future output
+        rank-<n>/                 of a run in several processes: what the others need while they work
 
 Nothing appears under the output's own name before `publish`.
 """
@@ -206,6 +207,18 @@ def partial_of(output: Path) -> Path:
     """Where the work for `output` lies until it is published: its sibling `.<name>.partial`."""
     output = _absolute(output)
     return output.with_name(f".{output.name}.partial")
+
+
+def scratch_of(partial: Path, rank: int) -> Path:
+    """Where a rank that keeps nothing works meanwhile, on its own host."""
+    return partial / f"rank-{rank}"
+
+
+def clear_scratch(scratch: Path) -> None:
+    """Remove `scratch_of`, and on a host without the partial directory itself what was made to hold it."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    with contextlib.suppress(OSError):  # not empty: it is the first rank's
+        scratch.parent.rmdir()
 
 
 def default_output(model: str, method: str, bits: int, activations: str | None = None) -> Path:

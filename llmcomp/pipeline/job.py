@@ -21,6 +21,7 @@ from llmcomp.measure.inputs import max_positions
 from llmcomp.pipeline.assign import Assignment, assign
 from llmcomp.pipeline.solve import method_config
 from llmcomp.progress import Progress
+from llmcomp.ranks import ALONE, World
 from llmcomp.recipe import FIXED, QuantizeStep, Recipe
 from llmcomp.report.schema import LayerReport
 
@@ -77,6 +78,7 @@ class Job:
         witness: inputs of the model for verification.
         partial: directory of unfinished work.
         activation_memory: bytes that the lanes' inputs may take before they go to files.
+        world: the ranks that share the work; `batches` are this one's, and only the first one's `partial` stays.
     """
 
     adapter: Adapter
@@ -89,6 +91,7 @@ class Job:
     witness: Mapping[str, Tensor]
     partial: Path
     activation_memory: int
+    world: World = ALONE
 
 
 @dataclass
@@ -148,14 +151,17 @@ def plan_recipe(recipe: Recipe, adapter: Adapter) -> Plan:
     return Plan(step, Assignment(assignment.tasks, left), layout, ties, bool(broken), recipe.format in FIXED)
 
 
-def gather(recipe: Recipe, source: Source, plan: Plan, model: str, progress: Progress) -> Data:
+def gather(
+    recipe: Recipe, source: Source, plan: Plan, model: str, progress: Progress, world: World = ALONE
+) -> Data:
     """Read and cut calibration data, say what is odd about it, and pick the witness.
 
     Args:
         model: the name that the user gave; a sample model calibrates on the text that ships.
+        world: whose ranks share the windows; all else is of all windows.
 
     Raises:
-        BadData: data that is missing, unusable, or of another model's vocabulary.
+        BadData: data that is missing, unusable, of another model's vocabulary, or too little for the ranks.
     """
     settings, adapter = recipe.calibration, source.adapter
     vocabulary = adapter.embeddings.out_features
@@ -175,7 +181,12 @@ def gather(recipe: Recipe, source: Source, plan: Plan, model: str, progress: Pro
     for warning in warnings:
         progress.note(warning)
     pad = None if tokenizer is None else tokenizer.pad_token_id
-    made = batches(found, tokens_per_batch=TOKENS_PER_BATCH, pad_id=pad)
+    if len(found) < world.size:
+        raise BadData(
+            f"{len(found)} calibration windows cannot feed {world.size} ranks: give more by --samples (and text for "
+            f"them by --calibration), or start at most {len(found)} processes."
+        )
+    made = batches(world.share(found), tokens_per_batch=TOKENS_PER_BATCH, pad_id=pad)
     facts = {
         "source": name, "description": described, "samples": len(found),
         "tokens": sum(len(window) for window in found), "warnings": warnings,

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcomp.formats.save import Shard, ShardWriter, writing
+from llmcomp.ranks import ALONE, World
 from llmcomp.report.schema import LayerReport
 
 _NAME = "journal.jsonl"
@@ -36,15 +37,24 @@ class Entry:
 class Journal:
     """Open the journal of a partial directory, made for a run with this fingerprint.
 
+    Of several ranks the first one keeps it, and tells the others what is done.
+
     Attributes:
         done: {key: Entry} of what an earlier run of the same fingerprint has finished.
         discarded: an earlier run of another fingerprint lay there and was removed.
     """
 
-    def __init__(self, partial: Path, fingerprint: str) -> None:
+    def __init__(self, partial: Path, fingerprint: str, world: World = ALONE) -> None:
         self._path = partial / _NAME
         self.done: dict[str, Entry] = {}
         self.discarded = False
+        if world.first:
+            self._open(partial, fingerprint)
+        lines = [_line(key, entry.shard, entry.layers) for key, entry in self.done.items()]
+        told = world.message(json.dumps(lines).encode() if world.first else None)
+        self.done = dict(map(_entry, json.loads(told)))
+
+    def _open(self, partial: Path, fingerprint: str) -> None:
         lines = _lines(self._path)
         if not lines or lines[0].get("fingerprint") != fingerprint:
             self.discarded = partial.exists() and any(partial.iterdir())
@@ -55,21 +65,14 @@ class Journal:
             return
         writer = ShardWriter(partial)
         for line in lines[1:]:
-            shard = Shard(**line["shard"])
-            if writer.holds(shard):
-                layers = [LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in line["layers"]]
-                self.done[line["key"]] = Entry(shard, layers)
+            key, entry = _entry(line)
+            if writer.holds(entry.shard):
+                self.done[key] = entry
 
     def add(self, key: str, shard: Shard, layers: list[LayerReport]) -> None:
         """Note a finished shard."""
         self.done[key] = Entry(shard, layers)
-        self._append(
-            {
-                "key": key,
-                "shard": dataclasses.asdict(shard),
-                "layers": [dataclasses.asdict(layer) for layer in layers],
-            }
-        )
+        self._append(_line(key, shard, layers))
 
     def _append(self, line: dict[str, Any]) -> None:
         with writing(self._path), self._path.open("ab") as file:
@@ -78,6 +81,15 @@ class Journal:
             file.write(json.dumps(line).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _line(key: str, shard: Shard, layers: list[LayerReport]) -> dict[str, Any]:
+    return {"key": key, "shard": dataclasses.asdict(shard), "layers": [dataclasses.asdict(one) for one in layers]}
+
+
+def _entry(line: dict[str, Any]) -> tuple[str, Entry]:
+    layers = [LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in line["layers"]]
+    return line["key"], Entry(Shard(**line["shard"]), layers)
 
 
 def fingerprint(*parts: str) -> str:

@@ -13,9 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load, save
 from torch import Tensor
 
 from llmcomp.adapters.base import Block, LinearRef
@@ -63,7 +65,10 @@ class Compression:
         spill.mkdir(parents=True, exist_ok=True)
         self._parking = Parking(spill, job.activation_memory)
         self._trimmed = 0  # of `spilled`, when the heap last gave its free pages back
-        self._scaling = Scaling(job.adapter, job.assignment.tasks, self._params, job.options, job.partial)
+        self._world = job.world
+        self._scaling = Scaling(
+            job.adapter, job.assignment.tasks, self._params, job.options, job.partial, job.world
+        )
         self._ranges = Ranges(job.assignment.tasks)
         self._done: dict[str, Finished] = {}  # linears of the present block
         self._pending: dict[str, Task] = {}
@@ -223,6 +228,8 @@ class Compression:
                 self._write("head", [f"{head.name}.weight"])
         for lane in self._lanes[:-1]:
             lane.close()
+        if not self._world.first:
+            return
         last = self._lanes[-1]
         with self._timed("forward"):
             while last.output is None and last.advance() is not None:
@@ -277,13 +284,13 @@ class Compression:
             tasks = [self._job.assignment.tasks[ref.name] for ref in refs]
             weights = [self._params.weight(ref) for ref in refs]
             itemsize = weights[0].element_size()
-            stats = None if accumulator is None else accumulator.finish(refs[0].name)
+            stats = None if accumulator is None else accumulator.finish(refs[0].name, self._world)
             scaled = self._scaling.choose(refs, weights, stats, {name: one.tensors for name, one in self._done.items()})
             if isinstance(scaled, Scaled) and stats is not None:
                 weights = [(weight * scaled.factor).to(weight.dtype) for weight in weights]
                 stats.scale_(scaled.factor)
             self._ranges.find(refs, stats, weights[0])
-            solved = solve_stage(tasks, weights, stats, self._job.options)
+            solved = solve_stage(tasks, weights, stats, self._job.options, self._world)
             del weights, stats
         with self._timed("save"):
             while solved:
@@ -322,28 +329,49 @@ class Compression:
                 tensors |= done.tensors
                 values |= {name: one for name, one in done.tensors.items() if name.endswith(f".{INPUT_SCALE}")}
             rename = self._job.binding.file_name
-            shard = self._writer.write(key, {rename(name): tensor for name, tensor in tensors.items()})
-            witness.record(self._evidence, key, values, {done.name: done.digest for done in finished})
             layers = [done.layer for done in finished]
-            self._journal.add(key, shard, layers)
+            if self._world.first:
+                shard = self._writer.write(key, {rename(name): tensor for name, tensor in tensors.items()})
+                witness.record(self._evidence, key, values, {done.name: done.digest for done in finished})
+                self._journal.add(key, shard, layers)
         self._outcome.layers += layers
         self._outcome.order.append(key)
 
     def _restore(self, key: str, refs: Sequence[LinearRef]) -> None:
         """Take compressed weights from the shard of an earlier run, decoded as a reader would."""
-        with self._timed("read"), safe_open(self._writer.path(key), framework="pt") as shard:
-            names = list(shard.keys())
+        refs = [ref for ref in refs if ref.name in self._job.assignment.tasks]
+        with self._timed("read"), self._shard(key) as shard:
+            names = [] if shard is None else list(shard.keys())
             for ref in refs:
-                if ref.name in self._job.assignment.tasks:
-                    weight = f"{ref.name}.weight"
-                    prefix = self._job.binding.file_name(weight)
-                    parts = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-                    own = {weight + part: shard.get_tensor(name) for name, part in parts.items()}
-                    self._params.put(weight, self._job.layout.decode(ref, own))
-                    self._ranges.restore(ref, lambda name: shard.get_tensor(self._job.binding.file_name(name)))
-                    self._remaining.discard(ref.name)
+                weight = f"{ref.name}.weight"
+                room = torch.empty_like(self._params.value(weight))
+                dense = room if shard is None else self._decoded(shard, names, ref)
+                self._params.put(weight, self._world.from_first(dense))
+                self._ranges.restore(ref, lambda name: self._told(shard, name))
+                self._remaining.discard(ref.name)
         self._outcome.layers += self._journal.done[key].layers
         self._outcome.order.append(key)
+
+    @contextmanager
+    def _shard(self, key: str) -> Iterator[Any]:
+        """A shard of an earlier run, open; None on ranks that do not hold it."""
+        if not self._world.first:
+            yield None
+            return
+        with safe_open(self._writer.path(key), framework="pt") as shard:
+            yield shard
+
+    def _decoded(self, shard: Any, names: Sequence[str], ref: LinearRef) -> Tensor:
+        weight = f"{ref.name}.weight"
+        prefix = self._job.binding.file_name(weight)
+        parts = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        own = {weight + part: shard.get_tensor(name) for name, part in parts.items()}
+        return self._job.layout.decode(ref, own)
+
+    def _told(self, shard: Any, name: str) -> Tensor:
+        """A tensor of a shard by its name in the model, on all ranks."""
+        content = None if shard is None else save({name: shard.get_tensor(self._job.binding.file_name(name))})
+        return load(self._world.message(content))[name]
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

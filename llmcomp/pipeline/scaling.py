@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from llmcomp.adapters.base import Adapter, Block, LinearRef
@@ -31,6 +31,7 @@ from llmcomp.methods.smoothquant import search_migration
 from llmcomp.pipeline.assign import Task
 from llmcomp.pipeline.residency import Residency
 from llmcomp.pipeline.solve import method_config, method_has
+from llmcomp.ranks import ALONE, World
 from llmcomp.schemes import INT8_STATIC
 
 
@@ -63,14 +64,15 @@ class Scaling:
 
     Args:
         adapter: the model's structure. tasks: what is done with each linear. params: the model's values.
-        options: settings of the recipe's method. partial: directory of unfinished work.
+        options: settings of the recipe's method. partial: directory of unfinished work, which rank 0 of `world` keeps.
     """
 
     def __init__(
-        self, adapter: Adapter, tasks: Mapping[str, Task], params: Residency, options: dict[str, Any], partial: Path
+        self, adapter: Adapter, tasks: Mapping[str, Task], params: Residency, options: dict[str, Any], partial: Path,
+        world: World = ALONE,
     ) -> None:
         self._adapter, self._tasks, self._params, self._options = adapter, tasks, params, options
-        self._directory = partial / "scales"
+        self._directory, self._world = partial / "scales", world
         self._written: dict[str, Tensor] = {}  # of the present block: what the file holds, not the memory
         self._refs = {ref.name: ref for ref in adapter.refs}
         self._factors: dict[str, Tensor] = {}
@@ -122,6 +124,7 @@ class Scaling:
         tasks = [self._tasks[ref.name] for ref in refs]
         search = next(found for task in tasks if (found := self._search(task)) is not None)
         wanted = search(weights, [task.scheme for task in tasks], stats, stage.verdict.channels)
+        wanted = self._world.from_first(wanted)  # a host that rounds otherwise may have found another
         if bool((wanted == 1).all()):
             return "inputs not scaled: no scale lowers the error"
         return self._scaled(stage, stage.verdict, wanted, done)
@@ -143,7 +146,7 @@ class Scaling:
         resumed run needs to know is kept under `key`."""
         written, self._written = self._written, {}
         known = {stage[0].name: self._factors[stage[0].name] for stage in self._own(block)}
-        if known:
+        if known and self._world.first:
             self._directory.mkdir(exist_ok=True)
             place = self._directory / f"{key}.safetensors"
             save_file(known, place.with_suffix(".tmp"))
@@ -153,7 +156,8 @@ class Scaling:
     def restore(self, key: str, block: Block) -> None:
         """Go on from where the run was that wrote this block, whose compressed weights are in place."""
         place = self._directory / f"{key}.safetensors"
-        known = load_file(place) if place.is_file() else {}
+        kept = place.read_bytes() if self._world.first and place.is_file() else b""
+        known = load(kept) if (kept := self._world.message(kept)) else {}
         for name, factor in known.items():
             stage = self._stages[name]
             self._factors |= {ref.name: factor for ref in stage.refs if ref.name in self._tasks}

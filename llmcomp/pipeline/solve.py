@@ -15,6 +15,7 @@ from llmcomp.formats import Layout
 from llmcomp.methods import METHODS
 from llmcomp.methods.solution import Solution
 from llmcomp.pipeline.assign import Task
+from llmcomp.ranks import ALONE, World
 from llmcomp.recipe import build
 from llmcomp.report.schema import LayerReport
 
@@ -38,9 +39,14 @@ def method_config(method: str, options: dict[str, Any]) -> Any:
 
 
 def solve_stage(
-    tasks: Sequence[Task], weights: Sequence[Tensor], stats: InputStats | None, options: dict[str, Any]
+    tasks: Sequence[Task], weights: Sequence[Tensor], stats: InputStats | None, options: dict[str, Any],
+    world: World = ALONE,
 ) -> list[Solved]:
-    """Compress weights [out, in] that read the same input; those alike in scheme and method are stacked."""
+    """Compress weights [out, in] that read the same input; those alike in scheme and method are stacked.
+
+    Rows do not depend on each other once the statistics are known, so each rank solves an equal part of the stack
+    (linears dealt whole would leave ranks idle: a stage often has one), and all get all of it.
+    """
     tasks = [_affordable(task, stats) for task in tasks]
     if stats is not None and not stats.tokens:
         stats = None  # an expert that nothing has reached: no error to state either
@@ -50,18 +56,42 @@ def solve_stage(
     results: list[Solved | None] = [None] * len(tasks)
     for (scheme, method), members in groups.items():
         began = time.perf_counter()
-        stacked = weights[members[0]] if len(members) == 1 else torch.cat([weights[m] for m in members])
+        rows = sum(weights[member].shape[0] for member in members)
+        stacked = _stack([weights[member] for member in members], world.rows(rows))
         entry = METHODS[method]
         config = method_config(method, options if method_has(method, options) else {})
-        solution = entry.function(stacked, stats, scheme, stacked.dtype, config)
+        solution = _joined(entry.function(stacked, stats, scheme, stacked.dtype, config), rows, world)
         seconds = time.perf_counter() - began
         start = 0
         for member in members:
             stop = start + weights[member].shape[0]
-            share = seconds * (stop - start) / stacked.shape[0]
+            share = seconds * (stop - start) / rows
             results[member] = Solved(tasks[member], solution.rows(start, stop), share)
             start = stop
     return [result for result in results if result is not None]
+
+
+def _stack(weights: Sequence[Tensor], wanted: slice) -> Tensor:
+    """Rows start..stop of weights [rows, in] that stand on each other."""
+    parts, above = [], 0
+    for weight in weights:
+        part = weight[max(0, wanted.start - above) : max(0, wanted.stop - above)]
+        above += weight.shape[0]
+        if len(part):
+            parts.append(part)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _joined(own: Solution, rows: int, world: World) -> Solution:
+    """The solution of all rows, from each rank's."""
+
+    def join(part: Tensor | None) -> Tensor | None:
+        return None if part is None else world.join_rows(part, rows)
+
+    held = own.weight
+    values, scale = world.join_rows(held.values, rows), world.join_rows(held.scale, rows)
+    weight = replace(held, values=values, scale=scale, zero_point=join(held.zero_point))
+    return replace(own, weight=weight, row_error=join(own.row_error), row_norm=join(own.row_norm))
 
 
 def _affordable(task: Task, stats: InputStats | None) -> Task:
