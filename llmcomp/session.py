@@ -60,6 +60,10 @@ if TYPE_CHECKING:
     from llmcomp.api import RunOptions
 
 RECIPE_NAME = "llmcomp_recipe.yaml"
+_DISCARDED = (
+    "An unfinished run of another recipe, model or data, or of another number of processes was discarded; "
+    "starting afresh."
+)
 
 
 class Session:
@@ -144,7 +148,7 @@ class Session:
             self._agree(source, data)
         journal = Journal(self.partial, fingerprint(*parts), self.world)
         if journal.discarded:
-            self._note("An unfinished run of another recipe, model or data was discarded; starting afresh.")
+            self._note(_DISCARDED)
         elif journal.done:
             self._note(f"Resuming: {len(journal.done)} parts of an unfinished run are reused.")
         job = Job(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -103,6 +104,22 @@ def make_recipe(
         step["targets"] = tuple(step["targets"])
     made = step_of(run.get("format", ""), **step, overrides=tuple(overrides))
     return Recipe((made,), Calibration(**calibration), **run)
+
+
+def parse_size(text: str, flag: str) -> int:
+    """Bytes of '24GiB', '80 GB' or '500MB'.
+
+    Raises:
+        BadRecipe: anything else.
+    """
+    found = re.fullmatch(r"([0-9.]+) *([KMGT])(i?)B", text.strip(), re.IGNORECASE)
+    try:
+        number = float(found[1]) if found else 0.0
+    except ValueError:
+        number = 0.0
+    if found is None or not number:
+        raise BadRecipe(f"{flag} {text!r} is no size; expected a number with a unit, such as 24GiB or 500MB.")
+    return int(number * (1024 if found[3] else 1000) ** (1 + "KMGT".index(found[2].upper())))
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:

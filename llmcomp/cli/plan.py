@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llmcomp.recipe import Recipe
 
 _WIDTHS = (8, 4, 3, 2)
+IMPORTED = 500_000_000  # bytes that a process holds with torch and transformers imported, before it does anything
 
 
 def plan(
@@ -38,6 +39,13 @@ def plan(
     activation_memory: Annotated[
         int, typer.Option("--activation-memory", help="MB of waiting activations before they go to mapped files.")
     ] = 8,
+    ranks: Annotated[
+        int, typer.Option("--ranks", min=1, help="Processes that share the work; memory and time are of each.")
+    ] = 1,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", help="What each rank has, such as 24GiB: the table says how much of it is taken."),
+    ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings along.")
@@ -54,6 +62,8 @@ def plan(
         llmcomp plan tinyllama
 
         llmcomp plan ./my-model --bits 4 --samples 64 --json
+
+        llmcomp plan ./my-70b --bits 4 --ranks 8 --memory 80GiB
     """
     from llmcomp.cli.progress import listener
     from llmcomp.hub import resolve
@@ -66,20 +76,23 @@ def plan(
     data = {"source": calibration, "samples": samples, "sequence_length": sequence_length}
     made = o.make_recipe(recipe, step, data, {"seed": seed, "format": format})
     check(made)
+    available = None if memory is None else o.parse_size(memory, "--memory")
     with listener(json) as progress:
         found = resolve(model, revision=revision, config_only=True, progress=progress)
         open_width = bits is None and activations is None and recipe is None
         widths = _WIDTHS if open_width else tuple(one.bits for one in made.steps[:1])
-        seen = _look(found.path, made, widths, activation_memory * 2**20, trust_remote_code)
+        seen = _look(found.path, made, widths, activation_memory * 2**20, trust_remote_code, ranks)
     if json:
-        typer.echo(json_module.dumps(as_json(model, seen), indent=1, ensure_ascii=False))
+        typer.echo(json_module.dumps(as_json(model, seen, available), indent=1, ensure_ascii=False))
         return
     from rich.console import Console
 
-    Console().print(view(model, seen))
+    Console().print(view(model, seen, available))
 
 
-def _look(path: Path, recipe: Recipe, widths: tuple[int, ...], memory: int, trust_remote_code: bool) -> Prospect:
+def _look(
+    path: Path, recipe: Recipe, widths: tuple[int, ...], memory: int, trust_remote_code: bool, ranks: int
+) -> Prospect:
     """The prospect of a directory with a config.
 
     Raises:
@@ -97,7 +110,7 @@ def _look(path: Path, recipe: Recipe, widths: tuple[int, ...], memory: int, trus
     if config.get("quantization_config") or config.get("compression_config"):
         raise BadCheckpoint(f"{path} is already quantized; give the full-precision checkpoint instead.")
     adapter = discover(skeleton(path, trust_remote_code=trust_remote_code))
-    seen = prospect(adapter, recipe, widths, memory, max_positions(adapter.model, None))
+    seen = prospect(adapter, recipe, widths, memory, max_positions(adapter.model, None), ranks)
     if config.get("dtype") or config.get("torch_dtype"):
         return seen
     source = "the weights' headers" if any(path.glob("*.safetensors")) else "nothing, so float32 is assumed"
@@ -105,15 +118,20 @@ def _look(path: Path, recipe: Recipe, widths: tuple[int, ...], memory: int, trus
     return dataclasses.replace(seen, notes=(*seen.notes, note))
 
 
-def as_json(model: str, seen: Prospect) -> dict[str, Any]:
-    """The prospect as one JSON object."""
+def as_json(model: str, seen: Prospect, memory: int | None = None) -> dict[str, Any]:
+    """The prospect as one JSON object; with the `memory` of a rank in bytes, whether each row fits into it."""
     import dataclasses
 
-    return {"model": model, **dataclasses.asdict(seen)}
+    found = {"model": model, **dataclasses.asdict(seen)}
+    if memory is not None:
+        found["memory"] = memory
+        for row in found["rows"]:
+            row["fits"] = row["peak_memory"] + IMPORTED <= memory
+    return found
 
 
-def view(model: str, seen: Prospect) -> RenderableType:
-    """The prospect as a terminal shows it."""
+def view(model: str, seen: Prospect, memory: int | None = None) -> RenderableType:
+    """The prospect as a terminal shows it; with the `memory` of a rank in bytes, how much of it each row takes."""
     from rich import box
     from rich.console import Group
     from rich.panel import Panel
@@ -129,14 +147,21 @@ def view(model: str, seen: Prospect) -> RenderableType:
     )
     data = Text(f"calibration of up to {seen.windows} windows × {seen.length} tokens; only the config was read")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, header_style="dim", padding=(0, 1))
-    for column in ("method", "bits", "size", "", "memory", "disk", "time"):
+    # Of two that would make lines too long for a terminal, the one that was asked for.
+    ratio, limit = (("",), ()) if memory is None else ((), (f"of {memory / 2**30:g} GiB",))
+    for column in ("method", "bits", "size", *ratio, "memory", *limit, "disk", "time"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     ordered = sorted(seen.rows, key=lambda one: -one.bits)
     for number, one in enumerate(ordered):
         last = number + 1 == len(ordered) or ordered[number + 1].bits != one.bits
+        taken = () if memory is None else (Text(f"{(one.peak_memory + IMPORTED) / memory:.1%}"),)
+        for cell in taken:
+            if memory is not None and one.peak_memory + IMPORTED > memory:
+                cell.stylize("red")
         table.add_row(
-            one.method, str(one.bits), words.size(one.bytes_after), words.ratio(seen.bytes_before, one.bytes_after),
-            words.size(one.peak_memory), words.size(one.disk), f"~ {words.seconds(one.seconds)}",
+            one.method, str(one.bits), words.size(one.bytes_after),
+            *(words.ratio(seen.bytes_before, one.bytes_after) for _ in ratio),
+            words.size(one.peak_memory), *taken, words.size(one.disk), f"~ {words.seconds(one.seconds)}",
             style="bold green" if one.asked else "", end_section=last and number + 1 < len(ordered),
         )  # fmt: skip
     terms = {name: size for name, size in vars(own.terms).items() if size}
@@ -148,6 +173,13 @@ def view(model: str, seen: Prospect) -> RenderableType:
         else "No calibration is needed."
     )
     about = "Memory is over that after imports; time is of compressing and saving, good to a factor of two."
+    if seen.ranks > 1:
+        about += (
+            f" Both are of each of {seen.ranks} ranks, if each is as fast as this process is here; a host "
+            "holds as many times the memory as it has ranks, and the disk is the first rank's."
+        )
+    if memory is not None:
+        about += f" Shares of {memory / 2**30:g} GiB count {words.size(IMPORTED)} for Python and its libraries, too."
     lines = [peak, statistics, about, *seen.notes, *_fallbacks(own.fallbacks)]
     return Group(
         Panel(Group(facts, data), title=Text(model, "bold"), title_align="left", border_style="cyan"),

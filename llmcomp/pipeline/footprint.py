@@ -98,17 +98,20 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Lanes:
-    """How calibration tokens are batched: `count` lanes of `rows` windows of `length` tokens."""
+    """How calibration tokens are batched: `count` lanes of `rows` windows of `length` tokens, in each of `ranks`
+    processes that share the work."""
 
     count: int
     rows: int
     length: int
+    ranks: int = 1
 
     @classmethod
-    def of(cls, samples: int, length: int) -> Lanes:
-        """As `calibration.data.batches` groups `samples` windows of one length."""
-        rows = min(samples, max(1, TOKENS_PER_BATCH // length))
-        return cls(-(-samples // rows), rows, length)
+    def of(cls, samples: int, length: int, ranks: int = 1) -> Lanes:
+        """As `calibration.data.batches` groups a rank's share of `samples` windows of one length."""
+        share = -(-samples // ranks)
+        rows = min(share, max(1, TOKENS_PER_BATCH // length))
+        return cls(-(-share // rows), rows, length, ranks)
 
     @property
     def tokens(self) -> int:
@@ -127,7 +130,7 @@ def footprint(adapter: Adapter, plan: Plan, lanes: Lanes, budget: int, look: Loo
     itemsize = {name: value.element_size() for name, value in adapter.model.state_dict().items()}
     found = [_within(adapter, block, plan, lanes, budget, itemsize, look) for block in _heaviest(adapter, tasks)]
     worst = max(found, key=lambda one: one.terms.total)
-    outside, terms = max(_outside(adapter, plan, itemsize), key=lambda one: one[1].total)
+    outside, terms = max(_outside(adapter, plan, itemsize, lanes.ranks), key=lambda one: one[1].total)
     spilled = max(one.spilled for one in found)
     if terms.total > worst.terms.total - worst.terms.kernels:
         return Footprint(outside, replace(terms, kernels=worst.terms.kernels), spilled)
@@ -150,10 +153,11 @@ def _within(
         moments += follow(block, stages, places, plan, lanes, budget, size)
         spilled = max(place.parked for place in places) * lanes.count - budget
     else:
-        moments += _uncalibrated(stages, plan, size)
+        moments += _uncalibrated(stages, plan, size, lanes.ranks)
     moment, terms = max(moments, key=lambda one: one[1].total)
     installed = terms.installed + _kept(adapter, block, tasks, size)
-    return Footprint(moment, replace(terms, installed=installed, kernels=_kernels(stages)), max(0, spilled))
+    terms = replace(terms, installed=installed, kernels=_kernels(stages, lanes.ranks))
+    return Footprint(moment, terms, max(0, spilled))
 
 
 def _kept(adapter: Adapter, block: Block, tasks: dict[str, Task], size: int) -> int:
@@ -180,7 +184,7 @@ def converting(adapter: Adapter, plan: Plan, after: int) -> Footprint:
     return Footprint("converting", terms, 0)
 
 
-def _kernels(stages: Sequence[Sequence[Task]]) -> int:
+def _kernels(stages: Sequence[Sequence[Task]], ranks: int) -> int:
     """Bytes of compiled kernels, after the first block has shown every shape."""
     if not switch_is_exact():
         return 0  # products go to MKL, which compiles none
@@ -189,7 +193,7 @@ def _kernels(stages: Sequence[Sequence[Task]]) -> int:
         if not METHODS[stage[0].method].factorizes:
             continue
         columns = stage[0].ref.in_features
-        rows = sum(task.ref.out_features for task in stage)
+        rows = -(-sum(task.ref.out_features for task in stage) // ranks)
         chunk = max(64, _SWEEP_WEIGHTS // columns)
         rests = {_TILE, *range(_BLOCK, min(_TILE, columns), _BLOCK)}  # tiles, and what is left at an edge
         for size in {min(chunk, rows), rows % chunk} - {0}:
@@ -250,7 +254,7 @@ def _calibrated(
         waiting_here = MemoryTerms(
             0, 0, 0, 0, 0, 0, packed, min(budget, lanes.count * here.parked), lanes.count * here.held
         )
-        solving, decoded = _solving(stage, size)
+        solving, decoded = _solving(stage, size, lanes.ranks)
         yield f"solving {name}", replace(waiting_here, statistics=gram, installed=lasting, **solving)
         packed += sum(plan.layout.nbytes(task.ref, size) for task in stage)
         installed = lasting + decoded
@@ -283,7 +287,7 @@ def _surveyed(
     installed = packed = 0
     for number, stage in enumerate(stages):
         name = stage[0].ref.name
-        solving, decoded = _solving(stage, size)
+        solving, decoded = _solving(stage, size, lanes.ranks)
         left = sum(grams[number:])
         yield f"solving {name}", replace(waits, statistics=left, installed=installed, packed=packed, **solving)
         packed += sum(plan.layout.nbytes(task.ref, size) for task in stage)
@@ -302,11 +306,13 @@ def _surveyed(
     yield "leaving the block", MemoryTerms(installed=installed, packed=packed, parked=parked, held=held, step=end.step)
 
 
-def _uncalibrated(stages: Sequence[Sequence[Task]], plan: Plan, size: int) -> Iterator[tuple[str, MemoryTerms]]:
+def _uncalibrated(
+    stages: Sequence[Sequence[Task]], plan: Plan, size: int, ranks: int
+) -> Iterator[tuple[str, MemoryTerms]]:
     """All stages of a block at once; only the witness goes along."""
     installed = packed = 0
     for stage in stages:
-        solving, decoded = _solving(stage, size)
+        solving, decoded = _solving(stage, size, ranks)
         yield f"solving {stage[0].ref.name}", MemoryTerms(installed=installed, packed=packed, **solving)
         packed += sum(plan.layout.nbytes(task.ref, size) for task in stage)
         installed += decoded
@@ -317,25 +323,31 @@ def _uncalibrated(stages: Sequence[Sequence[Task]], plan: Plan, size: int) -> It
         )
 
 
-def _solving(stage: Sequence[Task], size: int) -> tuple[dict[str, int], int]:
-    """({term: bytes} of `solve_stage`, bytes of the stage's weights decoded)."""
+def _solving(stage: Sequence[Task], size: int, ranks: int) -> tuple[dict[str, int], int]:
+    """({term: bytes} of `solve_stage` on one rank, bytes of the stage's weights decoded)."""
     weights = sum(task.ref.weights for task in stage)
     columns = stage[0].ref.in_features
-    rows = weights // columns
+    rows = -(-weights // columns // ranks)
     method = _SEARCH_WEIGHTS * _SEARCH_BYTES
     if METHODS[stage[0].method].factorizes:
         chunk = min(rows, max(64, _SWEEP_WEIGHTS // columns)) * columns
         method = max(method, chunk * _SWEEP_BYTES, FLOAT * columns * _TILE)
     elif METHODS[stage[0].method].calibrated:
         method = max(method, min(rows, _LOSS_ROWS) * columns * _LOSS_BYTES)
-    stacked = weights * size if len(stage) > 1 else 0
+    stacked = rows * columns * size if len(stage) > 1 else 0
     if any(METHODS[task.method].scale is not None for task in stage):
         stacked += weights * size  # a scaled copy
         method = max(method, min(rows, _SCALED_ROWS) * columns * _SCALED_BYTES)
-    return {"method": method, "stacked": stacked, "values": weights}, weights * size
+    values = weights
+    if ranks > 1:
+        values += 2 * rows * columns  # this rank's own, and as they are sent
+        method = max(method, 2 * FLOAT * _TILE * columns)  # a strip of the Gram matrix while it is summed
+    return {"method": method, "stacked": stacked, "values": values}, weights * size
 
 
-def _outside(adapter: Adapter, plan: Plan, itemsize: dict[str, int]) -> Iterator[tuple[str, MemoryTerms]]:
+def _outside(
+    adapter: Adapter, plan: Plan, itemsize: dict[str, int], ranks: int
+) -> Iterator[tuple[str, MemoryTerms]]:
     """What happens before and after the blocks."""
     head, tasks = adapter.head, plan.assignment.tasks
     size = itemsize[f"{adapter.embeddings.name}.weight"]
@@ -345,12 +357,14 @@ def _outside(adapter: Adapter, plan: Plan, itemsize: dict[str, int]) -> Iterator
         yield "computing the witness's output", MemoryTerms(logits=2 * _WITNESS_TOKENS * head.out_features * size)
     for ref in (adapter.embeddings, head):
         if ref is not None and ref.name in tasks:
-            yield from _alone(ref, tasks[ref.name], plan, itemsize[f"{ref.name}.weight"])
+            yield from _alone(ref, tasks[ref.name], plan, itemsize[f"{ref.name}.weight"], ranks)
 
 
-def _alone(ref: LinearRef, task: Task, plan: Plan, size: int) -> Iterator[tuple[str, MemoryTerms]]:
+def _alone(
+    ref: LinearRef, task: Task, plan: Plan, size: int, ranks: int
+) -> Iterator[tuple[str, MemoryTerms]]:
     """Embeddings or head as a stage of their own."""
-    solving, decoded = _solving([task], size)
+    solving, decoded = _solving([task], size, ranks)
     gram = FLOAT * ref.in_features**2 if METHODS[task.method].calibrated else 0
     yield f"solving {ref.name}", MemoryTerms(statistics=gram, **solving)
     packed = plan.layout.nbytes(ref, size)

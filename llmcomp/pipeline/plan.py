@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llmcomp.adapters.base import Adapter, Block
+from llmcomp.errors import BadRecipe
 from llmcomp.methods import METHODS
 from llmcomp.pipeline.footprint import Lanes, Look, MemoryTerms, converting, footprint
 from llmcomp.pipeline.job import Plan, plan_recipe
@@ -31,11 +32,11 @@ class Row:
     Attributes:
         bits: of the step; overrides keep their own.
         bytes_after: weight files with their headers.
-        peak_memory: anonymous resident bytes of compressing and saving over those after imports.
+        peak_memory: anonymous resident bytes of compressing and saving over those after imports, of each rank.
         moment, terms: when the peak is, and of what it is made.
         disk: bytes that the output's disk must have free: output, and spilled activations while it runs.
         spilled: activations beyond `--activation-memory`, in mapped files.
-        seconds: of compressing and saving, good to a factor of two.
+        seconds: of compressing and saving, good to a factor of two, if each rank is as fast as this process.
         statistics: Gram matrices to be gathered; each window is still computed once.
         fallbacks: {module name: what is done instead of what was asked}.
         asked: whether this is what the recipe says, as opposed to an alternative.
@@ -63,6 +64,7 @@ class Prospect:
         dtype: of the weights, as the config says.
         bytes_before: of the tensors as the config describes them, a shared one counted once.
         windows, length: of calibration. rows: alternatives, the recipe's own first.
+        ranks: processes that share the work.
         notes: what the user should know, one sentence each.
     """
 
@@ -75,10 +77,12 @@ class Prospect:
     length: int
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
+    ranks: int = 1
 
 
 def prospect(
-    adapter: Adapter, recipe: Recipe, bits: Sequence[int], activation_memory: int, max_length: int | None = None
+    adapter: Adapter, recipe: Recipe, bits: Sequence[int], activation_memory: int, max_length: int | None = None,
+    ranks: int = 1,
 ) -> Prospect:
     """The recipe, and all methods at `bits`, side by side.
 
@@ -87,9 +91,10 @@ def prospect(
         bits: widths to show.
         activation_memory: bytes, as `RunOptions`.
         max_length: the model's positions; longer windows are clipped.
+        ranks: processes that share the work.
 
     Raises:
-        BadRecipe: the recipe does not fit the model.
+        BadRecipe: the recipe does not fit the model, or the ranks.
     """
     calibration = recipe.calibration
     length = min(calibration.sequence_length, max_length or calibration.sequence_length)
@@ -99,15 +104,16 @@ def prospect(
     rates = measure_rates(dtype)
     step = recipe.steps[0]
     look = _remembering()
-    own = row(adapter, recipe, calibration, activation_memory, rates, look)
+    own = row(adapter, recipe, calibration, activation_memory, rates, look, ranks)
     rows, planned = [own], plan_recipe(recipe, adapter)
+    _check_ranks(recipe, planned, ranks)
     for width in () if planned.whole else bits:  # there is nothing to choose
         for method, entry in METHODS.items():
             possible = entry.calibrated or step.activations != INT8_STATIC
             if possible and (method, width) != (step.method, step.bits):
                 options = step.options if method == step.method else {}
                 other = replace(recipe, steps=(replace(step, method=method, bits=width, options=options),))
-                found = row(adapter, other, calibration, activation_memory, rates, look)
+                found = row(adapter, other, calibration, activation_memory, rates, look, ranks)
                 rows.append(replace(found, asked=False))
     before, parameters = _before(adapter)
     notes = [*planned.layout.notes]
@@ -125,7 +131,18 @@ def prospect(
         length=length,
         rows=tuple(rows),
         notes=tuple(notes),
+        ranks=ranks,
     )
+
+
+def _check_ranks(recipe: Recipe, plan: Plan, ranks: int) -> None:
+    if plan.whole and ranks > 1:
+        raise BadRecipe(f"--format {recipe.format} is made in one process; plan it without --ranks.")
+    if plan.assignment.calibrated and recipe.calibration.samples < ranks:
+        raise BadRecipe(
+            f"{recipe.calibration.samples} calibration windows cannot feed {ranks} ranks: give more by --samples, or "
+            "fewer --ranks."
+        )
 
 
 def _remembering() -> Look:
@@ -143,7 +160,7 @@ def _remembering() -> Look:
 
 def row(
     adapter: Adapter, recipe: Recipe, calibration: Calibration, activation_memory: int, rates: Rates,
-    look: Look = waiting,
+    look: Look = waiting, ranks: int = 1,
 ) -> Row:
     """What one recipe would cost.
 
@@ -151,7 +168,7 @@ def row(
         BadRecipe: it does not fit the model.
     """
     plan, step = plan_recipe(recipe, adapter), recipe.steps[0]
-    lanes = Lanes.of(calibration.samples, calibration.sequence_length)
+    lanes = Lanes.of(calibration.samples, calibration.sequence_length, ranks)
     after = bytes_after(adapter, plan)
     budget = activation_memory
     found = converting(adapter, plan, after) if plan.whole else footprint(adapter, plan, lanes, budget, look)
@@ -174,7 +191,7 @@ def row(
         terms=found.terms,
         disk=after + found.spilled,
         spilled=found.spilled,
-        seconds=seconds(adapter, plan, tokens, lanes.count, rates),
+        seconds=seconds(adapter, plan, tokens, lanes.count, rates, ranks),
         statistics=passes,
         fallbacks=fallbacks,
         asked=True,

@@ -26,6 +26,7 @@ _BUDGET = 0.15  # seconds for each rate
 _COLUMN_PASSES = 12  # elementwise operations of the sweep on each weight
 _SEARCH_PASSES = 6  # elementwise operations of one candidate scale on each weight
 _STORED_BYTES = 4e8  # a second: packing, two digests, writing and syncing
+_LINK = 1e9  # bytes a second between ranks: gloo within a host, or a network of 10 Gbit/s
 _LANE_STOP = 0.002  # seconds: a greenlet's way to its next stop, with the Python of the model between
 
 
@@ -55,41 +56,43 @@ def measure_rates(dtype: torch.dtype) -> Rates:
     return Rates(operations * forward, operations * full, 2.0 * _ELEMENTS * rounding)
 
 
-def seconds(adapter: Adapter, plan: Plan, tokens: int, lanes: int, rates: Rates) -> float:
+def seconds(adapter: Adapter, plan: Plan, tokens: int, lanes: int, rates: Rates, ranks: int = 1) -> float:
     """Time to compress and save.
 
     Args:
         tokens: of calibration, in all.
-        lanes: batches they come in.
+        lanes: batches they come in, on each rank.
+        ranks: processes that share the work, each as fast as this one; the first one alone saves.
     """
-    tasks, total = plan.assignment.tasks, 0.0
+    tasks, total, share = plan.assignment.tasks, 0.0, tokens / ranks
     calibrated = plan.assignment.calibrated
     for block in adapter.blocks:
         if calibrated:
             # Each linear is computed once for each window (`calibration.capture`); where a block runs several
             # times, once for each run, and as often before it is solved.
             runs = 1 if block.applications == 1 else 2 * block.applications
-            total += runs * 2.0 * tokens * sum(ref.weights * ref.share for ref in block.linears) / rates.forward
+            total += runs * 2.0 * share * sum(ref.weights * ref.share for ref in block.linears) / rates.forward
             total += runs * _LANE_STOP * lanes * (1 + len(block.stages))
         for stage in block.stages:
             wanted = [tasks[ref.name] for ref in stage if ref.name in tasks]
             if wanted:
-                total += _stage(wanted, block.applications * tokens if calibrated else 0, rates)
+                total += _stage(wanted, block.applications * share if calibrated else 0, rates, ranks)
     for ref in (adapter.embeddings, adapter.head):
         if ref is not None and ref.name in tasks:
             task = tasks[ref.name]
-            total += _stage([task], tokens if METHODS[task.method].calibrated else 0, rates)
+            total += _stage([task], share if METHODS[task.method].calibrated else 0, rates, ranks)
     state = adapter.model.state_dict()
     return total + sum(value.numel() * value.element_size() for value in state.values()) / _STORED_BYTES
 
 
-def _stage(stage: list[Task], tokens: int, rates: Rates) -> float:
+def _stage(stage: list[Task], tokens: float, rates: Rates, ranks: int) -> float:
+    """Statistics of this rank's tokens, its rows of the weights, and what it exchanges."""
     columns = stage[0].ref.in_features
-    weights = float(sum(task.ref.weights for task in stage))
+    weights = sum(task.ref.weights for task in stage) / ranks
     # The upper half of 2 · tokens · in².
     total = tokens * stage[0].ref.share * float(columns) ** 2 / rates.exact
     for task in stage:
-        share = float(task.ref.weights)
+        share = task.ref.weights / ranks
         shrinks, refinements = SEARCH[task.scheme.bits] if METHODS[task.method].calibrated else ((1.0,), 0)
         candidates = len(shrinks) * (2 if task.scheme.symmetric else 1) + 2 * refinements
         total += share * candidates * _SEARCH_PASSES / rates.elements
@@ -99,6 +102,8 @@ def _stage(stage: list[Task], tokens: int, rates: Rates) -> float:
         total += weights * _COLUMN_PASSES / rates.elements
     elif METHODS[stage[0].method].calibrated:
         total += 4 * weights * columns / rates.exact  # e'He and w'Hw
+    if ranks > 1:  # half of the float32 Gram matrix goes round twice, integers once
+        total += ((4.0 * columns**2 if tokens else 0) + weights * ranks) / _LINK
     return total
 
 
