@@ -36,7 +36,8 @@ def exponents(wanted: Tensor) -> Tensor:
 
 def pooled(values: Tensor, channels: Tensor, reduce: str) -> Tensor:
     """Each of float64 [in] replaced by the 'mean' or 'amax' over the inputs that share its channel, int64 [in]."""
-    empty = torch.zeros(int(channels.max()) + 1, dtype=torch.float64)
+    channels = channels.to(values.device)
+    empty = torch.zeros(int(channels.max()) + 1, dtype=torch.float64, device=values.device)
     return empty.scatter_reduce(0, channels, values.double(), reduce, include_self=False)[channels]
 
 

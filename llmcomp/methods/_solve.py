@@ -115,7 +115,8 @@ def _factorize_upper_(matrix: Tensor) -> bool:
             corner = lower.flip(0, 1)
             matrix[start:stop, start:stop].copy_(corner)
             if start:
-                inverse = torch.linalg.solve_triangular(corner, torch.eye(stop - start), upper=True)
+                identity = torch.eye(stop - start, device=corner.device)
+                inverse = torch.linalg.solve_triangular(corner, identity, upper=True)
                 panel = matrix[:start, start:stop].clone()
                 for rows in panel.split(TILE):
                     rows.copy_(rows @ inverse.T)

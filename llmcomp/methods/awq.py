@@ -109,6 +109,6 @@ def _sizes(stats: InputStats, channels: Tensor) -> Tensor:
     power = pooled(stats.diagonal, channels, "mean")
     floor = power.max() * 2.0**-40
     if floor == 0:
-        return torch.zeros(len(channels))
+        return torch.zeros_like(stats.diagonal)
     sizes = power.clamp_min(floor).log2() / 2
     return (sizes - sizes.mean()).float()

@@ -44,7 +44,7 @@ def search_migration(
         float32 [in], powers of two; ones where no scale lowers the error.
     """
     samples = sampled(weights)
-    best, least = torch.ones(len(channels)), float("inf")
+    best, least = torch.ones_like(stats.diagonal), float("inf")
     tried = set()
     for wanted in _candidates(weights, stats, channels):
         whole = exponents(wanted)
