@@ -223,8 +223,14 @@ def joined() -> Iterator[World]:
 
     owner = not dist.is_initialized()
     if owner:
-        with _exchanging(world.size):
+        try:
             _connect(world)
+        except RuntimeError as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise RankLost(
+                f"Rank {world.rank} of {world.size} could not meet the others at {where}: start all of them, with "
+                f"an address that all hosts reach and a free port ({' '.join(str(error).split())[:200]})."
+            ) from error
     store = _store()
     if owner:
         store.set(_OURS, "")

@@ -145,6 +145,7 @@ class Session:
         parts = [self.recipe.to_yaml(), source.checkpoint.fingerprint(), data.fingerprint, version("llmcomp")]
         if self.world.size > 1:  # sums in another order are other bits
             parts.append(f"{self.world.size} ranks")
+            self._note(f"{self.world.size} processes share the work; memory is of the one that takes most.")
             self._agree(source, data)
         journal = Journal(self.partial, fingerprint(*parts), self.world)
         if journal.discarded:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -53,12 +54,12 @@ class Crew:
 
     def run(
         self, function: Callable[..., int], *arguments: Sequence[Any], until: Callable[[], bool] | None = None,
-        struck: int = 1, limit: float = 240,
+        struck: Sequence[int] = (1,), by: signal.Signals = signal.SIGKILL, limit: float = 240,
     ) -> list[Ended]:
         """Run `function` once a rank, with that rank's `arguments`.
 
         Args:
-            until: when it says so, the rank `struck` gets a SIGKILL.
+            until: when it says so, the ranks `struck` get the signal `by`.
             limit: seconds; a rank that takes longer has hung.
         """
         with socket.socket() as free:
@@ -79,7 +80,8 @@ class Crew:
         if until is not None:
             while not until() and all(child.is_alive() for child in children) and time.monotonic() < deadline:
                 time.sleep(0.005)
-            children[struck].kill()
+            for rank in struck:
+                os.kill(children[rank].pid or 0, by)
         for child in children:
             child.join(timeout=max(0, deadline - time.monotonic()))
         hung = [rank for rank, child in enumerate(children) if child.exitcode is None]

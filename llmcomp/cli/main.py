@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(f"Unexpected failure, please report it with --debug's output: {sentence}", 1, debug)
     finally:
         signal.signal(signal.SIGINT, before)
-        signal.signal(signal.SIGTERM, terminated)
+        signal.signal(signal.SIGTERM, terminated or signal.SIG_DFL)
     return 0
 
 

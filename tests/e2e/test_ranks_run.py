@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -116,7 +117,7 @@ def test_killed_ranks_and_the_same_command(
         def reached(wanted: int = wanted) -> bool:
             return journal.is_file() and journal.read_bytes().count(b"\n") >= wanted
 
-        ended = crew.run(main, *arguments, until=reached, struck=struck, limit=120)
+        ended = crew.run(main, *arguments, until=reached, struck=(struck,), limit=120)
         left = ended[1 - struck]
         assert ended[struck].status == -9 and left.status == 1, ended
         assert left.sentences == [
@@ -131,6 +132,14 @@ def test_killed_ranks_and_the_same_command(
     assert "Resuming" in ended[0].err and Report.read(output).resumed_blocks >= 2
     assert hashes(output) == hashes(unbroken)
     assert sorted(path.name for path in output.parent.iterdir()) == ["q"]
+
+
+def test_a_launcher_stops_all(crew: Crew, source: Path, text: Path, tmp_path: Path) -> None:
+    arguments, journal = [command(source, text, tmp_path / "q")], partial_of(tmp_path / "q") / "journal.jsonl"
+    ended = crew.run(main, arguments, arguments, until=journal.is_file, struck=(0, 1), by=signal.SIGTERM)
+    said = refused(ended, 143)
+    assert said == "Stopped from outside, or because another process has ended; the same command resumes."
+    assert partial_of(tmp_path / "q").exists()
 
 
 # --- one sentence ---
