@@ -82,6 +82,7 @@ TOOLS = {
     tool.name: tool
     for tool in (
         Tool("llmcomp", OURS, "gptq"),
+        Tool("llmcomp auto", OURS, "auto"),
         Tool("llmcomp awq", OURS, "awq"),
         Tool("llmcomp awq-gptq", OURS, "awq-gptq"),
         Tool("llmcompressor gptq", "llmcompressor", "gptq"),
@@ -89,6 +90,7 @@ TOOLS = {
         Tool("llmcompressor awq", "llmcompressor", "awq"),
         Tool("llmcompressor awq-gptq", "llmcompressor", "awq-gptq"),
         Tool("llmcompressor rtn-mse", "llmcompressor", "rtn-mse"),
+        Tool("auto-round", "auto_round", "signround", "auto_round"),
         Tool("gptqmodel gptq", "gptqmodel", "gptq", "gptqmodel"),
         Tool("gptqmodel gptq-mse", "gptqmodel", "gptq-mse", "gptqmodel"),
     )

@@ -1,6 +1,6 @@
 """Make one virtual environment for each peer, so that their pins do not meet each other or llmcomp's.
 
-    python -m evals.setup_peers [llmcompressor gptqmodel]
+    python -m evals.setup_peers [llmcompressor auto_round gptqmodel]
 
 The environments lie in the folder that LLMCOMP_PEERS names (default `~/.cache/llmcomp-peers`). torch goes
 in first at the version that llmcomp is measured with, and the peer then follows under a constraint of that
@@ -22,6 +22,7 @@ TORCH = "torch==2.13.0"
 # peer -> requirements. optimum is what transformers asks for before it opens a GPTQ checkpoint.
 PEERS = {
     "llmcompressor": ["llmcompressor==0.14.0.1"],
+    "auto_round": ["auto-round==0.16.1"],
     "gptqmodel": ["gptqmodel==7.6.0", "optimum==2.3.0"],
 }
 

@@ -164,6 +164,7 @@ class Session:
             partial=self.partial if self.world.first else scratch_of(self.partial, self.world.rank),
             activation_memory=self.options.activation_memory,
             world=self.world,
+            seed=self.recipe.seed,
         )
         try:
             outcome = Compression(job, journal, self.progress).run()

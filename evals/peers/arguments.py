@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-METHODS = ("gptq", "gptq-mse", "awq", "awq-gptq", "rtn", "rtn-mse")
+METHODS = ("gptq", "gptq-mse", "awq", "awq-gptq", "rtn", "rtn-mse", "signround", "gptq-signround", "auto")
 TASKS = ("causal-lm", "classification")
 
 
@@ -23,6 +23,7 @@ class Job:
     threads: int
     method: str
     task: str
+    iterations: int  # of learned rounding; 0 leaves a tool its own
     extra: tuple[str, ...]  # words passed through to llmcomp's own command line
 
 
@@ -47,6 +48,7 @@ def parse(argv: list[str] | None = None) -> Job:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--method", choices=METHODS, default="gptq")
     parser.add_argument("--task", choices=TASKS, default="causal-lm")
+    parser.add_argument("--iterations", type=int, default=0)
     parser.add_argument("--extra", action="append", default=[], help="one word for llmcomp, repeatable")
     return Job(**{**vars(args := parser.parse_args(argv)), "extra": tuple(args.extra)})
 

@@ -29,11 +29,18 @@ from llmcomp.matmul import WideProducts
 
 @dataclass(frozen=True)
 class Stop:
-    """Where a lane waits: `kind` 'block' or 'linear', the module's name, and its (first) input."""
+    """Where a lane waits.
+
+    Attributes:
+        kind: 'block' or 'linear', before the module is computed; 'exit', where a block has been, and will be again.
+        name: the module's. inputs: its (first) input.
+        call: of a block, what it is called with: (positional, keywords).
+    """
 
     kind: str
     name: str
     inputs: Tensor | None
+    call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
 
 class Lane:
@@ -86,9 +93,11 @@ class Lane:
 @contextmanager
 def stopping(
     model: nn.Module, blocks: Mapping[str, nn.Module], linears: Mapping[str, nn.Module],
-    wanted: Callable[[str], bool],
+    wanted: Callable[[str], bool], repeated: Callable[[str], bool] = lambda name: False,
 ) -> Iterator[None]:
-    """While it lasts, lanes stop at the entry of `blocks` and before each of `linears` that is `wanted`.
+    """While it lasts, lanes stop at the entry of `blocks` and before each of `linears` that is `wanted`; and once
+    more behind a block that is to be `repeated`: when they go on, it is computed anew from the same inputs, with
+    the weights that it has by then.
 
     Forward passes outside of a lane run through. The model keeps no cache of keys and values meanwhile: a
     waiting lane would hold one for every block that it has passed.
@@ -103,7 +112,17 @@ def stopping(
             here = greenlet.getcurrent()
             if here is home or (kind == "linear" and not wanted(name)):
                 return
-            home.switch(Stop(kind, name, _first_tensor(positional, keywords)))
+            call = (positional, keywords) if kind == "block" else None
+            home.switch(Stop(kind, name, _first_tensor(positional, keywords), call))
+
+        return hook
+
+    def repeat(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
+            if greenlet.getcurrent() is home or not repeated(name):
+                return None
+            home.switch(Stop("exit", name, _first_tensor(positional, keywords)))
+            return module.forward(*positional, **keywords)
 
         return hook
 
@@ -112,6 +131,7 @@ def stopping(
         for kind, modules in (("block", blocks), ("linear", linears))
         for name, module in modules.items()
     ]
+    handles += [module.register_forward_hook(repeat(name), with_kwargs=True) for name, module in blocks.items()]
     if config is not None and cached:
         config.use_cache = False
     try:
@@ -145,7 +165,7 @@ def advance_all(lanes: list[Lane], visit: Callable[[Lane, Stop], None]) -> Stop 
         stop = lane.advance()
         place = (stop.kind, stop.name) if stop else None
         if number == 0:
-            first = replace(stop, inputs=None) if stop else None
+            first = replace(stop, inputs=None, call=None) if stop else None
         elif place != ((first.kind, first.name) if first else None):
             raise RunError(
                 f"Calibration windows take different ways through the model: one reached {place}, "

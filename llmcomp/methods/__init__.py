@@ -16,6 +16,7 @@ from torch import Tensor
 from llmcomp.methods.awq import AWQConfig, AWQGPTQConfig, awq, awq_gptq, search_scale
 from llmcomp.methods.gptq import GPTQConfig, gptq
 from llmcomp.methods.rtn import RTNConfig, rtn, rtn_clip
+from llmcomp.methods.signround import SignRoundConfig, Tuned, clip_start, gptq_start, tune
 from llmcomp.methods.solution import Solution
 
 
@@ -28,6 +29,8 @@ class Method:
         scale: how it chooses scales of its input, where it wants them: (weights, schemes, stats, channels, config)
             → [in]. Weights and statistics reach `function` scaled.
         factorizes: whether it factorizes the Gram matrix.
+        tune: how it goes on from what `function` gives, all weights of a block together, where it does:
+            ({name: (weight, start)}, descend, loss, batches, config, seed) → Tuned.
     """
 
     function: Callable[..., Solution]
@@ -36,12 +39,25 @@ class Method:
     summary: str
     scale: Callable[..., Tensor] | None = None
     factorizes: bool = False
+    tune: Callable[..., Tuned] | None = None
 
 
 METHODS: dict[str, Method] = {
     "gptq": Method(gptq, GPTQConfig, True, "errors of each column compensated in those that follow", factorizes=True),
     "awq": Method(awq, AWQConfig, True, "channels that carry more are rounded more finely", search_scale),
     "awq-gptq": Method(awq_gptq, AWQGPTQConfig, True, "AWQ's scales, GPTQ's rounding", search_scale, factorizes=True),
+    "signround": Method(
+        clip_start, SignRoundConfig, True, "rounding and ranges learned from each block's output", tune=tune
+    ),
+    "gptq-signround": Method(
+        gptq_start, SignRoundConfig, True, "the same, from GPTQ's rounding on", factorizes=True, tune=tune
+    ),
     "rtn-clip": Method(rtn_clip, RTNConfig, True, "round to nearest, clipping searched by activation-weighted error"),
     "rtn": Method(rtn, RTNConfig, False, "round to nearest on the full range; no calibration"),
 }
+
+# What `--method auto` takes at each width, by perplexity on a trained decoder (evals/RESULTS.md). PENDING
+AUTO: dict[int, str] = {2: "gptq-signround", 3: "gptq-signround", 4: "gptq-signround", 8: "gptq"}
+
+# What it takes where blocks cannot be tuned as a whole.
+AUTO_ALONE = "gptq"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from llmcomp.adapters.base import Adapter, LinearRef
 from llmcomp.errors import BadRecipe
-from llmcomp.methods import METHODS
+from llmcomp.methods import AUTO, AUTO_ALONE, METHODS
 from llmcomp.recipe import ROLES, QuantizeStep, matches, override_for, scheme_for
 from llmcomp.schemes import INT8_DYNAMIC, INT8_STATIC, Scheme
 
@@ -45,6 +45,7 @@ def assign(adapter: Adapter, step: QuantizeStep) -> Assignment:
     tasks: dict[str, Task] = {}
     left = dict(adapter.uncompressed)
     misfits: list[LinearRef] = []
+    repeated = frozenset(block.index for block in adapter.blocks if block.applications > 1)
     for ref in adapter.refs:
         override = override_for(step, ref.name, ref.role, ref.block)
         targeted = any(matches(target, ref.name, ref.role, ref.block) for target in step.targets)
@@ -54,9 +55,10 @@ def assign(adapter: Adapter, step: QuantizeStep) -> Assignment:
         elif override is not None and override.skip:
             left[ref.name] = f"skipped by the recipe ({override.target})"
         else:
-            task = _task(ref, step, misfits, problems)
+            task = _task(ref, step, misfits, problems, repeated)
             if task is not None:
                 tasks[ref.name] = task
+    problems += _untunable(adapter, tasks)
     if not tasks and not problems:
         problems.append("the recipe's targets and overrides leave nothing to quantize")
     made = Assignment(tasks, left)
@@ -77,21 +79,40 @@ def assign(adapter: Adapter, step: QuantizeStep) -> Assignment:
     return made
 
 
-def _task(ref: LinearRef, step: QuantizeStep, misfits: list[LinearRef], problems: list[str]) -> Task | None:
+def _task(
+    ref: LinearRef, step: QuantizeStep, misfits: list[LinearRef], problems: list[str], repeated: frozenset[int]
+) -> Task | None:
+    """The task of one linear; None where the recipe cannot be right, with `problems` saying why.
+
+    Args:
+        repeated: blocks that run several times.
+    """
     override = override_for(step, ref.name, ref.role, ref.block)
     method = step.method if override is None or override.method is None else override.method
-    if method not in METHODS:
+    if method not in METHODS and method != "auto":
         return None
-    if ref.role == "embeddings":
-        method = "rtn"  # a lookup has no input statistics
     try:
         scheme = scheme_for(step, override, ref.in_features)
     except (BadRecipe, ValueError) as error:
         if str(error) not in problems:
             problems.append(str(error))
         return None
+    if method == "auto":
+        method = AUTO[scheme.bits]
+        if scheme.activations is not None or ref.block in repeated:
+            method = AUTO_ALONE
     if ref.role == "embeddings":
-        scheme = replace(scheme, activations=None)  # what a lookup reads are indices
+        scheme, method = replace(scheme, activations=None), "rtn"  # a lookup reads indices, which have no statistics
+    task = _placed(ref, scheme, method, step, misfits)
+    if ref.block is not None or METHODS[method].tune is None:
+        return task
+    why = f"no block whose output {method} could learn from: {AUTO_ALONE}"
+    return replace(task, method=AUTO_ALONE, fallback="; ".join(filter(None, (task.fallback, why))))
+
+
+def _placed(ref: LinearRef, scheme: Scheme, method: str, step: QuantizeStep, misfits: list[LinearRef]) -> Task:
+    """The task, with a group size that fits."""
+    override = override_for(step, ref.name, ref.role, ref.block)
     if scheme.fits(ref.in_features):
         asked = step.group_size if override is None or override.group_size is None else override.group_size
         if asked is None and scheme.group_size != 128 and step.activations is None:
@@ -104,12 +125,34 @@ def _task(ref: LinearRef, step: QuantizeStep, misfits: list[LinearRef], problems
     return Task(ref, fallback, method, why)
 
 
+def _untunable(adapter: Adapter, tasks: dict[str, Task]) -> list[str]:
+    """Why blocks cannot be tuned as a whole, where a method wants that."""
+    tuned = {name: task for name, task in tasks.items() if METHODS[task.method].tune is not None}
+    if not tuned:
+        return []
+    methods = "/".join(dict.fromkeys(task.method for task in tuned.values()))
+    blocks = {task.ref.block for task in tuned.values()}
+    problems = []
+    runs = max(block.applications for block in adapter.blocks if block.index in blocks)
+    if runs > 1:
+        problems.append(
+            f"{methods} learns from what a block gives, and this model runs one block {runs} times in a row; take "
+            f"{AUTO_ALONE}"
+        )
+    if any(task.scheme.activations for task in tuned.values()):
+        problems.append(f"{methods} cannot learn where linears round their inputs, too; take {AUTO_ALONE}")
+    scaled = next((task.method for task in tasks.values() if METHODS[task.method].scale is not None), None)
+    if scaled is not None:
+        problems.append(f"{scaled} scales inputs while {methods} keeps the block as it is; take one of them for all")
+    return problems
+
+
 def _unknown(adapter: Adapter, step: QuantizeStep) -> list[str]:
     """Methods that do not exist, targets and overrides that match nothing."""
     problems = []
     for method in dict.fromkeys([step.method, *(o.method for o in step.overrides if o.method)]):
-        if method not in METHODS:
-            problems.append(f"method '{method}' is not one of {', '.join(METHODS)}")
+        if method not in METHODS and method != "auto":
+            problems.append(f"method '{method}' is not one of auto, {', '.join(METHODS)}")
     for target in dict.fromkeys([*step.targets, *(o.target for o in step.overrides)]):
         if not any(matches(target, ref.name, ref.role, ref.block) for ref in adapter.refs):
             hint = f"; roles are {', '.join(ROLES)}" if target not in ROLES else ""

@@ -18,6 +18,7 @@ from llmcomp.checkpoint import Binding, Checkpoint, bind
 from llmcomp.errors import BadData, BadRecipe
 from llmcomp.formats import FORMATS, Layout, broken_ties
 from llmcomp.measure.inputs import max_positions
+from llmcomp.methods import AUTO, AUTO_ALONE
 from llmcomp.pipeline.assign import Assignment, assign
 from llmcomp.pipeline.solve import method_config
 from llmcomp.progress import Progress
@@ -79,6 +80,7 @@ class Job:
         partial: directory of unfinished work.
         activation_memory: bytes that the lanes' inputs may take before they go to files.
         world: the ranks that share the work; `batches` are this one's, and only the first one's `partial` stays.
+        seed: the recipe's, for methods that draw.
     """
 
     adapter: Adapter
@@ -92,6 +94,7 @@ class Job:
     partial: Path
     activation_memory: int
     world: World = ALONE
+    seed: int = 0
 
 
 @dataclass
@@ -139,7 +142,8 @@ def plan_recipe(recipe: Recipe, adapter: Adapter) -> Plan:
     step = recipe.steps[0]
     asked = replace(step, **_AS_ROUNDING) if recipe.format in FIXED else step
     assignment = assign(adapter, asked)
-    method_config(asked.method, asked.options)
+    for method in _asked_methods(asked, assignment):
+        method_config(method, asked.options)
     entries = [(task.ref, task.scheme) for task in assignment.tasks.values()]
     layout = FORMATS[recipe.format](entries, adapter.model)
     packed = [ref.name for ref, _ in entries if ref.name not in layout.dense]
@@ -149,6 +153,14 @@ def plan_recipe(recipe: Recipe, adapter: Adapter) -> Plan:
     if not packed and layout.dense:
         left = assignment.left
     return Plan(step, Assignment(assignment.tasks, left), layout, ties, bool(broken), recipe.format in FIXED)
+
+
+def _asked_methods(step: QuantizeStep, assignment: Assignment) -> list[str]:
+    """Whose settings the step's options are: of its method, or of what `auto` takes at its width."""
+    if step.method != "auto":
+        return [step.method]
+    found = {task.method: None for task in assignment.tasks.values() if task.scheme.bits == step.bits}
+    return [AUTO[step.bits] if AUTO[step.bits] in found else AUTO_ALONE]
 
 
 def gather(

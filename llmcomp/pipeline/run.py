@@ -34,7 +34,8 @@ from llmcomp.pipeline.memory import keep_large_blocks_apart, return_freed_memory
 from llmcomp.pipeline.ranges import Ranges
 from llmcomp.pipeline.residency import Residency
 from llmcomp.pipeline.scaling import Scaled, Scaling
-from llmcomp.pipeline.solve import layer_report, solve_stage
+from llmcomp.pipeline.solve import Solved, layer_report, solve_stage
+from llmcomp.pipeline.tuning import Tuning
 from llmcomp.progress import Progress
 from llmcomp.report.schema import LayerReport
 from llmcomp.weights import INPUT_SCALE
@@ -70,6 +71,10 @@ class Compression:
             job.adapter, job.assignment.tasks, self._params, job.options, job.partial, job.world
         )
         self._ranges = Ranges(job.assignment.tasks)
+        self._tuning = Tuning(
+            job.adapter, job.assignment.tasks, self._params, job.options, job.seed, self._parking
+        )
+        self._tuning.leave_out(block.name for block in job.adapter.blocks if _key(block) in journal.done)
         self._done: dict[str, Finished] = {}  # linears of the present block
         self._pending: dict[str, Task] = {}
         # Blocks that run several times are looked at from the model's start, which then has to stay.
@@ -95,7 +100,7 @@ class Compression:
         try:
             with (
                 writing(self._job.partial),
-                stopping(model, blocks, linears, self._pending.__contains__),
+                stopping(model, blocks, linears, self._pending.__contains__, self._tuning.awaits),
                 self._scaling.dividing(linears),
                 # After statistics were taken, and after the division: the order in which a reader has them.
                 self._ranges.rounding(linears),
@@ -133,7 +138,7 @@ class Compression:
 
     def _block(self, block: Block, further: bool) -> Stop | None:
         """Compress one block, or take it from an earlier run; where the lanes stop next, if they go further."""
-        key, names = f"block-{block.index:05d}", self._params.inside(block.name)
+        key, names = _key(block), self._params.inside(block.name)
         self._read(names)
         if key in self._journal.done:
             self._restore(key, block.linears)
@@ -142,6 +147,8 @@ class Compression:
         else:
             if block.applications > 1 and self._job.assignment.calibrated:
                 self._survey(block)
+            elif self._tuning.awaits(block.name):
+                self._tuned(block)
             else:
                 self._stages(block.stages, block.lasting)
             self._write(key, names, self._scaling.finish(key, block))
@@ -178,6 +185,18 @@ class Compression:
             refs = [ref for ref in stage if ref.name in self._pending]
             latest = [ref.name for ref in refs]
             self._solve(refs, accumulator)
+
+    def _tuned(self, block: Block) -> None:
+        """Solve stage by stage, then tune the block as a whole; lanes compute it again when they go on."""
+        with self._timed("forward"):
+            self._tuning.remember(block)
+        self._stages(block.stages, frozenset(ref.name for ref in block.linears))
+        self._advance()
+        with self._timed("solve"):
+            tuned = self._tuning.finish(block)
+        with self._timed("save"):
+            for done in tuned:
+                self._finish(done, None)
 
     def _survey(self, block: Block) -> None:
         """Solve a block that runs several times in a row, by what it reads in all of its runs.
@@ -268,6 +287,7 @@ class Compression:
                 return
             if accumulator is not None and stop.kind == "linear" and lane.counted:
                 accumulator.add(lane.tokens(stop.inputs))
+            self._tuning.note(lane, stop)
             self._parking.park(lane.held())
             if self._parking.spilled - self._trimmed > _HOLES:
                 return_freed_memory()
@@ -283,7 +303,7 @@ class Compression:
         with self._timed("solve"):
             tasks = [self._job.assignment.tasks[ref.name] for ref in refs]
             weights = [self._params.weight(ref) for ref in refs]
-            itemsize = weights[0].element_size()
+            sources = dict(zip((ref.name for ref in refs), weights, strict=True))
             stats = None if accumulator is None else accumulator.finish(refs[0].name, self._world)
             scaled = self._scaling.choose(refs, weights, stats, {name: one.tensors for name, one in self._done.items()})
             if isinstance(scaled, Scaled) and stats is not None:
@@ -295,19 +315,26 @@ class Compression:
         with self._timed("save"):
             while solved:
                 done = solved.pop(0)
-                ref, weight = done.task.ref, self._ranges.ranged(done.task.ref, done.solution.weight)
-                name = f"{ref.name}.weight"
-                self._params.install(ref, weight.dense())
-                tensors = self._job.layout.tensors(ref, weight)
-                about = scaled.about if isinstance(scaled, Scaled) else scaled
-                layer = layer_report(done, self._job.layout, itemsize, about)
-                self._done[ref.name] = Finished(name, witness.digest(self._params.value(name)), tensors, layer)
-                self._pending.pop(ref.name, None)
-                self._remaining.discard(ref.name)
-                self._progress.layer(layer)
+                learns = self._tuning.start(done, sources.pop(done.task.ref.name))
+                self._finish(done, scaled.about if isinstance(scaled, Scaled) else scaled, final=not learns)
             if isinstance(scaled, Scaled):
                 self._take_over(refs, scaled)
             return_freed_memory()
+
+    def _finish(self, done: Solved, about: str | None, final: bool = True) -> None:
+        """Put a compressed weight where lanes compute with it; keep what the file will hold, if it is `final`."""
+        ref, weight = done.task.ref, self._ranges.ranged(done.task.ref, done.solution.weight)
+        name = f"{ref.name}.weight"
+        itemsize = self._params.value(name).element_size()
+        self._params.install(ref, weight.dense())
+        self._pending.pop(ref.name, None)
+        if not final:
+            return
+        tensors = self._job.layout.tensors(ref, weight)
+        layer = layer_report(done, self._job.layout, itemsize, about)
+        self._done[ref.name] = Finished(name, witness.digest(self._params.value(name)), tensors, layer)
+        self._remaining.discard(ref.name)
+        self._progress.layer(layer)
 
     def _take_over(self, refs: Sequence[LinearRef], scaled: Scaled) -> None:
         """Let the lanes divide what these linears read, and the file hold what divides it there."""
@@ -381,3 +408,8 @@ class Compression:
                 yield
         finally:
             self._outcome.phases[phase] += time.perf_counter() - began
+
+
+def _key(block: Block) -> str:
+    """What a block's shard is called."""
+    return f"block-{block.index:05d}"

@@ -22,11 +22,13 @@ from llmcomp.report.schema import LayerReport
 
 @dataclass(frozen=True)
 class Solved:
-    """A task, its solution and its share of the time in seconds."""
+    """A task, its solution and its share of the time in seconds. `learned`: the error of the block's output before
+    and after its weights were tuned together, of the output's energy; None where they were not."""
 
     task: Task
     solution: Solution
     seconds: float
+    learned: tuple[float, float] | None = None
 
 
 def method_config(method: str, options: dict[str, Any]) -> Any:
@@ -144,4 +146,6 @@ def layer_report(solved: Solved, layout: Layout, itemsize: int, scaling: str | N
         seconds=solved.seconds,
         dead_columns=solution.dead_columns,
         scaling=scaling,
+        block_error_start=None if solved.learned is None else solved.learned[0],
+        block_error=None if solved.learned is None else solved.learned[1],
     )

@@ -36,6 +36,8 @@ class LayerReport:
         bytes_before, bytes_after: of this weight with its scales and zero points.
         seconds: time the method took (shared among linears solved together).
         dead_columns: input channels that calibration never saw active.
+        block_error_start, block_error: ||Y - Y'||² / ||Y||² of its block's output over all calibration windows, before
+            and after the block's weights were tuned together; None where they were not.
         scaling: by how much its inputs are scaled and what takes that over, or why they are not; None where no
             scaling was asked for.
     """
@@ -54,6 +56,8 @@ class LayerReport:
     seconds: float = 0.0
     dead_columns: int = 0
     scaling: str | None = None
+    block_error_start: float | None = None
+    block_error: float | None = None
 
 
 @dataclass
