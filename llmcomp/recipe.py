@@ -58,7 +58,8 @@ class QuantizeStep:
     """Weight-only quantization of the linears that `targets` match.
 
     Attributes:
-        method: a name in `llmcomp.methods.METHODS`, or 'bitsandbytes' for its formats (`FIXED`).
+        method: a name in `llmcomp.methods.METHODS`, 'auto' for what its table takes at each width, or 'bitsandbytes'
+            for its formats (`FIXED`).
         bits: 2, 3, 4 or 8.
         group_size: weights that share a scale, or 'channel', or None for the default: 128 where the width
             allows it, else the largest of 64 and 32 that divides it, else per channel (the report counts it).

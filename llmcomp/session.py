@@ -258,6 +258,16 @@ class Session:
                 f"{scaled} of {len(said)} weights read scaled inputs; the page's layer table says what takes the "
                 "scales over, and why the others have none."
             )
+        learned = {layer.block: layer for layer in outcome.layers if layer.block_error_start and layer.block_error}
+        if learned:
+            gains = [(one.block_error or 0) / (one.block_error_start or 1) for one in learned.values()]
+            self._note(
+                f"Learned rounding: the error of {len(gains)} blocks' outputs became {min(gains):.2f} to "
+                f"{max(gains):.2f} of what it was at the start."
+            )
+        if plan.step.method == "auto":
+            taken = dict.fromkeys(layer.method for layer in outcome.layers)
+            self._note(f"auto took {', '.join(taken)}.")
         if plan.assignment.calibrated and not adapter.stages_known:
             why = f"the model's forward could not be traced, {adapter.trace_problem}"
             self._note(f"Each weight was calibrated alone, whatever shares its input: {why}.")

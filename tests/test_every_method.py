@@ -81,7 +81,8 @@ def dense_weights(directory: Path, model: str) -> dict[str, Tensor]:
 def test_from_checkpoint_to_verified_checkpoint(
     model: str, method: str, symmetric: bool, bits: int, folder: Path, tmp_path: Path
 ) -> None:
-    step = QuantizeStep(method=method, bits=bits, group_size=64, symmetric=symmetric)
+    options = {} if METHODS[method].tune is None else {"iterations": 4, "learning_rate": 0.05}
+    step = QuantizeStep(method=method, bits=bits, group_size=64, symmetric=symmetric, options=options)
     result = quantize(folder, model, tmp_path / "out", step)
     layers, report = result.report.layers, result.report
     assert report.verification is not None

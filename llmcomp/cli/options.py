@@ -28,7 +28,13 @@ GroupSize = Annotated[
     ),
 ]
 Method = Annotated[
-    str | None, typer.Option("--method", help="gptq, awq, awq-gptq, rtn-clip or rtn.", show_default="gptq")
+    str | None,
+    typer.Option(
+        "--method",
+        help="gptq, awq, awq-gptq, signround, gptq-signround, rtn-clip or rtn; auto takes what was measured best at "
+        "the width, which may take long.",
+        show_default="gptq",
+    ),
 ]
 Asymmetric = Annotated[bool | None, typer.Option("--asymmetric/--symmetric", help="Store zero points.")]
 Activations = Annotated[

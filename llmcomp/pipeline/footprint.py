@@ -15,7 +15,7 @@ from llmcomp.matmul import switch_is_exact
 from llmcomp.methods import METHODS
 from llmcomp.pipeline.assign import Task
 from llmcomp.pipeline.job import TOKENS_PER_BATCH, Plan
-from llmcomp.pipeline.waiting import Waiting, waiting
+from llmcomp.pipeline.waiting import Waiting, graph, waiting
 
 FLOAT = 4  # bytes; Gram matrices and everything that methods compute with
 _TILE = 512  # rows of the diagonal tiles that `_solve.factorize` keeps aside
@@ -28,6 +28,9 @@ _LOSS_ROWS = 1024  # a chunk in `methods.solution.row_losses`
 _LOSS_BYTES = 4 * FLOAT  # weight, error, product with the Gram matrix, its square
 _SCALED_ROWS = 256  # whose error is measured in `methods.awq`, for each candidate
 _SCALED_BYTES = 5 * FLOAT  # rows, scaled, rounded, their error, its product with the Gram matrix
+# Of each weight that learns: latent, offset, what the block computes with and its gradient, in float32; the best.
+_LEARNING_BYTES = 4 * FLOAT + 1
+_LEARNING_SPARE = 5 * FLOAT  # of the largest, while a step is made
 # What bitsandbytes and transformers' loader hold of one weight while int8 is made of it (source, float16, products,
 # integers). Fitted to a Llama of widths 1024 and 4096; nf4 holds about half of it.
 _CONVERTED_BYTES = 20
@@ -64,6 +67,8 @@ class MemoryTerms:
         held: what else the lanes' frames refer to (queries, residual sums, masks, rotary tables).
         step: one lane's forward between two stops, at its peak.
         logits: the witness's, where the head is computed.
+        learning: weights of a block in float32 with their offsets and gradients, and autograd's graph of one lane,
+            where the block is tuned as a whole (`tuning`).
         kernels: compiled by oneDNN for each shape of the solver's products, where it serves them.
         allocator: of torch and the C library, whatever the model.
     """
@@ -79,6 +84,7 @@ class MemoryTerms:
     held: int = 0
     step: int = 0
     logits: int = 0
+    learning: int = 0
     kernels: int = 0
     allocator: int = ALLOCATOR
 
@@ -150,8 +156,14 @@ def _within(
     if plan.assignment.calibrated:
         places = _places(adapter, block, stages, lanes, size, look)
         follow = _surveyed if block.applications > 1 else _calibrated
+        waits = [place.parked for place in places]
+        if any(METHODS[task.method].tune is not None for stage in stages for task in stage):
+            target = FLOAT * lanes.tokens * adapter.embeddings.in_features
+            places = [replace(place, parked=place.parked + target) for place in places]
+            waits = [place.parked for place in places]
+            moments += _learning(adapter, block, stages, places, plan, lanes, budget, itemsize)
         moments += follow(block, stages, places, plan, lanes, budget, size)
-        spilled = max(place.parked for place in places) * lanes.count - budget
+        spilled = max(waits) * lanes.count - budget
     else:
         moments += _uncalibrated(stages, plan, size, lanes.ranks)
     moment, terms = max(moments, key=lambda one: one[1].total)
@@ -265,6 +277,32 @@ def _calibrated(
     parked = min(budget, lanes.count * max(places[-2].parked, end.parked))
     held = lanes.count * max(places[-2].held, end.held)
     yield "leaving the block", MemoryTerms(0, 0, 0, 0, 0, installed, packed, parked, held, end.step)
+
+
+def _learning(
+    adapter: Adapter, block: Block, stages: Sequence[Sequence[Task]], places: Sequence[Waiting], plan: Plan,
+    lanes: Lanes, budget: int, itemsize: dict[str, int],
+) -> Iterator[tuple[str, MemoryTerms]]:
+    """All weights of the block have a start and are tuned together, while the lanes wait behind it."""
+    tasks = [task for stage in stages for task in stage]
+    tuned = [task for task in tasks if METHODS[task.method].tune is not None]
+    weights = sum(task.ref.weights for task in tuned)
+    size = itemsize[f"{tuned[0].ref.name}.weight"]
+    state = adapter.model.state_dict()
+    inside = {name: one for name, one in state.items() if name.startswith(block.name + ".")}
+    narrow = {name for name in inside if itemsize[name] < FLOAT} - {f"{task.ref.name}.weight" for task in tuned}
+    widened = FLOAT * sum(inside[name].numel() for name in narrow)
+    largest = max(task.ref.weights for task in tuned)
+    rounding = _LEARNING_BYTES * weights + _LEARNING_SPARE * largest + widened
+    yield (
+        f"tuning {block.name}",
+        MemoryTerms(
+            values=weights, installed=sum(task.ref.weights for task in tasks) * size,
+            packed=sum(plan.layout.nbytes(task.ref, size) for task in tasks if METHODS[task.method].tune is None),
+            parked=min(budget, lanes.count * places[-2].parked), held=lanes.count * places[0].held,
+            learning=rounding + graph(adapter, block, lanes.rows, lanes.length),
+        ),
+    )  # fmt: skip
 
 
 def _surveyed(

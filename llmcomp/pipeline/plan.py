@@ -107,16 +107,21 @@ def prospect(
     own = row(adapter, recipe, calibration, activation_memory, rates, look, ranks)
     rows, planned = [own], plan_recipe(recipe, adapter)
     _check_ranks(recipe, planned, ranks)
+    unfit: dict[str, str] = {}
     for width in () if planned.whole else bits:  # there is nothing to choose
         for method, entry in METHODS.items():
             possible = entry.calibrated or step.activations != INT8_STATIC
-            if possible and (method, width) != (step.method, step.bits):
-                options = step.options if method == step.method else {}
+            if possible and (method, width) != (own.method, step.bits):
+                options = step.options if method == own.method else {}
                 other = replace(recipe, steps=(replace(step, method=method, bits=width, options=options),))
-                found = row(adapter, other, calibration, activation_memory, rates, look, ranks)
+                try:
+                    found = row(adapter, other, calibration, activation_memory, rates, look, ranks)
+                except BadRecipe as error:  # the recipe's own row was made, so it is the method that does not fit
+                    unfit.setdefault(method, str(error))
+                    continue
                 rows.append(replace(found, asked=False))
     before, parameters = _before(adapter)
-    notes = [*planned.layout.notes]
+    notes = [*planned.layout.notes, *(f"No row for {method}: {why}" for method, why in unfit.items())]
     if length < recipe.calibration.sequence_length:
         notes.append(f"Windows are cut at {length} tokens, the most that the model reads.")
     if adapter.trace_problem is not None:
@@ -182,8 +187,9 @@ def row(
     passes = sum(any(ref.name in calibrated for ref in stage) for stage in stages)
     if adapter.head is not None and adapter.head.name in calibrated:
         passes += 1
+    taken = dict.fromkeys(task.method for task in tasks.values() if task.scheme.bits == step.bits)
     return Row(
-        method=step.method,
+        method=next(iter(taken), step.method) if step.method == "auto" else step.method,
         bits=step.bits,
         bytes_after=after,
         peak_memory=found.terms.total,
@@ -191,7 +197,7 @@ def row(
         terms=found.terms,
         disk=after + found.spilled,
         spilled=found.spilled,
-        seconds=seconds(adapter, plan, tokens, lanes.count, rates, ranks),
+        seconds=seconds(adapter, plan, tokens, lanes.count, rates, calibration.sequence_length, ranks),
         statistics=passes,
         fallbacks=fallbacks,
         asked=True,

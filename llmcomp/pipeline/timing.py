@@ -13,18 +13,21 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from llmcomp.adapters.base import Adapter
+from llmcomp.adapters.base import Adapter, Block
 from llmcomp.matmul import WideProducts, fast_matmul
 from llmcomp.methods import METHODS
 from llmcomp.methods._grid import SEARCH
 from llmcomp.pipeline.assign import Task
 from llmcomp.pipeline.job import Plan
+from llmcomp.pipeline.solve import method_config, method_has
 
 _SIZE = 1024  # of the matrices that are multiplied to see how fast
 _ELEMENTS = 1 << 17  # of the chunk that is rounded to see how fast
 _BUDGET = 0.15  # seconds for each rate
 _COLUMN_PASSES = 12  # elementwise operations of the sweep on each weight
 _SEARCH_PASSES = 6  # elementwise operations of one candidate scale on each weight
+_LEARNING_FORWARDS = 5  # passes over all tokens: the target, the start's loss, three iterates'
+_LEARNING_PASSES = 25  # elementwise operations of a step on each weight
 _STORED_BYTES = 4e8  # a second: packing, two digests, writing and syncing
 _LINK = 1e9  # bytes a second between ranks: gloo within a host, or a network of 10 Gbit/s
 _LANE_STOP = 0.002  # seconds: a greenlet's way to its next stop, with the Python of the model between
@@ -56,12 +59,14 @@ def measure_rates(dtype: torch.dtype) -> Rates:
     return Rates(operations * forward, operations * full, 2.0 * _ELEMENTS * rounding)
 
 
-def seconds(adapter: Adapter, plan: Plan, tokens: int, lanes: int, rates: Rates, ranks: int = 1) -> float:
+def seconds(
+    adapter: Adapter, plan: Plan, tokens: int, lanes: int, rates: Rates, length: int = 512, ranks: int = 1
+) -> float:
     """Time to compress and save.
 
     Args:
         tokens: of calibration, in all.
-        lanes: batches they come in, on each rank.
+        lanes: batches they come in, on each rank. length: tokens of a window.
         ranks: processes that share the work, each as fast as this one; the first one alone saves.
     """
     tasks, total, share = plan.assignment.tasks, 0.0, tokens / ranks
@@ -73,6 +78,7 @@ def seconds(adapter: Adapter, plan: Plan, tokens: int, lanes: int, rates: Rates,
             runs = 1 if block.applications == 1 else 2 * block.applications
             total += runs * 2.0 * share * sum(ref.weights * ref.share for ref in block.linears) / rates.forward
             total += runs * _LANE_STOP * lanes * (1 + len(block.stages))
+        total += _learning(block, plan, share, max(length, share / max(1, lanes)), length / ranks, rates)
         for stage in block.stages:
             wanted = [tasks[ref.name] for ref in stage if ref.name in tasks]
             if wanted:
@@ -83,6 +89,22 @@ def seconds(adapter: Adapter, plan: Plan, tokens: int, lanes: int, rates: Rates,
             total += _stage([task], share if METHODS[task.method].calibrated else 0, rates, ranks)
     state = adapter.model.state_dict()
     return total + sum(value.numel() * value.element_size() for value in state.values()) / _STORED_BYTES
+
+
+def _learning(block: Block, plan: Plan, tokens: float, lane: float, length: float, rates: Rates) -> float:
+    """Tuning a block as a whole, 0 where nothing is. tokens, lane, length: this rank's share of all, of one batch of
+    calibration, of a window in a step's batch."""
+    tasks = [plan.assignment.tasks[ref.name] for ref in block.linears if ref.name in plan.assignment.tasks]
+    tuned = [task for task in tasks if METHODS[task.method].tune is not None]
+    if not tuned:
+        return 0.0
+    config = method_config(tuned[0].method, plan.step.options if method_has(tuned[0].method, plan.step.options) else {})
+    computed = sum(ref.weights * ref.share for ref in block.linears)
+    batch = min(float(tokens), max(lane, float(config.batch_size * length)))
+    return (
+        2.0 * computed * (3 * batch * config.iterations + _LEARNING_FORWARDS * tokens) / rates.exact
+        + sum(float(task.ref.weights) for task in tuned) * _LEARNING_PASSES * config.iterations / rates.elements
+    )
 
 
 def _stage(stage: list[Task], tokens: float, rates: Rates, ranks: int) -> float:

@@ -76,6 +76,39 @@ def waiting(adapter: Adapter, block: Block, wanted: Sequence[str], rows: int, le
     return found
 
 
+def graph(adapter: Adapter, block: Block, rows: int, length: int) -> int:
+    """Bytes that autograd keeps of one lane's way through `block` computed in float32, where its weights want
+    gradients (weights and what the lane holds apart). 0 where the model cannot be run on meta tensors."""
+    if adapter.trace_problem is not None:
+        return 0
+    twin: Any = copy.deepcopy(adapter.model).to("meta").float()
+    twin.config.pad_token_id = None
+    module = twin.get_submodule(block.name)
+    ids = torch.zeros(rows, length, dtype=torch.int64, device="meta")
+    kept: dict[int, Tensor] = {}
+    with stopping(twin, {block.name: module}, {}, lambda name: False), _FusedAttention(), _Storages():
+        lane = Lane(twin.base_model, {"input_ids": ids})
+        try:
+            stop = lane.advance()
+            if stop is None or stop.call is None:
+                return 0
+            own = [*module.parameters(), *module.buffers(), *tree_leaves(stop.call)]
+            known = {one.untyped_storage()._cdata for one in own if isinstance(one, Tensor)}
+            for ref in block.linears:
+                twin.get_submodule(ref.name).weight.requires_grad_()
+
+            def keep(tensor: Tensor) -> Tensor:
+                kept[tensor.untyped_storage()._cdata] = tensor  # alive, so that no address comes twice
+                return tensor
+
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                result = module(*stop.call[0], **stop.call[1])
+            del result
+        finally:
+            lane.close()
+    return sum(one.untyped_storage().nbytes() for key, one in kept.items() if key not in known)
+
+
 def _advance(lane: Lane, parked: set[int]) -> tuple[str, str] | None:
     """Where the lane stops next; adds to `parked` what could wait in files there, and keeps none of it."""
     stop = lane.advance()
@@ -133,5 +166,20 @@ class _FusedAttention(TorchFunctionMode):
         if func is torch.nn.functional.scaled_dot_product_attention:
             named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
             query, value = named["query"], named["value"]
-            return query.new_empty(*query.shape[:-1], value.shape[-1])
+            attended: Tensor = _Attended.apply(query, named["key"], value)
+            return attended
         return func(*args, **(kwargs or {}))
+
+
+class _Attended(torch.autograd.Function):
+    """Attention's output without values, keeping for a backward pass what the fused kernel keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        result = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise NotImplementedError  # nothing here is differentiated

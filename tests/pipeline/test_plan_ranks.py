@@ -49,14 +49,14 @@ def test_ranks_divide_the_work_but_not_the_statistics(adapter: Adapter) -> None:
     assert four.terms.parked < one.terms.parked or four.terms.held < one.terms.held
     assert four.terms.statistics == one.terms.statistics
     tokens = 64 * 64
-    times = [seconds(adapter, plan, tokens, Lanes.of(64, 64, ranks).count, RATES, ranks) for ranks in (1, 2, 4)]
+    times = [seconds(adapter, plan, tokens, Lanes.of(64, 64, ranks).count, RATES, ranks=ranks) for ranks in (1, 2, 4)]
     assert times[0] > times[1] > times[2] > times[0] / 4
 
 
 def test_what_does_not_divide_stays(adapter: Adapter) -> None:
     """Round to nearest: saving is the first rank's, and rows are exchanged, so more ranks gain little here."""
     plan = plan_recipe(Recipe((QuantizeStep(method="rtn"),)), adapter)
-    one, many = (seconds(adapter, plan, 0, 0, Rates(1e30, 1e30, 1e30), ranks) for ranks in (1, 8))
+    one, many = (seconds(adapter, plan, 0, 0, Rates(1e30, 1e30, 1e30), ranks=ranks) for ranks in (1, 8))
     assert many > one > 0
 
 
