@@ -217,7 +217,7 @@ def mark(stage: str) -> None:
     if target is None:
         return
     memory = read_memory(Path("/proc/self/status").read_text())
-    row = {"stage": stage, "time": time.time(), **asdict(memory)}
+    row = {"stage": stage, "time": time.time(), "processor": time.process_time(), **asdict(memory)}
     with Path(target).open("a") as file:
         file.write(json.dumps(row) + "\n")
 

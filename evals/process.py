@@ -37,6 +37,7 @@ class Measured:
     baseline_anonymous: int
     missed: int  # VmHWM minus the largest sampled resident size of the main process, 0 at best
     stages: dict[str, float] = field(default_factory=dict)
+    processor_seconds: float = 0.0  # of the process itself and its threads, between the same marks
 
 
 class RunFailed(RuntimeError):  # an event of the benchmark, not an error in it
@@ -161,6 +162,7 @@ def summarize(rows: list[dict], samples: list[Sample], process_seconds: float) -
         baseline_anonymous=first["anonymous"],
         missed=max(0, last["high_water"] - resident),
         stages={row["stage"]: row["time"] - first["time"] for row in rows[1:]},
+        processor_seconds=last.get("processor", 0.0) - first.get("processor", 0.0),
     )
 
 

@@ -48,7 +48,7 @@ def parse(argv: list[str] | None = None) -> Job:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--method", choices=METHODS, default="gptq")
     parser.add_argument("--task", choices=TASKS, default="causal-lm")
-    parser.add_argument("--iterations", type=int, default=0)
+    parser.add_argument("--iterations", type=int, default=0, help="of learned rounding")
     parser.add_argument("--extra", action="append", default=[], help="one word for llmcomp, repeatable")
     return Job(**{**vars(args := parser.parse_args(argv)), "extra": tuple(args.extra)})
 

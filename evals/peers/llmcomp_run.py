@@ -48,6 +48,8 @@ def command(job: Job) -> list[str]:
     words = ["quantize", str(job.model), "--bits", str(job.bits), "--group-size", group]
     words += ["--calibration", str(calibration), "--samples", str(len(rows(job.windows)))]
     words += ["--output", str(job.output), "--no-evaluate", *METHOD_WORDS[job.method]]
+    if job.iterations:
+        words += ["--option", f"iterations={job.iterations}"]
     return [*words, *job.extra]
 
 

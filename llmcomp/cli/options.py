@@ -63,6 +63,13 @@ Overrides = Annotated[
         help="What differs for a target: 'down_proj bits=8 group_size=channel'; may be repeated.",
     ),
 ]
+Options = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        help="A setting of the method, such as 'damping=0.05' or 'iterations=400'; may be repeated.",
+    ),
+]
 Data = Annotated[
     str | None,
     typer.Option(
@@ -104,6 +111,8 @@ def make_recipe(
         return Recipe.load(recipe_file)
     overrides = [_override(text) for text in step.pop("override", [])]
     overrides += [Override(target, skip=True) for target in step.pop("skip", [])]
+    if "options" in step:
+        step["options"] = dict(_setting(text, "--option") for text in step["options"])
     if "group_size" in step:
         step["group_size"] = _number(step["group_size"])
     if "targets" in step:
@@ -141,9 +150,24 @@ def _override(text: str) -> Override:
     target, *settings = text.split()
     fields: dict[str, Any] = {"target": target}
     for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise BadRecipe(f"--override {text!r}: expected NAME=VALUE after the target, got {setting!r}.")
-        fields[name] = {"true": True, "false": False}.get(value, _number(value))
+        name, value = _setting(setting, f"--override {text!r}")
+        fields[name] = value
     override: Override = build(Override, fields, f"--override {text!r}")
     return override
+
+
+def _setting(text: str, where: str) -> tuple[str, Any]:
+    """'damping=0.05' as ('damping', 0.05).
+
+    Raises:
+        BadRecipe: no '=' in it.
+    """
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise BadRecipe(f"{where}: expected NAME=VALUE, got {text!r}.")
+    if value in ("true", "false"):
+        return name, value == "true"
+    try:
+        return name, int(value) if value.isdigit() else float(value)
+    except ValueError:
+        return name, value

@@ -30,6 +30,7 @@ def plan(
     target: o.Targets = None,
     skip: o.Skip = None,
     override: o.Overrides = None,
+    option: o.Options = None,
     calibration: o.Data = None,
     samples: o.Samples = None,
     sequence_length: o.SequenceLength = None,
@@ -72,6 +73,7 @@ def plan(
     step = {
         "bits": bits, "group_size": group_size, "method": method, "targets": target, "skip": skip,
         "override": override, "symmetric": None if asymmetric is None else not asymmetric, "activations": activations,
+        "options": option,
     }  # fmt: skip
     data = {"source": calibration, "samples": samples, "sequence_length": sequence_length}
     made = o.make_recipe(recipe, step, data, {"seed": seed, "format": format})

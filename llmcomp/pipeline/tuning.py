@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -182,9 +183,8 @@ class Tuning:
         dense = {name: weight.dense().float() for name, weight in tuned.items()}
         found: dict[str, tuple[Tensor, Tensor]] = {}
 
-        def look(name: str, inputs: Tensor) -> None:
-            if not inputs.shape[0]:
-                return
+        def look(call: Call, name: str, inputs: Tensor) -> None:
+            inputs = call.lane.tokens(inputs)
             gram = inputs.t() @ inputs
             weight = starts[name][1].float()
             error, norm = quadratics(weight - dense[name], gram), quadratics(weight, gram)
@@ -193,7 +193,7 @@ class Tuning:
 
         tokens = 0
         for call in calls:
-            with self._looking(refs, lambda name, inputs, call=call: look(name, call.lane.tokens(inputs))):
+            with self._looking(refs, partial(look, call)):
                 tokens += len(self._output(block, call, dict(values) | _named(block, refs, dense)))
             if tokens >= _MEASURED_TOKENS:
                 break

@@ -163,6 +163,29 @@ def test_blocks_stop_before_their_first_linear_and_in_order() -> None:
     assert not lane.output.logits.requires_grad
 
 
+@pytest.mark.parametrize("name", list(STRUCTURES))
+def test_a_block_that_is_repeated_goes_on_with_the_weights_that_it_has_by_then(name: str) -> None:
+    model, block = build(name), STRUCTURES[name][0][0]
+    wanted = copy.deepcopy(model)
+    inside = tuple(f"{block}.{leaf}" for stage in STRUCTURES[name][1] for leaf in stage)
+    coarsen(wanted, inside)
+    places = {one: model.get_submodule(one) for one in STRUCTURES[name][0]}
+    lanes, waiting = [Lane(model, batch) for batch in batches(name)], {block}
+    with stopping(model, places, {}, lambda _: False, waiting.__contains__):
+        calls: list[Stop] = []
+        advance_all(lanes, lambda lane, stop: calls.append(stop))
+        assert all(stop.call is not None for stop in calls)
+        left = advance_all(lanes, lambda lane, stop: None)
+        assert left == Stop("exit", block, None)
+        waiting.clear()
+        coarsen(model, inside)
+        assert advance_all(lanes, lambda lane, stop: None) == Stop("block", STRUCTURES[name][0][1], None)
+        assert advance_all(lanes, lambda lane, stop: None) is None
+    with torch.no_grad():
+        for lane, batch in zip(lanes, batches(name), strict=True):
+            torch.testing.assert_close(lane.output.logits, wanted(**batch).logits, rtol=1e-5, atol=1e-6)
+
+
 # --- hooks, errors, ends ---
 
 

@@ -71,6 +71,12 @@ def test_every_flag_reaches_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (recipe.seed, recipe.format) == (5, "dense")
 
 
+def test_settings_of_the_method_keep_their_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, _ = asked(monkeypatch, "--option", "damping=0.05", "--option", "act_order=false", "--option", "steps=7")
+    assert recipe.steps[0].options == {"damping": 0.05, "act_order": False, "steps": 7}
+    assert {type(value) for value in recipe.steps[0].options.values()} == {float, bool, int}
+
+
 def test_every_flag_reaches_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
     _, options = asked(
         monkeypatch, "-o", "there", "--overwrite", "--no-evaluate", "--no-verify", "--activation-memory", "3",

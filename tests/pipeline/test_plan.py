@@ -8,18 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny
+from tiny import build, tiny
+from torch.utils._pytree import tree_leaves
 
 from llmcomp.adapters.base import Adapter
 from llmcomp.adapters.discover import discover, skeleton
 from llmcomp.calibration import parking as parking_module
-from llmcomp.methods import METHODS
+from llmcomp.methods import AUTO_ALONE, METHODS
 from llmcomp.pipeline import footprint as footprint_module
 from llmcomp.pipeline.footprint import Lanes, MemoryTerms, footprint
 from llmcomp.pipeline.job import open_source, plan_recipe
 from llmcomp.pipeline.plan import Prospect, bytes_after, prospect
 from llmcomp.pipeline.timing import Rates, seconds
-from llmcomp.pipeline.waiting import waiting
+from llmcomp.pipeline.waiting import graph, waiting
 from llmcomp.recipe import Calibration, QuantizeStep, Recipe
 
 BUDGET = 64 * 2**20
@@ -215,3 +216,59 @@ def test_experts_take_the_time_of_their_share_of_tokens(tmp_path: Path) -> None:
     linears = 2.0 * 10**6 * sum(ref.weights * 0.75 for ref in few.refs if ".experts." in ref.name) / RATES.forward
     grams = 10**6 * 0.75 * 2 * 4 * 2 * 128.0**2 / RATES.exact
     assert four - one == pytest.approx(linears + grams, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_what_autograd_keeps_is_what_it_keeps_of_a_real_block(name: str) -> None:
+    model = build(name)
+    adapter, ids = discover(model), torch.zeros(3, 40, dtype=torch.int64)
+    block = adapter.blocks[1]
+    module, calls = model.get_submodule(block.name), list[Any]()
+
+    def note(_: Any, *call: Any) -> None:
+        calls.append(call)
+
+    hook = module.register_forward_pre_hook(note, with_kwargs=True)
+    with torch.no_grad():
+        model(input_ids=ids)
+    hook.remove()
+    model.requires_grad_(False)
+    for ref in block.linears:
+        model.get_submodule(ref.name).weight.requires_grad_()
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: Any) -> Any:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module(*calls[0][0], **calls[0][1])
+    held = [one for one in tree_leaves(calls[0]) if isinstance(one, torch.Tensor)]
+    own = {one.untyped_storage().data_ptr() for one in [*module.parameters(), *held]}
+    real = sum(one.untyped_storage().nbytes() for key, one in kept.items() if key not in own)
+    assert graph(adapter, block, 3, 40) == pytest.approx(real, rel=0.1)
+
+
+def test_learning_is_in_the_forecast(tmp_path: Path) -> None:
+    adapter = adapter_of(tiny("llama", tmp_path))
+    lanes = Lanes.of(8, 64)
+    plain, learned = (
+        footprint(adapter, plan_recipe(Recipe((QuantizeStep(method=method),)), adapter), lanes, BUDGET)
+        for method in ("gptq", "gptq-signround")
+    )
+    weights = sum(ref.weights for ref in adapter.blocks[1].linears)
+    assert plain.terms.learning == 0
+    assert learned.moment == "tuning model.layers.1" and learned.terms.learning > 4 * 4 * weights
+
+    def time(iterations: int) -> float:
+        step = QuantizeStep(method="signround", options={"iterations": iterations})
+        return seconds(adapter, plan_recipe(Recipe((step,)), adapter), 512, 1, RATES)
+
+    assert time(200) - time(100) == pytest.approx(time(300) - time(200)) and time(200) > time(100)
+
+
+def test_a_method_that_does_not_fit_has_no_row_and_the_notes_say_why(tmp_path: Path) -> None:
+    found = seen(adapter_of(tiny("albert", tmp_path)), method="auto", bits=2)
+    assert found.rows[0].method == AUTO_ALONE
+    assert {row.method for row in found.rows} == {name for name, one in METHODS.items() if one.tune is None}
+    assert any(note.startswith("No row for signround: ") and "one block 2 times" in note for note in found.notes)
