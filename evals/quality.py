@@ -1,6 +1,7 @@
 """Quality side by side: every tool on the same model, windows and text; markdown tables on stdout.
 
     python -m evals.quality [--tools NAME …] [--settings NAME …] [--part lm|sst2] [--threads 1]
+                             [--seeds 0 1 2]
 
 For each setting, calibration seed and tool: quantize in the tool's own environment, open the checkpoint as
 its user would (`evals/score.py`), keep the loss of every window. Peers' results are kept in a JSON file per
@@ -18,6 +19,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +42,7 @@ from evals.process import RunFailed, environment, machine, run, versions
 from evals.setup_peers import peer_python
 
 OURS = "llmcomp"
+AUTO = "llmcomp auto"  # where it was measured, it is what stands against the peers
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ TOOLS = {
     tool.name: tool
     for tool in (
         Tool("llmcomp", OURS, "gptq"),
-        Tool("llmcomp auto", OURS, "auto"),
+        Tool(AUTO, OURS, "auto"),
         Tool("llmcomp awq", OURS, "awq"),
         Tool("llmcomp awq-gptq", OURS, "awq-gptq"),
         Tool("llmcompressor gptq", "llmcompressor", "gptq"),
@@ -211,12 +214,13 @@ def stacked(rows: list[dict], text: str) -> np.ndarray | None:
 
 
 def compared(values: dict[str, np.ndarray], relative: bool) -> str:
-    """llmcomp minus the peer with the lowest mean, with its paired interval, as a table cell."""
+    """llmcomp (`auto`, if it ran) minus the peer with the lowest mean, with its paired interval, as a table cell."""
+    ours = AUTO if AUTO in values else OURS
     peers = {name: value for name, value in values.items() if TOOLS[name].package != OURS and "rtn" not in name}
-    if OURS not in values or not peers:
+    if ours not in values or not peers:
         return "–"
     best = min(peers, key=lambda name: peers[name].mean())
-    interval = paired_interval(values[OURS], peers[best])
+    interval = paired_interval(values[ours], peers[best])
     if relative:
         shown = percent(interval)
         return f"{shown.mean:+.2f}% [{shown.low:+.2f}, {shown.high:+.2f}] vs {best}"
@@ -272,14 +276,14 @@ def sst2_table(part: Part, tools: list[str], results: dict, dense: dict[str, lis
     )
 
 
-def run_part(part: Part, tools: list[str], threads: int) -> str:
+def run_part(part: Part, tools: list[str], threads: int, seeds: Sequence[int] = SEEDS) -> str:
     """Measure what is missing of one part and return its table."""
     results: dict[tuple[str, str], list[dict]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        files = [windows_file(part, seed, Path(folder)) for seed in SEEDS]
+        files = [windows_file(part, seed, Path(folder)) for seed in seeds]
         dense = score(assets_root() / part.model, part, Path(sys.executable), "transformers", threads)
         for setting in part.settings:
-            for seed, windows in zip(SEEDS, files, strict=True):
+            for seed, windows in zip(seeds, files, strict=True):
                 for name in tools:
                     row = result(TOOLS[name], part, setting, seed, windows, threads)
                     results.setdefault((setting.name, name), []).append(row)
@@ -296,6 +300,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tools", nargs="+", choices=tuple(TOOLS), help="default: those the part names")
     parser.add_argument("--settings", nargs="+", help='for example "3-bit g128"; default: all of the part')
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS, help="default: all three")
     args = parser.parse_args(argv)
     print(json.dumps(machine(args.threads)))
     for name in args.part or PARTS:
@@ -304,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
             kept = tuple(setting for setting in part.settings if setting.name in args.settings)
             part = Part(**{**vars(part), "settings": kept})
         tools = list(args.tools or part.tools)
-        print(f"\n## {part.name}\n\n{run_part(part, tools, args.threads)}", flush=True)
+        print(f"\n## {part.name}\n\n{run_part(part, tools, args.threads, args.seeds)}", flush=True)
     return 0
 
 

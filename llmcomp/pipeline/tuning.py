@@ -85,8 +85,10 @@ class Tuning:
         """Compute what the block gives with the source's weights, for all calls.
 
         Raises:
-            RunError: the block changes its inputs, so that it cannot be computed twice.
+            RunError: the block changes its inputs, so that it cannot be computed twice, or has shown none.
         """
+        if not self._calls:
+            raise RunError(f"{block.name} shows no tensor that it reads, so it cannot be tuned; take gptq or rtn-clip.")
         values = self._floats(block)
         for call in self._calls:
             before = [one._version for one in _tensors(call)]
@@ -126,20 +128,19 @@ class Tuning:
         energy = sum(float(_target(call).square().sum(dtype=torch.float64)) for call in calls) or 1.0
         refs = {name: solved.task.ref for name, (solved, _) in starts.items()}
 
-        def error(call: Call, dense: Mapping[str, Tensor]) -> Tensor:
-            """||output - target||² of one call, of all calls' ||target||²; float64."""
-            output = self._output(block, call, values | _named(block, refs, dense))
-            return (output - _target(call)).square().sum(dtype=torch.float64) / energy
+        def errors(call: Call, dense: Mapping[str, Tensor]) -> Tensor:
+            """(output - target)² of one call, [real tokens, features]."""
+            return (self._output(block, call, values | _named(block, refs, dense)) - _target(call)).square()
 
         def loss(dense: Mapping[str, Tensor]) -> float:
-            with torch.no_grad(), fast_matmul():
-                return sum(float(error(call, dense)) for call in calls)
+            with torch.no_grad():
+                return sum(float(errors(call, dense).sum(dtype=torch.float64)) for call in calls) / energy
 
         def descend(dense: Mapping[str, Tensor], batch: Sequence[int]) -> dict[str, Tensor]:
             leaves = {name: one.requires_grad_() for name, one in dense.items()}
             with torch.enable_grad(), fast_matmul():
                 for number in batch:
-                    error(calls[number], leaves).backward()  # type: ignore[no-untyped-call]
+                    (errors(calls[number], leaves).sum() / energy).backward()  # type: ignore[no-untyped-call]
             # Experts that no token of the batch has reached have no gradient.
             return {name: torch.zeros_like(one) if one.grad is None else one.grad for name, one in leaves.items()}
 

@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 
-from evals.quality import PARTS, sst2_table
+from evals import learned
+from evals.process import Measured
+from evals.quality import PARTS, compared, sst2_table
 
 
 def test_accuracy_is_counted_against_the_labels_and_in_points_from_the_original(tmp_path, monkeypatch):
@@ -27,3 +29,21 @@ def test_accuracy_is_counted_against_the_labels_and_in_points_from_the_original(
     assert cells[2:4] == ["50.00%", "-25.00 [-75.00, +0.00]"]
     assert cells[6] == "75.00%"
     assert "refused" in table.splitlines()[-1]
+
+
+def test_auto_stands_against_the_best_peer_where_it_ran():
+    losses = {"llmcomp": 4.0, "llmcompressor gptq": 3.9, "auto-round": 3.8}
+    values = {name: np.full((3, 8), loss) for name, loss in losses.items()}
+    assert compared(values, relative=True).startswith("+22.14%")
+    values["llmcomp auto"] = np.full((3, 8), 3.8)
+    assert compared(values, relative=True) == "+0.00% [+0.00, +0.00] vs auto-round"
+
+
+def test_times_of_learned_rounding_are_shares_of_the_peers():
+    def measured(seconds):
+        return Measured(seconds, seconds, 2_000_000, 0, 0, 0, {}, seconds / 2)
+
+    table = learned.table({"llmcomp signround": [measured(3.0), measured(1.0)], "auto-round": [measured(8.0)]})
+    assert [cell.strip() for cell in table.splitlines()[2].strip("|").split("|")] == [
+        "llmcomp signround", "2.0", "0.250", "1.0", "0.250", "2",
+    ]
