@@ -30,6 +30,8 @@ _SCALED_ROWS = 256  # whose error is measured in `methods.awq`, for each candida
 _SCALED_BYTES = 5 * FLOAT  # rows, scaled, rounded, their error, its product with the Gram matrix
 # Of each weight that learns: latent, offset, what the block computes with and its gradient, in float32; the best.
 _LEARNING_BYTES = 4 * FLOAT + 1
+# Gradients of activations that a backward pass holds at once: of a gated MLP's product, both factors, and its gate.
+_BACKWARD = 4
 _LEARNING_SPARE = 5 * FLOAT  # of the largest, while a step is made
 # What bitsandbytes and transformers' loader hold of one weight while int8 is made of it (source, float16, products,
 # integers). Fitted to a Llama of widths 1024 and 4096; nf4 holds about half of it.
@@ -294,13 +296,14 @@ def _learning(
     widened = FLOAT * sum(inside[name].numel() for name in narrow)
     largest = max(task.ref.weights for task in tuned)
     rounding = _LEARNING_BYTES * weights + _LEARNING_SPARE * largest + widened
+    backward = _BACKWARD * FLOAT * lanes.tokens * max(ref.out_features for ref in block.linears)
     yield (
         f"tuning {block.name}",
         MemoryTerms(
             values=weights, installed=sum(task.ref.weights for task in tasks) * size,
             packed=sum(plan.layout.nbytes(task.ref, size) for task in tasks if METHODS[task.method].tune is None),
             parked=min(budget, lanes.count * places[-2].parked), held=lanes.count * places[0].held,
-            learning=rounding + graph(adapter, block, lanes.rows, lanes.length),
+            learning=rounding + backward + graph(adapter, block, lanes.rows, lanes.length),
         ),
     )  # fmt: skip
 
