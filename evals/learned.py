@@ -2,8 +2,8 @@
 
     python -m evals.learned [--model models/lm] [--bits 2] [--group-size 64] [--iterations 200] [--rounds 1]
 
-Both read the same 64 windows of 256 tokens, 8 of them a step, one tool after the other, round by round. Seconds are
-checkpoint in to checkpoint out without imports. Processor seconds are printed beside them: on a machine that others
+Both read the same 64 windows of 256 tokens, `--batch-size` of them a step (0: each tool its own, 8 for auto-round, 4 for
+llmcomp), one tool after the other, round by round. Seconds are checkpoint in to checkpoint out without imports. Processor seconds are printed beside them: on a machine that others
 use at the same time they say more.
 """
 
@@ -21,7 +21,6 @@ from evals.process import Measured, machine, run, versions
 from evals.quality import PARTS, windows_file
 from evals.setup_peers import peer_python
 
-BATCH = 8
 # name → (package, method)
 TOOLS = {
     "llmcomp signround": ("llmcomp", "signround"),
@@ -37,7 +36,7 @@ def once(name: str, windows: Path, args: argparse.Namespace) -> Measured:
     python = Path(sys.executable) if package == "llmcomp" else peer_python(package)
     with tempfile.TemporaryDirectory() as folder:
         words = ["--model", str(assets_root() / args.model), "--windows", str(windows), "--method", method]
-        words += ["--bits", str(args.bits), "--group-size", args.group_size, "--batch-size", str(BATCH)]
+        words += ["--bits", str(args.bits), "--group-size", args.group_size, "--batch-size", str(args.batch_size)]
         words += ["--iterations", str(args.iterations), "--threads", str(args.threads)]
         words += ["--output", str(Path(folder) / "out"), *(["--extra=--no-verify"] if package == "llmcomp" else [])]
         return run(python, f"evals.peers.{package}_run", words, args.threads)
@@ -68,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--group-size", default="64")
     parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tools", nargs="+", choices=tuple(TOOLS), default=list(TOOLS))
@@ -81,7 +81,8 @@ def main(argv: list[str] | None = None) -> int:
             for name in args.tools:
                 found[name].append(once(name, windows, args))
                 print(f"{name}: {found[name][-1]}", file=sys.stderr, flush=True)
-    print(f"\n{args.bits} bits, {args.iterations} iterations over batches of {BATCH} windows\n\n{table(found)}")
+    batch = f"batches of {args.batch_size} windows" if args.batch_size else "batches of each tool's own size"
+    print(f"\n{args.bits} bits, {args.iterations} iterations over {batch}\n\n{table(found)}")
     return 0
 
 

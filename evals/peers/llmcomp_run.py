@@ -50,6 +50,8 @@ def command(job: Job) -> list[str]:
     words += ["--output", str(job.output), "--no-evaluate", *METHOD_WORDS[job.method]]
     if job.iterations:
         words += ["--option", f"iterations={job.iterations}"]
+    if "signround" in job.method and job.batch_size > 1:
+        words += ["--option", f"batch_size={job.batch_size}"]
     return [*words, *job.extra]
 
 

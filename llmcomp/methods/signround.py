@@ -52,12 +52,14 @@ class SignRoundConfig:
     Attributes:
         iterations: steps of the descent in each block.
         batch_size: calibration windows of a step, rounded up to whole batches of calibration (about 1024 tokens).
+            Half of auto-round's 8: on a trained decoder's first block (2 bits) 200 steps of 4 ended with 0.299 where
+            steps of 8 ended with 0.302.
         learning_rate: of the first step, in steps of the grid; 0 takes 2 / iterations below 4 bits, else half of it.
         damping: of GPTQ, where it is the start.
     """
 
     iterations: int = 200
-    batch_size: int = 8
+    batch_size: int = 4
     learning_rate: float = 0.0
     damping: float = GPTQConfig.damping
 
