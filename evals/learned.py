@@ -2,8 +2,8 @@
 
     python -m evals.learned [--model models/lm] [--bits 2] [--group-size 64] [--iterations 200] [--rounds 1]
 
-Both read the same 64 windows of 256 tokens, `--batch-size` of them a step (0: each tool's own, 8 for auto-round, 4
-for llmcomp), one tool after the other, round by round. Seconds are checkpoint in to checkpoint out without imports.
+Both read the same 64 windows of 256 tokens, `--batch-size` of them a step (0: each tool's own), one
+tool after the other, round by round. Seconds are checkpoint in to checkpoint out without imports.
 Processor seconds are printed beside them: on a machine that others use at the same time they say more.
 """
 

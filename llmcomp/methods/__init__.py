@@ -57,9 +57,10 @@ METHODS: dict[str, Method] = {
 }
 
 # What `--method auto` takes at each width. On the small trained decoder of evals/RESULTS.md learned rounding takes the
-# perplexity on books at 2 bits from 57.7 (gptq) to 54; at 4 bits auto-round's gains over gptq are within 0.2% (46.62
-# against 46.70, 46.90 against 46.88 per channel), and at 8 bits there is nothing left to gain: not worth many times the
-# time. At 3 bits auto-round equals our gptq (47.98 against 48.01), and learning goes on from there.
+# perplexity on books at 2 bits from 57.7 (gptq) to between 54.2 and 54.9 (one seed). At 4 bits auto-round's gains over
+# gptq are within 0.2% (46.62 against 46.70, 46.90 against 46.88 per channel), and at 8 bits there is nothing left to
+# gain: not worth many times the time. At 3 bits auto-round equals our gptq (47.98 against 48.01); that learning goes on
+# from there has not been measured yet.
 AUTO: dict[int, str] = {2: "gptq-signround", 3: "gptq-signround", 4: "gptq", 8: "gptq"}
 
 # What it takes where blocks cannot be tuned as a whole.
