@@ -72,7 +72,7 @@ class Compression:
         )
         self._ranges = Ranges(job.assignment.tasks)
         self._tuning = Tuning(
-            job.adapter, job.assignment.tasks, self._params, job.options, job.seed, self._parking
+            job.adapter, job.assignment.tasks, self._params, job.options, job.seed, self._parking, job.world
         )
         self._tuning.leave_out(block.name for block in job.adapter.blocks if _key(block) in journal.done)
         self._done: dict[str, Finished] = {}  # linears of the present block

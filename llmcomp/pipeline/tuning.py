@@ -35,6 +35,7 @@ from llmcomp.methods.solution import quadratics
 from llmcomp.pipeline.assign import Task
 from llmcomp.pipeline.residency import Residency
 from llmcomp.pipeline.solve import Solved, method_config, method_has
+from llmcomp.ranks import ALONE, World
 
 _MEASURED_TOKENS = 2048  # over which the error of each linear is measured
 
@@ -55,14 +56,15 @@ class Tuning:
     Args:
         adapter: the model's structure. tasks: what is done with each linear. params: the model's values.
         options: settings of the recipe's method. seed: the recipe's. parking: where targets wait.
+        world: the ranks, each with its own windows: a step's gradients and all losses are summed over them.
     """
 
     def __init__(
         self, adapter: Adapter, tasks: Mapping[str, Task], params: Residency, options: dict[str, Any], seed: int,
-        parking: Parking,
+        parking: Parking, world: World = ALONE,
     ) -> None:
         self._adapter, self._params, self._options, self._seed = adapter, params, options, seed
-        self._parking = parking
+        self._parking, self._world = parking, world
         learning = {task.ref.block for task in tasks.values() if METHODS[task.method].tune is not None}
         self._waiting = {block.name for block in adapter.blocks if block.index in learning}
         self._calls: list[Call] = []
@@ -125,7 +127,7 @@ class Tuning:
         assert tune is not None  # `start` has looked
         config = method_config(method, self._options if method_has(method, self._options) else {})
         values = self._floats(block, _parameters(block, starts))
-        energy = sum(float(_target(call).square().sum(dtype=torch.float64)) for call in calls) or 1.0
+        energy = self._total(float(_target(call).square().sum(dtype=torch.float64)) for call in calls) or 1.0
         refs = {name: solved.task.ref for name, (solved, _) in starts.items()}
 
         def errors(call: Call, dense: Mapping[str, Tensor]) -> Tensor:
@@ -134,7 +136,7 @@ class Tuning:
 
         def loss(dense: Mapping[str, Tensor]) -> float:
             with torch.no_grad():
-                return sum(float(errors(call, dense).sum(dtype=torch.float64)) for call in calls) / energy
+                return self._total(float(errors(call, dense).sum(dtype=torch.float64)) for call in calls) / energy
 
         def descend(dense: Mapping[str, Tensor], batch: Sequence[int]) -> dict[str, Tensor]:
             leaves = {name: one.requires_grad_() for name, one in dense.items()}
@@ -142,11 +144,12 @@ class Tuning:
                 for number in batch:
                     (errors(calls[number], leaves).sum() / energy).backward()  # type: ignore[no-untyped-call]
             # Experts that no token of the batch has reached have no gradient.
-            return {name: torch.zeros_like(one) if one.grad is None else one.grad for name, one in leaves.items()}
+            found = {name: torch.zeros_like(one) if one.grad is None else one.grad for name, one in leaves.items()}
+            return {name: self._world.sum_(one) for name, one in found.items()}
 
         tuned = tune(
             {name: (weight, solved.solution.weight) for name, (solved, weight) in starts.items()},
-            descend, loss, _batches(calls, config.batch_size), config, self._seed + block.index,
+            descend, loss, _batches(calls, -(-config.batch_size // self._world.size)), config, self._seed + block.index,
         )  # fmt: skip
         measured = self._errors(block, calls, values, refs, starts, tuned.weights)
         share = (time.perf_counter() - began) / len(starts)
@@ -159,6 +162,10 @@ class Tuning:
                 Solved(solved.task, solution, solved.seconds + share, (tuned.before, tuned.after))
             )
         return found
+
+    def _total(self, numbers: Iterable[float]) -> float:
+        """The sum of all ranks' numbers."""
+        return float(self._world.sum_(torch.tensor([sum(numbers)], dtype=torch.float64)))
 
     # --- one block ---
 

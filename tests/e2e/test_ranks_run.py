@@ -88,6 +88,24 @@ def test_three_ranks_make_what_one_makes(
     assert said == [layer.scaling for layer in reports[0].layers]
 
 
+def test_ranks_learn_as_one_does(crew: Crew, llama: Path, text: Path, tmp_path: Path) -> None:
+    """A step of learned rounding over all windows is the same step, whoever holds them; signs of gradients next to
+    zero aside, which hang on the order of sums."""
+    learned = ["--method", "signround", "--bits", "3", "--option", "iterations=8", "--option", "batch_size=1000"]
+    arguments = {name: command(llama, text, tmp_path / name, *learned) for name in ("one", "two")}
+    assert main(arguments["one"]) == 0
+    ended = together(crew, arguments["two"])
+    assert [one.status for one in ended] == [0, 0], ended
+    alone, shared = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    for name in [name for name in alone if "layers.0." in name and not alone[name].is_floating_point()]:
+        assert float((alone[name] == shared[name]).double().mean()) > 0.95, name
+    reports = [Report.read(tmp_path / name) for name in ("one", "two")]
+    for one, two in zip(*(report.layers for report in reports), strict=True):
+        assert two.block_error_start == pytest.approx(one.block_error_start, rel=0.02)
+        assert two.block_error == pytest.approx(one.block_error, rel=0.1)  # blocks after the first differ by more
+    assert all(layer.block_error < 0.7 * layer.block_error_start for layer in reports[1].layers)
+
+
 def test_perplexity_of_two_ranks_is_that_of_one(crew: Crew, tmp_path: Path) -> None:
     """And it is verified by a fresh process, as always."""
     def arguments(name: str) -> list[str]:
