@@ -153,13 +153,16 @@ def dense_of(module: Any, dtype: torch.dtype) -> Tensor:
 
 
 def convertible(model: nn.Module) -> dict[str, bool]:
-    """{name of a module that transformers would quantize: whether it is a Conv1D, which holds [in, out]}."""
+    """{name of a module that transformers would quantize: whether it is a Conv1D, which holds [in, out]}; without
+    those that it keeps in float32 (T5's `wo`)."""
     from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
+    kept = list(getattr(model, "_keep_in_fp32_modules", None) or ())
     return {
         name: isinstance(module, Conv1D)
         for name, module in model.named_modules()
-        if type(module) is nn.Linear or isinstance(module, Conv1D)
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, kept)
     }
 
 

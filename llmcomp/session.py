@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from llmcomp.calibration.data import Texts, evaluation_texts
+from llmcomp.calibration.data import Texts
+from llmcomp.calibration.media import Media
 from llmcomp.errors import BadRecipe, LlmcompError, UserError
+from llmcomp.feeds import call
 from llmcomp.formats.save import (
     ShardWriter,
     checkpoint_config,
@@ -30,6 +32,7 @@ from llmcomp.formats.save import (
 from llmcomp.formats.verify import verify
 from llmcomp.formats.witness import dtype_name
 from llmcomp.measure.cost import size_of
+from llmcomp.measure.inputs import MEDIA, evaluation_data
 from llmcomp.measure.machine import this_machine
 from llmcomp.measure.run import evaluate_model
 from llmcomp.pipeline.job import (
@@ -39,7 +42,6 @@ from llmcomp.pipeline.job import (
     Plan,
     Source,
     gather,
-    model_inputs,
     open_source,
     plan_recipe,
 )
@@ -106,7 +108,7 @@ class Session:
             if self.world.first:
                 need = 2 * bytes_after(source.adapter, plan, source.binding.key_of)
                 preflight(self.output, self.options.overwrite, need)
-            texts = self._evaluation_texts()
+            texts = self._evaluation_data(source.adapter.task)
             data = gather(self.recipe, source, plan, self.model, self.progress, self.world)
         with PeakMemory() as memory:
             outcome = (self._convert if plan.whole else self._compress)(source, plan, data)
@@ -152,6 +154,7 @@ class Session:
             self._note(_DISCARDED)
         elif journal.done:
             self._note(f"Resuming: {len(journal.done)} parts of an unfinished run are reused.")
+        model = source.adapter.model
         job = Job(
             adapter=source.adapter,
             binding=source.binding,
@@ -159,7 +162,7 @@ class Session:
             options=plan.step.options,
             layout=plan.layout,
             ties=plan.ties,
-            batches=[model_inputs(batch) for batch in data.batches],
+            batches=[call(model, one.input_ids, one.attention_mask, one.context) for one in data.batches],
             witness=data.witness,
             partial=self.partial if self.world.first else scratch_of(self.partial, self.world.rank),
             activation_memory=self.options.activation_memory,
@@ -214,8 +217,12 @@ class Session:
             writer = ShardWriter(self.partial)
             return writer.finish(outcome.order, config, files, extra, root=source.checkpoint.path)
 
-    def _measure(self, report: Report, checkpoint: Path, source: Source, texts: Texts | None) -> None:
+    def _measure(self, report: Report, checkpoint: Path, source: Source, texts: Texts | Media | None) -> None:
         """Before and after with the same code; what cannot be measured does not cost the user the checkpoint."""
+        if texts is None:
+            what = MEDIA[source.adapter.task]
+            self._note(f"Not evaluated: the model reads {what}, of which none come with llmcomp; give --eval-data.")
+            return
         with self._timed("evaluate"):
             try:
                 found = evaluate_model(
@@ -234,14 +241,14 @@ class Session:
         for note in found.notes:
             self._note(note)
 
-    def _evaluation_texts(self) -> Texts | None:
+    def _evaluation_data(self, task: str) -> Texts | Media | None:
         """What to measure on, read before the work so that a wrong name is said at once."""
         options = self.options
-        if not options.evaluate or not self.world.first:
+        if not options.evaluate or not self.world.first or (task in MEDIA and options.eval_data is None):
             return None
         source = options.eval_data or (self.model if self.model.startswith("sample:") else "default")
-        return evaluation_texts(
-            source, text_column=options.text_column, label_column=options.label_column, progress=self.progress
+        return evaluation_data(
+            task, source, text_column=options.text_column, label_column=options.label_column, progress=self.progress
         )
 
     # --- the report ---

@@ -37,7 +37,8 @@ original. Other widths, zero points and `rtn-clip` are proven on Llama and BERT 
 
 - **compressed, in this order**: of a block. Linears with a comma between them read the same tensor and share
   statistics; those behind an arrow are calibrated on what the compressed ones before it compute. `each expert`
-  stands for all experts of a block, each with statistics of the tokens that are routed to it.
+  stands for all experts of a block, each with statistics of the tokens that are routed to it. Two kinds of blocks have
+  a semicolon between them: an encoder's and a decoder's, or the first and the later ones of a mixture of experts.
 - **left alone**: matrices that stay as they are, besides norms, and embeddings and the output head, which a recipe
   may ask for.
 - **in the file**: what `--format compressed-tensors` makes of 4 bits, see [formats.md](formats.md).

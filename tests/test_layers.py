@@ -22,12 +22,12 @@ ROWS = [
     "report hub",
     "pipeline",
     "formats measure adapters checkpoint calibration.capture calibration.lint",
-    "calibration.data",
+    "calibration.data calibration.batching calibration.media calibration.pairs",
     "recipe",
     "methods",
     "progress weights losses calibration.stats calibration.files calibration.hub_data calibration.parking sentences",
     "report.schema",
-    "report.words packing bnb schemes activations matmul network aliases samples shards experts ranks",
+    "report.words packing bnb schemes activations matmul network aliases samples shards experts feeds ranks",
     "errors",
 ]
 

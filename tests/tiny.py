@@ -9,6 +9,7 @@ of 0.05 (norms excepted), wide enough that logits differ between tokens and that
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 
 WIDTH, DEEP, HEADS, HEAD_DIM, VOCABULARY, POSITIONS = 128, 256, 4, 32, 512, 128
 PAD, UNK, BOS, EOS, MASK = 0, 1, 2, 3, 4
+PICTURE, MEL_BINS, IMAGE_TOKEN = 32, 16, VOCABULARY
 
 
 def _decoder(**more: Any) -> dict[str, Any]:
@@ -102,6 +104,36 @@ _DEEPSEEK = {
     "head_dim": 16,
 }  # fmt: skip
 _THREE = {"num_labels": 3}
+# Encoders and decoders of two blocks each.
+_T5 = {
+    "d_model": WIDTH, "d_ff": DEEP, "d_kv": HEAD_DIM, "num_layers": 2, "num_heads": HEADS, "vocab_size": VOCABULARY,
+    "pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": PAD,
+}  # fmt: skip
+_FLAN = {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+_BART = {
+    "d_model": WIDTH, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": DEEP, "decoder_ffn_dim": DEEP,
+    "encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS, "vocab_size": VOCABULARY, "pad_token_id": PAD,
+    "bos_token_id": BOS, "eos_token_id": EOS, "decoder_start_token_id": EOS, "max_position_embeddings": POSITIONS,
+}  # fmt: skip
+
+_VIT = {
+    "hidden_size": WIDTH, "intermediate_size": DEEP, "num_hidden_layers": 2, "num_attention_heads": HEADS,
+    "image_size": PICTURE, "patch_size": PICTURE // 4, **_THREE,
+}  # fmt: skip
+_WHISPER = {
+    **_BART, "max_source_positions": 50, "max_target_positions": 64, "num_mel_bins": MEL_BINS,
+    "suppress_tokens": None, "begin_suppress_tokens": None,
+}  # fmt: skip
+del _WHISPER["max_position_embeddings"]
+# A vision tower of two blocks with more linears than one of the language model has; IMAGE_TOKEN lies behind the words.
+_LLAVA = {
+    "text_config": {"model_type": "llama", **_decoder(vocab_size=IMAGE_TOKEN + 8, tie_word_embeddings=False)},
+    "vision_config": {
+        "model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": DEEP, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "image_size": PICTURE, "patch_size": PICTURE // 4, "projection_dim": 64,
+    },
+    "image_token_index": IMAGE_TOKEN,
+}  # fmt: skip
 
 # name → (prefix of the transformers classes, suffix of the model class, config)
 _MODELS: dict[str, tuple[str, str, Callable[[], dict[str, Any]]]] = {
@@ -147,11 +179,19 @@ _MODELS: dict[str, tuple[str, str, Callable[[], dict[str, Any]]]] = {
     "distilbert-classifier": ("DistilBert", "ForSequenceClassification", lambda: {**_distilbert(), **_THREE}),
     "modernbert": ("ModernBert", "ForMaskedLM", _modernbert),
     "modernbert-classifier": ("ModernBert", "ForSequenceClassification", lambda: {**_modernbert(), **_THREE}),
+    "t5": ("T5", "ForConditionalGeneration", lambda: dict(_T5)),
+    "flan-t5": ("T5", "ForConditionalGeneration", lambda: dict(_FLAN)),
+    "bart": ("Bart", "ForConditionalGeneration", lambda: dict(_BART)),
+    "whisper": ("Whisper", "ForConditionalGeneration", lambda: dict(_WHISPER)),
+    "vit-classifier": ("ViT", "ForImageClassification", lambda: dict(_VIT)),
+    "llava": ("Llava", "ForConditionalGeneration", lambda: copy.deepcopy(_LLAVA)),
     "mpnet": ("MPNet", "ForMaskedLM", _mpnet),
     "mpnet-classifier": ("MPNet", "ForSequenceClassification", lambda: _mpnet(**_THREE)),
 }
 
 TINY = tuple(_MODELS)
+TWO_CHAINS = ("t5", "flan-t5", "bart", "whisper")
+BEYOND_TEXT = ("whisper", "vit-classifier", "llava")  # see tiny_media
 DECODERS = tuple(name for name, (_, suffix, _) in _MODELS.items() if suffix in ("ForCausalLM", "LMHeadModel"))
 
 
@@ -195,7 +235,11 @@ def tiny(
     """
     model = build(name, seed=seed, dtype=dtype, **overrides)
     model.save_pretrained(directory, max_shard_size=shard)
-    if tokenizer:
+    if tokenizer and name in BEYOND_TEXT:
+        from tiny_media import write_processor
+
+        write_processor(name, directory)
+    elif tokenizer:
         write_tokenizer(directory, encoder=name not in DECODERS)
     return Path(directory)
 

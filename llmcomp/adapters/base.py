@@ -71,14 +71,15 @@ class Adapter:
         model: the transformers model, every parameter on the meta device.
         config: its config.
         task: 'causal-lm', 'masked-lm', 'sequence-classification', 'token-classification',
-            'question-answering', 'encoder' (no head) …
-        blocks: in the order of computation.
-        embeddings: the token embedding.
+            'question-answering', 'encoder' (no head), 'seq2seq-lm', 'image-classification' …
+        blocks: in the order of computation; of an encoder-decoder the encoder's come first.
+        embeddings: the token embedding, None where there is none, or encoder and decoder share it.
         head: the output embedding of a language model, None where there is none.
         ties: {parameter name: name of the parameter it shares storage with}, such as
             {'lm_head.weight': 'model.embed_tokens.weight'}.
         uncompressed: linears and other matrices that no role claims (poolers, classifiers, fused experts):
             name → why.
+        sample_tokens: of an image or a stretch of sound, how many tokens its blocks read; None for text.
         trace_problem: why the model's forward could not be run on meta tensors, None when it could. Stages
             are then one linear each, in the order of the modules.
     """
@@ -87,10 +88,11 @@ class Adapter:
     config: Any
     task: str
     blocks: tuple[Block, ...]
-    embeddings: LinearRef
+    embeddings: LinearRef | None
     head: LinearRef | None
     ties: dict[str, str]
     uncompressed: dict[str, str]
+    sample_tokens: int | None = None
     trace_problem: str | None = None
 
     # A mixture of experts has tens of thousands of linears, each of which is asked for.
@@ -115,7 +117,8 @@ class Adapter:
     def refs(self) -> tuple[LinearRef, ...]:
         """Every compressible weight: embeddings, then blocks in order, then the head."""
         inside = tuple(ref for block in self.blocks for ref in block.linears)
-        return (self.embeddings, *inside, *(() if self.head is None else (self.head,)))
+        around = (self.embeddings, *inside, self.head)
+        return tuple(ref for ref in around if ref is not None)
 
     def block_of(self, parameter: str) -> int | None:
         """Index of the block that a parameter or buffer name belongs to, None outside of the blocks."""

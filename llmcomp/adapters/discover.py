@@ -27,9 +27,11 @@ from transformers.modeling_utils import str_to_torch_dtype
 from transformers.pytorch_utils import Conv1D
 
 from llmcomp.adapters.base import Adapter, Block, LinearRef
+from llmcomp.adapters.chains import chains_of, ends, ref_of
 from llmcomp.adapters.trace import Trace, linears, trace
 from llmcomp.errors import BadCheckpoint, UnknownArchitecture
 from llmcomp.experts import expert_shares, fused_parameters, gates, split_experts
+from llmcomp.feeds import IDS, main_input, task_beyond_text, unknown_feed
 from llmcomp.sentences import is_sentence_encoder
 
 _ROUTER = "router: it decides which experts a token goes to"
@@ -78,32 +80,29 @@ def discover(model: nn.Module) -> Adapter:
     """The structure of a `skeleton`: blocks, stages, roles, embeddings, head, ties, task.
 
     Raises:
-        UnknownArchitecture: no list of like modules with linears in it, no token embedding, an
-            encoder-decoder, or experts that could not be taken apart; the message shows what was found.
+        UnknownArchitecture: no list of like modules with linears in it, no token embedding, inputs that
+            cannot be made, or experts that could not be taken apart; the message shows what was found.
     """
     architecture = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnknownArchitecture(
-            f"{architecture} is an encoder-decoder, whose two stacks llmcomp cannot compress yet; "
-            "it takes decoder-only and encoder-only models."
-        )
+    if problem := unknown_feed(model):
+        raise UnknownArchitecture(f"{architecture} {problem}.")
     if fused := fused_parameters(model):
         raise UnknownArchitecture(
             f"{architecture} keeps its experts in fused parameters ({fused[0]} and {len(fused) - 1} more) in a way "
             "that llmcomp cannot take apart; most of the model would stay as it is."
         )
-    list_name, layers = _block_list(model)
-    names = [f"{list_name}.{index}" for index in range(len(layers))]
+    part, chains = chains_of(model)
+    found = {f"{chain}.{index}": layer for chain, layers in chains.items() for index, layer in enumerate(layers)}
+    names = list(found)
     traced = trace(model, names)
     applications = _applications(architecture, names, traced)
     blocks = tuple(
         _block(index, name, layer, applications[name], traced)
-        for index, (name, layer) in enumerate(zip(names, layers, strict=True))
+        for index, (name, layer) in enumerate(found.items())
     )
-    embeddings, head = _embeddings(model), _head(model)
-    claimed = {ref.name for block in blocks for ref in block.linears} | {embeddings.name}
-    if head is not None:
-        claimed.add(head.name)
+    ties = _ties(model)
+    embeddings, head, shared = ends(model, ties)
+    claimed = {ref.name for ref in (*(ref for block in blocks for ref in block.linears), embeddings, head) if ref}
     return Adapter(
         model=model,
         config=model.config,
@@ -111,13 +110,16 @@ def discover(model: nn.Module) -> Adapter:
         blocks=blocks,
         embeddings=embeddings,
         head=head,
-        ties=_ties(model),
-        uncompressed=_uncompressed(model, claimed, list_name),
+        ties=ties,
+        uncompressed=shared | _uncompressed(model, claimed | set(shared), tuple(f"{chain}." for chain in chains), part),
+        sample_tokens=None if main_input(model) == IDS else _tokens(blocks, traced),
         trace_problem=traced.problem,
     )
 
 
 def _task(architecture: str) -> str:
+    if (beyond := task_beyond_text(architecture)) is not None:
+        return beyond
     return next((task for suffix, task in _TASKS.items() if suffix in architecture), "encoder")
 
 
@@ -188,32 +190,10 @@ def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
 # --- blocks ---
 
 
-def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The outermost ModuleList of modules of one class that holds the most linear weights."""
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    best: tuple[int, str, nn.ModuleList] | None = None
-    taken: list[str] = []
-    for name, module in lists:  # outer lists come before those inside them
-        inside = any(name.startswith(outer + ".") for outer in taken)
-        if inside or len({type(child) for child in module}) != 1:
-            continue
-        weights = sum(linear.weight.numel() for _, linear in linears(module))
-        if weights:
-            taken.append(name)
-            if best is None or weights > best[0]:
-                best = weights, name, module
-    if best is None:
-        found = ", ".join(f"{name} ({_describe(module)})" for name, module in lists) or "none at all"
-        raise UnknownArchitecture(
-            f"The blocks of {type(model).__name__} could not be found: expected a list of like modules that "
-            f"contain linear layers, found these lists: {found}."
-        )
-    return best[1], best[2]
-
-
-def _describe(modules: nn.ModuleList) -> str:
-    kinds = sorted({type(child).__name__ for child in modules})
-    return f"{len(modules)} x {'/'.join(kinds)}" if len(modules) else "empty"
+def _tokens(blocks: Sequence[Block], traced: Trace) -> int | None:
+    """Tokens that one sample becomes, as the first linear reads them."""
+    read = traced.inputs.get(blocks[0].linears[0].name)
+    return None if read is None else read.numel() // read.shape[-1]
 
 
 def _applications(architecture: str, names: Sequence[str], traced: Trace) -> dict[str, int]:
@@ -234,7 +214,7 @@ def _block(index: int, name: str, layer: nn.Module, applications: int, traced: T
     shares = {f"{name}.{inner}": share for inner, share in expert_shares(layer).items()}
     weighing = {f"{name}.{inner}" for inner in gates(layer)}
     refs = {
-        n: replace(_ref(n, m, _role(layer, n[len(name) + 1 :]), index), share=shares.get(n, 1.0))
+        n: replace(ref_of(n, m, _role(layer, n[len(name) + 1 :]), index), share=shares.get(n, 1.0))
         for n, m in linears(layer, name)
         if n not in weighing
     }
@@ -259,12 +239,6 @@ def _lasting(stages: Sequence[Sequence[LinearRef]], order: Sequence[str]) -> fro
     return frozenset(found)
 
 
-def _ref(name: str, module: Any, role: str, block: int | None) -> LinearRef:
-    transposed = isinstance(module, Conv1D)
-    rows, columns = module.weight.shape[::-1] if transposed else module.weight.shape
-    return LinearRef(name, role, block, rows, columns, transposed)
-
-
 def _role(layer: nn.Module, path: str) -> str:
     """attention where a module on the way to the linear is one, by its attribute or class; else mlp."""
     parts = path.split(".")[:-1]
@@ -278,32 +252,6 @@ def _role(layer: nn.Module, path: str) -> str:
 # --- around the blocks ---
 
 
-def _embeddings(model: Any) -> LinearRef:
-    try:
-        module = model.get_input_embeddings()
-    except NotImplementedError:
-        module = None
-    if not isinstance(module, nn.Embedding):
-        raise UnknownArchitecture(
-            f"{type(model).__name__} has no token embedding that llmcomp can read: expected an nn.Embedding, "
-            f"found {type(module).__name__}."
-        )
-    return LinearRef(
-        _name_of(model, module), "embeddings", None, module.num_embeddings, module.embedding_dim
-    )
-
-
-def _head(model: Any) -> LinearRef | None:
-    module = model.get_output_embeddings()
-    if not isinstance(module, (nn.Linear, Conv1D)):
-        return None
-    return _ref(_name_of(model, module), module, "head", None)
-
-
-def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
-
-
 def _ties(model: Any) -> dict[str, str]:
     """Ties in force: as the class names them, where this config and this instance have both ends."""
     names = set(model.state_dict())
@@ -314,15 +262,19 @@ def _ties(model: Any) -> dict[str, str]:
     }
 
 
-def _uncompressed(model: nn.Module, claimed: set[str], blocks: str) -> dict[str, str]:
-    """Matrices that nothing will compress: name → why. Embeddings of positions and types are left out."""
+def _uncompressed(model: nn.Module, claimed: set[str], chains: tuple[str, ...], part: str) -> dict[str, str]:
+    """Matrices that nothing will compress: name → why. Embeddings of positions and types are left out.
+
+    Args:
+        chains: what names within the blocks begin with. part: of the model that is compressed, '' for all of it.
+    """
     labels = getattr(model.config, "num_labels", None)
     reasons: dict[str, str] = dict.fromkeys(gates(model), _ROUTER)
     for name, module in model.named_modules():
         if name in claimed or name in reasons or isinstance(module, nn.Embedding):
             continue
         if isinstance(module, (nn.Linear, Conv1D)):
-            reasons[name] = _why(name, module, blocks, labels)
+            reasons[name] = _why(name, module, chains, part, labels)
             continue
         for key, parameter in module.named_parameters(prefix=name, recurse=False):
             if parameter.dim() > 1:
@@ -337,9 +289,11 @@ def _why_not_linear(parameter: nn.Parameter, module: nn.Module) -> str:
     return f"no linear layer: a {shape} parameter of {type(module).__name__}"
 
 
-def _why(name: str, module: Any, blocks: str, labels: int | None) -> str:
-    if name.startswith(blocks + "."):
+def _why(name: str, module: Any, chains: tuple[str, ...], part: str, labels: int | None) -> str:
+    if name.startswith(chains):
         return "not used by a plain forward pass"
+    if part and not name.startswith(f"{part}."):
+        return "no part of the language model, which alone is compressed"
     if "pool" in name:
         return "pooler, outside of the blocks"
     if isinstance(module, nn.Linear) and module.out_features == labels:

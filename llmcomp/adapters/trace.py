@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
+
+from llmcomp.feeds import around
 
 _TRACE_TOKENS = 8
 
@@ -81,16 +84,33 @@ def run_twin(twin: Any, forget: Callable[[], None]) -> str | None:
     """Run the body of a `meta_twin` on a few tokens; why it could not be run, None when it could.
 
     Args:
-        forget: is called before a second attempt.
+        forget: is called before another attempt.
     """
     ids = torch.zeros(1, _TRACE_TOKENS, dtype=torch.long, device="meta")
+    inputs = around(twin, ids)
     # Most models read a mask's values and must be given none; DeBERTa makes one where there is none.
-    problem = _attempt(twin, input_ids=ids)
-    if problem is not None:
+    problem = _attempt(twin, **inputs)
+    if problem is None:
+        return None
+    forget()
+    if _attempt(twin, **inputs, attention_mask=torch.ones_like(ids)) is None:
+        return None
+    text = twin.config.get_text_config()
+    for text.use_cache in (True, False):  # an encoder made of a decoder's parts (T5's) refuses a cache
         forget()
-        if _attempt(twin, input_ids=ids, attention_mask=torch.ones_like(ids)) is None:
-            problem = None
+        with _WholeMasks():
+            if _attempt(twin, **inputs) is None:
+                return None
     return problem
+
+
+class _WholeMasks(TorchDispatchMode):
+    """Answers code that asks for one truth value of a mask ("is all of it attended to?") with yes."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            return True
+        return func(*args, **(kwargs or {}))
 
 
 def _attempt(model: Any, **inputs: Tensor) -> str | None:

@@ -102,9 +102,9 @@ def stopping(
     Forward passes outside of a lane run through. The model keeps no cache of keys and values meanwhile: a
     waiting lane would hold one for every block that it has passed.
     """
-    whole: Any = getattr(model, "config", None)
-    config = None if whole is None else whole.get_text_config()
-    cached = getattr(config, "use_cache", None)
+    # A decoder beside an encoder has a config of its own.
+    configs = [one.get_text_config() for module in model.modules() if (one := _config(module)) is not None]
+    caching = {id(config): config for config in configs if getattr(config, "use_cache", None)}
     home = greenlet.getcurrent()
 
     def stop(kind: str, name: str) -> Callable[..., None]:
@@ -132,15 +132,21 @@ def stopping(
         for name, module in modules.items()
     ]
     handles += [module.register_forward_hook(repeat(name), with_kwargs=True) for name, module in blocks.items()]
-    if config is not None and cached:
+    for config in caching.values():
         config.use_cache = False
     try:
         yield
     finally:
-        if config is not None and cached:
-            config.use_cache = cached
+        for config in caching.values():
+            config.use_cache = True
         for handle in handles:
             handle.remove()
+
+
+def _config(module: nn.Module) -> Any:
+    """Of a transformers model or a part of one."""
+    config = getattr(module, "config", None)
+    return config if hasattr(config, "get_text_config") else None
 
 
 def _first_tensor(positional: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from llmcomp.errors import BadData
 from llmcomp.progress import Progress, Silent
 
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
-LANGUAGE_MODELS = ("causal-lm", "masked-lm")
+LANGUAGE_MODELS = ("causal-lm", "masked-lm", "seq2seq-lm", "image-text-to-text")
+_WRITES_ON = ("causal-lm", "image-text-to-text")  # an end token in the middle of a text would say that it ended
 _DATASET = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(:[^:/]+){0,2}")
 _HELD_OUT = re.compile(r"(?i)(^|[^a-z])(test|valid|validation|dev|eval|evaluation|heldout)([^a-z]|$)")
 _WHOLE = 2_000_000  # characters that are tokenized in two or three seconds
@@ -56,10 +57,15 @@ class Texts:
 
 @dataclass(frozen=True)
 class Batch:
-    """input_ids int64 [B, T]; attention_mask int64 [B, T], 1 for tokens, or None where nothing is padded."""
+    """input_ids int64 [B, T]; attention_mask int64 [B, T], 1 for tokens, or None where nothing is padded.
+
+    `context`: what the model reads besides, by name: pixels, features, or what the encoder of an encoder-decoder reads,
+    whose decoder reads input_ids. T is 0 for a model that reads no tokens.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor | None = None
+    context: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -73,6 +79,7 @@ def read_texts(
     text_column: str | None = None,
     label_column: str | None = None,
     split: str = "train",
+    paired: bool = False,
     progress: Progress | None = None,
 ) -> Texts:
     """Read calibration data.
@@ -81,6 +88,7 @@ def read_texts(
         source: see the head of this module; 'sample:classifier' is the labelled text of that sample model.
         text_column, label_column: in tables; guessed from usual names where None. One text column each.
         split: of a Hub dataset that names none.
+        paired: `text_column` may name two, 'first,second'.
         progress: hears which text 'default' meant.
 
     Raises:
@@ -92,7 +100,7 @@ def read_texts(
             f"Calibration never reads a held-out split ({named!r} of {source}); use its train split."
         )
     texts = _read(source, text_column, label_column, split, progress or Silent(), held_out=False)
-    if texts.partners is not None:
+    if texts.partners is not None and not paired:
         raise BadData(f"Calibration reads one text column, not two ({text_column}); name the one to read.")
     if _is_file(source) and _HELD_OUT.search(Path(source).stem):
         texts.warnings.append(f"{source} looks like held-out data by its name; calibrate on training text.")
@@ -152,8 +160,8 @@ def windows(
     if not texts.running and task not in LANGUAGE_MODELS:
         return _row_windows(texts, tokenizer, samples, length, seed)
     prefix, suffix = special_affixes(tokenizer)
-    if task == "causal-lm":
-        suffix = []  # an end token in the middle of a text would say that it ended
+    if task in _WRITES_ON:
+        suffix = []
     body = length - len(prefix) - len(suffix)
     if body < 1:
         raise BadData(
@@ -212,7 +220,7 @@ def describe(texts: Texts, found: Sequence[Tensor], tokenizer: Any, task: str) -
     if not prefix:
         return f"{words}, no beginning token"
     first = " ".join(tokenizer.convert_ids_to_tokens(prefix))
-    last = " ".join(tokenizer.convert_ids_to_tokens(suffix)) if task != "causal-lm" else ""
+    last = " ".join(tokenizer.convert_ids_to_tokens(suffix)) if task not in _WRITES_ON else ""
     return f"{words}, each in {first} … {last}" if last else f"{words}, each beginning with {first}"
 
 

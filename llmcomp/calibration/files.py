@@ -40,7 +40,7 @@ def require(path: Path) -> None:
             f"Data file {path} does not exist; give a file ({', '.join(SUFFIXES)}) or a Hub dataset."
         )
     if not path.is_file():
-        raise BadData(f"{path} is a directory; give one data file ({', '.join(SUFFIXES)}).")
+        raise BadData(f"{path} is a directory, and text is read from one file; give one ({', '.join(SUFFIXES)}).")
     if path.suffix.lower() not in SUFFIXES:
         raise BadData(f"{path} ends in {path.suffix or 'nothing'!r}; expected one of {', '.join(SUFFIXES)}.")
     if path.stat().st_size == 0:

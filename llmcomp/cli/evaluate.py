@@ -70,14 +70,14 @@ def evaluate(
         path = resolve(directory, progress=progress).path
 
         from llmcomp import api
-        from llmcomp.calibration.data import evaluation_texts
-        from llmcomp.measure.inputs import default_against
+        from llmcomp.measure.inputs import default_against, evaluation_data
+        from llmcomp.measure.load import task_of
         from llmcomp.measure.run import Settings
 
         data = None
         if eval_data is not None:
-            data = evaluation_texts(
-                eval_data, text_column=text_column, label_column=label_column, progress=progress
+            data = evaluation_data(
+                task_of(path), eval_data, text_column=text_column, label_column=label_column, progress=progress
             )
         settings = Settings(
             windows=windows,

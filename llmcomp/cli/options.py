@@ -74,7 +74,8 @@ Data = Annotated[
     str | None,
     typer.Option(
         "--calibration",
-        help="A .txt, .jsonl, .parquet or .csv file, a .safetensors file of input_ids, or a Hub dataset.",
+        help="A .txt, .jsonl, .parquet or .csv file, a .safetensors file of input_ids, or a Hub dataset; for models "
+        "that read images or sound, a folder of them or a table with their paths.",
         show_default="WikiText-2 train where reachable, else the text that ships",
     ),
 ]

@@ -143,7 +143,10 @@ def _layout(kind: bnb.Kind, entries: Sequence[Entry], model: nn.Module | None) -
             problems.append(f"{shared} shares its storage with the embeddings; leave it out of the targets")
         odd = next((ref.name for ref, _ in entries if ref.role != "embeddings" and ref.name not in plain), None)
         if odd is not None:
-            problems.append(f"{odd} is no plain linear; leave it out by an override with 'skip: true'")
+            problems.append(
+                f"{odd} is no plain linear, or one that transformers keeps in float32; leave it and its like out by "
+                f"--skip {odd.rpartition('.')[2]}"
+            )
     if problems:
         raise BadRecipe(f"bitsandbytes cannot carry all that the recipe targets: {'; '.join(problems)}.")
     return BnbLayout(kind, frozenset(names), dtype)

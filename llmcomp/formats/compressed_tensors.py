@@ -15,6 +15,7 @@ What transformers 5.23 with compressed-tensors 0.20 reads (test_compressed_tenso
 - A bare model: sentence-transformers calls its `forward` itself, past the hook that decodes at the first call
   of the model, so it is decoded at load, embeddings too, by one scheme for all as above. It does so with heads,
   too (CrossEncoder): encoders with one scheme for all linears are decoded at load.
+- An encoder-decoder: `generate` calls the encoder alone, past that hook, so it is decoded at load in the same way.
 - Experts, which transformers keeps as one 3-D parameter: decoded while they are merged, every one that a parameter
   is made of, by the scheme of the group that is first to name them; dense ones among them are lost, and zero
   points are not looked at. So all experts of a model are packed by one symmetric scheme, or none.
@@ -40,6 +41,7 @@ from torch import Tensor, nn
 from llmcomp import packing
 from llmcomp.errors import BadRecipe
 from llmcomp.experts import expert_shares
+from llmcomp.feeds import encoder_decoder
 from llmcomp.formats.base import Entry, Ref, dense_tensors, linears_of, made_when_alone
 from llmcomp.schemes import INT8_DYNAMIC, INT8_STATIC, Scheme
 from llmcomp.weights import INPUT_SCALE, CompressedWeight
@@ -193,13 +195,15 @@ def layout(entries: Sequence[Entry], model: nn.Module | None = None) -> PackedLa
         model: may lie on meta; without it, its initialization is taken to be the usual one.
 
     Raises:
-        BadRecipe: activations that no reader of such a checkpoint would round, or experts that are not all packed by
-            one symmetric scheme.
+        BadRecipe: activations that no reader of such a checkpoint would round, experts that are not all packed by
+            one symmetric scheme, or weights whose dtype a reader would change.
     """
-    transposed, bare = any(ref.transposed for ref, _ in entries), model is not None and _is_bare(model)
+    _check_widths(model)
+    transposed = any(ref.transposed for ref, _ in entries)
+    passed = None if model is None else _passes_the_hook(model)
     _check_experts(entries, model)
-    if transposed or (bare and entries):
-        kind = "Conv1D weights" if transposed else "the weights of a model without a head"
+    if transposed or (passed and entries):
+        kind = "Conv1D weights" if transposed else f"the weights of {passed}"
         _refuse_activations(entries, f"readers decode {kind} as they load them and forget about activations")
         return _one_storage(entries, transposed, 2 if model is None else next(model.parameters()).element_size())
     linears = [entry for entry in entries if entry[0].role != "embeddings"]
@@ -226,6 +230,20 @@ def layout(entries: Sequence[Entry], model: nn.Module | None = None) -> PackedLa
     if any(kept.strategy == "block" for kept in storage.values()):
         notes.append("Zero points of mixed asymmetric schemes are stored as int8; vLLM may not read them.")
     return PackedLayout(storage, {}, tuple(notes), dequantize=False)
+
+
+def _check_widths(model: nn.Module | None) -> None:
+    """T5's `wo` overflows in float16, so transformers keeps it in float32, but not in a compressed checkpoint."""
+    names: set[str] = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if model is None or getattr(model, "dtype", None) != torch.float16 or not names:
+        return
+    wide = (key for key, value in model.named_parameters() if value.dtype == torch.float32)
+    kept = [key for key in wide if names & {*key.split(".")}]
+    if kept:
+        raise BadRecipe(
+            f"transformers keeps {len(kept)} weights of this float16 model in float32, such as {kept[0]}, but not "
+            "those of a packed checkpoint; convert the model to bfloat16 or float32 first, or use --format dense."
+        )
 
 
 def _check_experts(entries: Sequence[Entry], model: nn.Module | None) -> None:
@@ -281,9 +299,11 @@ def _generates(model: Any) -> bool:
     return bool(model.can_generate()) if hasattr(model, "can_generate") else True
 
 
-def _is_bare(model: nn.Module) -> bool:
-    """Whether it is a body without a head, as AutoModel makes it."""
-    return getattr(model, "base_model", None) is model
+def _passes_the_hook(model: nn.Module) -> str | None:
+    """What it is, if others call into it past the hook that decodes at the first call of the model."""
+    if encoder_decoder(model):
+        return "an encoder-decoder"
+    return "a model without a head" if getattr(model, "base_model", None) is model else None
 
 
 def _one_storage(entries: Sequence[Entry], transposed: bool, itemsize: int) -> PackedLayout:

@@ -29,6 +29,10 @@ _AUTO = (
     "ForTokenClassification",
     "ForQuestionAnswering",
     "ForMultipleChoice",
+    "ForSeq2SeqLM",
+    "ForSpeechSeq2Seq",
+    "ForImageClassification",
+    "ForImageTextToText",
     "",
 )
 _PARTS = ("", "_packed", "_scale", "_shape", "_zero_point")
@@ -83,7 +87,9 @@ class Place(NamedTuple):
 def stored_tensors(directory: Path) -> dict[str, Place]:
     """{tensor name in the model: its place}, after comparing the index with what the files hold."""
     held = _held(directory)
-    if not any(".experts." in key for key in held):  # other models' files have the model's own names
+    # Files of other models have the model's own names; but transformers, which writes those of bitsandbytes, may write
+    # a model's older ones (ViT).
+    if not any(".experts." in key for key in held) and not bnb.is_bnb(config_of(directory)):
         return {key: Place(path, key) for key, path in held.items()}
     rename = file_renaming(skeleton_of(directory))
     return {rename(key): Place(path, key) for key, path in held.items()}

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from llmcomp import bnb
 from llmcomp.errors import BadCheckpoint, RunError
+from llmcomp.feeds import around, vocabulary
 from llmcomp.measure.load import first_forward, load, prepare
 from llmcomp.report.schema import Size
 from llmcomp.shards import TensorInfo, read_json_object, read_shard, weight_files
@@ -134,17 +135,18 @@ class Latency:
 def latency(
     models: Sequence[nn.Module], batch: int = 1, sequence: int = 128, repeats: int = 10
 ) -> list[Latency]:
-    """Time whole forwards of random tokens [batch, sequence] (seeded), after two that are not counted.
+    """Time whole forwards of random tokens [batch, sequence] (seeded), after two that are not counted. Models that
+    read images or sound get noise; an encoder-decoder's two sides get the same tokens.
 
     Several models take turns, so that what else the machine does falls on all of them.
     """
     seconds: list[list[float]] = [[] for _ in models]
-    ids = [_tokens(model, batch, sequence) for model in models]
+    inputs = [around(model, _tokens(model, batch, sequence)) for model in models]
     for turn in range(repeats + 2):
-        for model, tokens, taken in zip(models, ids, seconds, strict=True):
+        for model, given, taken in zip(models, inputs, seconds, strict=True):
             start = time.perf_counter()
-            model(input_ids=tokens)
-            if tokens.is_cuda:
+            model(**given)
+            if next(model.parameters()).is_cuda:
                 torch.cuda.synchronize()
             if turn >= 2:
                 taken.append(time.perf_counter() - start)
@@ -209,8 +211,10 @@ def _tokens(model: Any, batch: int, sequence: int) -> Tensor:
     config = model.config.get_text_config()
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    lowest = 1 + max(0, config.pad_token_id or 0) if config.vocab_size > 1 + (config.pad_token_id or 0) else 0
-    return torch.randint(lowest, config.vocab_size, (batch, sequence), generator=generator).to(device)
+    size = vocabulary(model) or 1
+    padding = getattr(config, "pad_token_id", None) or 0
+    lowest = 1 + max(0, padding) if size > 1 + padding else 0
+    return torch.randint(lowest, size, (batch, sequence), generator=generator).to(device)
 
 
 def _summary(seconds: list[float]) -> Latency:
@@ -241,7 +245,7 @@ def _main(directory: str, task: str, batch: int, sequence: int) -> None:
     before = psutil.Process().memory_info().rss
     model = load(directory, task or None)
     with torch.inference_mode():
-        model(input_ids=_tokens(model, batch, sequence))
+        model(**around(model, _tokens(model, batch, sequence)))
     print(json.dumps({"peak_memory": max(0, resident_peak() - before)}))
 
 

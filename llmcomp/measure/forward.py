@@ -10,13 +10,15 @@ follow the hidden states position by position) is run whole.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llmcomp.feeds import call
 from llmcomp.measure.load import first_forward
 
 POSITIONS_AT_ONCE = 512
@@ -41,8 +43,14 @@ class SplitModel:
         self._settings: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
 
     @torch.inference_mode()
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Last hidden states [batch, length, hidden] of input_ids [batch, length]; logits if not split."""
+    def hidden(
+        self, input_ids: Tensor, attention_mask: Tensor | None, context: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Tensor:
+        """Last hidden states [batch, length, hidden] of input_ids [batch, length]; logits if not split.
+
+        Args:
+            context: what the model reads besides (`feeds.call`); input_ids are then what its decoder reads.
+        """
         seen: list[tuple[nn.Module, Any]] = []
 
         def record(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -56,14 +64,14 @@ class SplitModel:
             first_forward(self.model)  # it may re-wrap forwards, so it must not find them replaced
         candidates = _candidates(self.model) if self.splits else []
         with _replaced(candidates, record):
-            logits = self._forward(input_ids, attention_mask)
+            logits = self._forward(input_ids, attention_mask, context)
         if self.splits and len(seen) == 1 and logits.shape[1] == 1:
             self._base, self._outputs = seen[0]
             self._positions = self._positions or _positions_at_once(logits.shape[-1])
             return _last_hidden(self._outputs)
         if self.splits:
             self.splits = False
-            return self.hidden(input_ids, attention_mask)
+            return self.hidden(input_ids, attention_mask, context)
         self._positions = self._positions or _positions_at_once(logits.shape[-1])
         return logits
 
@@ -87,10 +95,10 @@ class SplitModel:
             return _with_hidden(self._outputs, hidden[None])
 
         with _replaced([self._base], answer):
-            return self._forward(input_ids[None], None)[0].float()
+            return self._forward(input_ids[None], None, {})[0].float()
 
-    def _forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, **self._settings).logits
+    def _forward(self, input_ids: Tensor, attention_mask: Tensor | None, context: Mapping[str, Tensor]) -> Tensor:
+        return self.model(**call(self.model, input_ids, attention_mask, context), **self._settings).logits
 
 
 def _positions_at_once(vocabulary: int) -> int:

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
+from llmcomp.calibration import batching, pairs
 from llmcomp.calibration.data import Batch, Texts, batches, describe, evaluation_texts, window_starts, windows
+from llmcomp.calibration.media import Media, chosen_labels, media_samples, processor_of, read_media
 from llmcomp.errors import BadData
+from llmcomp.feeds import decoder_start
 from llmcomp.measure.embeddings import SentenceHead, Sentences
 from llmcomp.measure.positions import MASKED_SHARE, Masking, Subject
 from llmcomp.progress import Progress
@@ -23,7 +26,9 @@ if TYPE_CHECKING:
 
 _PARAGRAPHS_PER_WINDOW = 8  # about as many tokens as one window of running text
 _PARAGRAPH_WORDS = 8
-LANGUAGE_TASKS = ("causal-lm", "masked-lm")
+MEDIA = {"image-classification": "images", "speech-seq2seq": "sound"}  # what a task is measured on beside text
+_IMAGE_TOKENS = 256  # about as many as an image of 224 pixels becomes
+LANGUAGE_TASKS = ("causal-lm", "masked-lm", "image-text-to-text")
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ def make_inputs(texts: Texts, tokenizer: Any, model: Any, task: str, settings: S
         BadData: too little text, or labels that are not the model's.
     """
     notes: list[str] = []
+    if task == pairs.TASK:
+        return _pairs(texts, tokenizer, model, settings)
     if texts.partners is not None:
         raise BadData(
             f"{texts.description}: two text columns are for sentence encoders (a directory with modules.json), "
@@ -107,6 +114,56 @@ def make_inputs(texts: Texts, tokenizer: Any, model: Any, task: str, settings: S
     subject = Subject(task, words, labels, masking, settings.seed)
     made = batches(found, tokens_per_batch=settings.tokens_per_batch, pad_id=tokenizer.pad_token_id)
     return Inputs(made, subject, notes)
+
+
+def evaluation_data(
+    task: str, source: str = "default", *, text_column: str | None = None, label_column: str | None = None,
+    progress: Progress | None = None,
+) -> Texts | Media:
+    """Held-out data of the kind that a task is measured on.
+
+    Raises:
+        BadData: there is none, or it is of another kind.
+    """
+    if task in MEDIA:
+        kind = MEDIA[task]
+        return read_media(source, kind, text_column=text_column, label_column=label_column, split="test")
+    return evaluation_texts(source, text_column=text_column, label_column=label_column, progress=progress)
+
+
+def media_inputs(found: Media, directory: Path, model: Any, task: str, settings: Settings) -> Inputs:
+    """Images with their labels, or sound with its transcripts, through the processor in `directory`.
+
+    Raises:
+        BadData: files that cannot be read, or labels that are not the model's.
+    """
+    count = settings.rows if task == "image-classification" else settings.windows
+    samples = media_samples(
+        found, model, processor_of(directory, model), count=count, seed=settings.seed, length=settings.sequence_length
+    )
+    labels, notes = None, list[str]()
+    if task == "image-classification" and found.labels is not None:
+        kept = replace(found, labels=chosen_labels(found, count, settings.seed))
+        labels = _labels(kept, model)[batching.order(samples)]
+    each = None if model.config.is_encoder_decoder else _IMAGE_TOKENS
+    made = batching.like(samples, tokens_per_batch=settings.tokens_per_batch, tokens_each=each)
+    words = f"{found.description}: {len(samples):,} samples"
+    return Inputs(made, Subject(task, words, labels, seed=settings.seed), notes)
+
+
+def _pairs(texts: Texts, tokenizer: Any, model: Any, settings: Settings) -> Inputs:
+    """What the encoder reads and the decoder is scored on: two columns, or both halves of windows."""
+    notes = []
+    if texts.labels is not None:
+        notes.append(f"The labels of {texts.description} are not used: the model's task is {pairs.TASK}.")
+    found = pairs.pairs(
+        texts, tokenizer, samples=settings.windows if texts.partners is None else settings.rows,
+        length=settings.sequence_length, seed=settings.seed, start=decoder_start(model.config),
+        max_length=max_positions(model, tokenizer),
+    )  # fmt: skip
+    made = batching.like(found, tokens_per_batch=settings.tokens_per_batch)
+    words = f"{pairs.describe(texts, found)}; perplexity is of what is written"
+    return Inputs(made, Subject(pairs.TASK, words, seed=settings.seed), notes)
 
 
 def sentence_inputs(
@@ -190,7 +247,7 @@ def _rows(texts: Texts, settings: Settings) -> Texts:
     return replace(texts, rows=[texts.rows[number] for number in chosen], labels=labels, partners=partners)
 
 
-def _labels(texts: Texts, model: Any) -> np.ndarray:
+def _labels(texts: Texts | Media, model: Any) -> np.ndarray:
     """The rows' labels as the model counts them: class numbers [rows], or scores where it regresses.
 
     Raises:
@@ -211,7 +268,7 @@ def _labels(texts: Texts, model: Any) -> np.ndarray:
     return np.array(numbers, dtype=np.int64)
 
 
-def _scores(texts: Texts) -> np.ndarray:
+def _scores(texts: Texts | Media) -> np.ndarray:
     """The rows' labels as finite numbers, float64 [rows].
 
     Raises:

@@ -16,6 +16,7 @@ from torch import nn
 
 from llmcomp import bnb
 from llmcomp.errors import BadCheckpoint, BadData
+from llmcomp.feeds import around, task_beyond_text
 from llmcomp.sentences import is_sentence_encoder
 from llmcomp.shards import read_json_object
 
@@ -25,6 +26,10 @@ AUTO = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
     "question-answering": "AutoModelForQuestionAnswering",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "speech-seq2seq": "AutoModelForSpeechSeq2Seq",
+    "image-text-to-text": "AutoModelForImageTextToText",
+    "image-classification": "AutoModelForImageClassification",
     "encoder": "AutoModel",
 }
 # Class name endings and what they mean; the first that fits counts, none means a bare encoder.
@@ -49,6 +54,8 @@ def task_of(directory: str | Path) -> str:
         return "encoder"
     architectures = read_json_object(Path(directory) / "config.json").get("architectures")
     name = str((architectures or ["Model"])[0])
+    if (beyond := task_beyond_text(name)) is not None:
+        return beyond
     for ending, task in _ENDINGS.items():
         if name.endswith(ending):
             return task
@@ -95,7 +102,7 @@ def first_forward(model: Any) -> None:
 
     Not in inference mode: the weights that it makes would serve nobody who computes gradients later.
     """
-    model(input_ids=torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device))
+    model(**around(model, torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)))
 
 
 def load_tokenizer(directory: str | Path) -> Any:

@@ -1,14 +1,14 @@
 """What is measured on: which positions of a batch are scored, and against which token.
 
-Causal models: every token but the first of a window, from the position before it. Masked models:
-pseudo-perplexity (Salazar et al. 2020, arXiv 1910.14659) over one seeded choice of 15% of a window's tokens,
-all of them replaced by the mask token at once; exact pseudo-perplexity would cost one forward per token.
+Causal models, and decoders beside an encoder: every token but the first of a window, from the position before it.
+Masked models: pseudo-perplexity (Salazar et al. 2020, arXiv 1910.14659) over one seeded choice of 15% of a window's
+tokens, all of them replaced by the mask token at once; exact pseudo-perplexity would cost one forward per token.
 Padding is neither scored nor attended to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,13 +23,17 @@ MASKED_SHARE = 0.15
 
 
 class TokenBatch(Protocol):
-    """Token ids [rows, length] with an attention mask of the same shape, None where nothing is padded."""
+    """Token ids [rows, length] with an attention mask of the same shape, None where nothing is padded; `context`: what
+    the model reads besides, by name (`llmcomp.feeds.call`)."""
 
     @property
     def input_ids(self) -> Tensor: ...
 
     @property
     def attention_mask(self) -> Tensor | None: ...
+
+    @property
+    def context(self) -> Mapping[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ def scored(
     for batch in batches:
         yield (
             batch,
-            causal(batch) if masking is None or task == "causal-lm" else masked(batch, masking, window),
+            causal(batch) if masking is None else masked(batch, masking, window),
         )
         window += len(batch.input_ids)
 

@@ -22,7 +22,7 @@ from llmcomp.measure.positions import Scored, Subject, TokenBatch, count_rows, s
 from llmcomp.progress import Progress, Silent
 from llmcomp.report.schema import Divergence, Quality
 
-LANGUAGE_TASKS = ("causal-lm", "masked-lm")
+LANGUAGE_TASKS = ("causal-lm", "masked-lm", "seq2seq-lm", "speech-seq2seq", "image-text-to-text")
 NAMES = ("the original", "the compressed model")
 
 
@@ -137,7 +137,8 @@ def _chunks(runners: list[SplitModel], batch: TokenBatch, wanted: Scored) -> Ite
     device = next(runners[0].model.parameters()).device
     ids, rows, columns = (x.to(device) for x in (wanted.input_ids, wanted.rows, wanted.columns))
     mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
-    hidden = [runner.hidden(ids, mask)[rows, columns] for runner in runners]
+    context = {name: value.to(device) for name, value in batch.context.items()}
+    hidden = [runner.hidden(ids, mask, context)[rows, columns] for runner in runners]
     tokens, targets = ids[rows, columns], wanted.targets.to(device)
     at_once = min(runner.positions_at_once for runner in runners)
     for start in range(0, len(rows), at_once):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmcomp.errors import BadCheckpoint, BadData, NumericalError
+from llmcomp.feeds import call
 from llmcomp.losses import kl_divergence
 from llmcomp.measure import similarity, summaries
 from llmcomp.measure.embeddings import Sentences
@@ -32,7 +33,7 @@ def measure(
         BadCheckpoint: models with different classes.
         NumericalError: outputs that are not finite.
     """
-    if subject.task == "sequence-classification":
+    if subject.task in ("sequence-classification", "image-classification"):
         return _sequences(models, batches, subject, progress)
     if subject.task == "token-classification":
         return _distributions(models, batches, subject, progress, _token_logs)
@@ -54,9 +55,9 @@ def _outputs(
         outputs = []
         for model in models:
             device = next(model.parameters()).device
-            mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
+            inputs = call(model, batch.input_ids, batch.attention_mask, batch.context)
             with torch.inference_mode():
-                outputs.append(model(input_ids=batch.input_ids.to(device), attention_mask=mask))
+                outputs.append(model(**{name: value.to(device) for name, value in inputs.items()}))
         yield batch, outputs
         progress.step(len(batch.input_ids))
 

@@ -19,12 +19,20 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from llmcomp.calibration.media import Media, read_media
 from llmcomp.errors import BadCheckpoint, RunError
 from llmcomp.matmul import WideProducts
 from llmcomp.measure import cost, harness, load, quality
 from llmcomp.measure.embeddings import read_head
 from llmcomp.measure.forward import BYTES_AT_ONCE
-from llmcomp.measure.inputs import default_texts, make_inputs, sentence_inputs
+from llmcomp.measure.inputs import (
+    MEDIA,
+    Inputs,
+    default_texts,
+    make_inputs,
+    media_inputs,
+    sentence_inputs,
+)
 from llmcomp.measure.machine import this_machine
 from llmcomp.progress import Progress, Silent
 from llmcomp.report.schema import Cost, Divergence, Measured, Quality, Report
@@ -201,13 +209,15 @@ class _Measuring:
     def _quality(self, models: list[nn.Module], settings: Settings) -> Any:
         """Quality and divergence; the tokenizer."""
         result, measured = self.result, self.measured
-        tokenizer = load.load_tokenizer(self.paths[0])
-        texts = self.data if self.data is not None else default_texts(result.directory, self.progress)
-        if result.task == "encoder" and any(map(is_sentence_encoder, self.paths)):
-            heads = tuple(read_head(path) for path in self.paths)
-            inputs = sentence_inputs(texts, tokenizer, models[0], heads, settings)
+        if result.task in MEDIA:
+            tokenizer, texts = None, self.data
+            if not isinstance(texts, Media):
+                texts = read_media("default", MEDIA[result.task])  # there is none, which it says
+            inputs = media_inputs(texts, self.paths[0], models[0], result.task, settings)
         else:
-            inputs = make_inputs(texts, tokenizer, models[0], result.task, settings)
+            tokenizer = load.load_tokenizer(self.paths[0])
+            texts = self.data if self.data is not None else default_texts(result.directory, self.progress)
+            inputs = self._of_text(texts, tokenizer, models[0], settings)
         result.notes += [*texts.warnings, *inputs.notes]
         self.progress.phase("evaluate", sum(len(batch.input_ids) for batch in inputs.batches))
         with WideProducts():
@@ -224,6 +234,12 @@ class _Measuring:
                 f"No quality was measured: {result.task} needs {needed} or a model to compare with (--against)."
             )
         return tokenizer
+
+    def _of_text(self, texts: Any, tokenizer: Any, model: nn.Module, settings: Settings) -> Inputs:
+        if self.result.task == "encoder" and any(map(is_sentence_encoder, self.paths)):
+            heads = tuple(read_head(path) for path in self.paths)
+            return sentence_inputs(texts, tokenizer, model, heads, settings)
+        return make_inputs(texts, tokenizer, model, self.result.task, settings)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

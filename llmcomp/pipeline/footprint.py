@@ -241,7 +241,7 @@ def _places(
     found = look(adapter, block, [stage[0].ref.name for stage in stages], lanes.rows, lanes.length)
     if len(found) == len(stages) + 2:
         return found
-    stream = adapter.embeddings.in_features * size * lanes.tokens
+    stream = block.linears[0].in_features * size * lanes.tokens
     widest = max(max(ref.out_features for ref in block.linears) * size * lanes.tokens, stream)
     inputs = [block.linears[0].in_features, *(stage[0].ref.in_features for stage in stages), 0]
     half = _UNTRACED_STREAMS // 2 * stream
@@ -391,7 +391,7 @@ def _outside(
 ) -> Iterator[tuple[str, MemoryTerms]]:
     """What happens before and after the blocks."""
     head, tasks = adapter.head, plan.assignment.tasks
-    size = itemsize[f"{adapter.embeddings.name}.weight"]
+    size = itemsize[f"{head.name}.weight"] if head is not None else 0
     yield "reading", MemoryTerms()  # mapped, and looked through without a copy
     if head is not None:
         # Outputs stay while the last operation's input is still there.

@@ -16,9 +16,11 @@ from llmcomp.calibration.data import Batch, batches, describe, fingerprint, read
 from llmcomp.calibration.lint import lint
 from llmcomp.checkpoint import Binding, Checkpoint, bind
 from llmcomp.errors import BadData, BadRecipe
+from llmcomp.feeds import around, composite, vocabulary
 from llmcomp.formats import FORMATS, Layout, broken_ties
 from llmcomp.measure.inputs import max_positions
 from llmcomp.methods import AUTO, AUTO_ALONE
+from llmcomp.pipeline import feeding
 from llmcomp.pipeline.assign import Assignment, assign
 from llmcomp.pipeline.solve import method_config
 from llmcomp.progress import Progress
@@ -176,28 +178,33 @@ def gather(
         BadData: data that is missing, unusable, of another model's vocabulary, or too little for the ranks.
     """
     settings, adapter = recipe.calibration, source.adapter
-    vocabulary = adapter.embeddings.out_features
+    known = vocabulary(adapter.model)
     if not plan.assignment.calibrated:
-        return Data([], _random_witness(vocabulary, adapter.config), "none", {"description": "none needed"})
+        ids = _random_ids(known, adapter.config)
+        return Data([], around(adapter.model, ids), "none", {"description": "none needed"})
+    if feeding.needed(adapter, settings.source):
+        gathered = feeding.gather(recipe, source.checkpoint, adapter, progress)
+        witness = feeding.witness(gathered.samples, adapter.model, _WITNESSES, _WITNESS_TOKENS)
+        _require_enough(len(gathered.samples), world)
+        made = feeding.batches(world.share(gathered.samples), adapter, TOKENS_PER_BATCH)
+        return Data(made, witness, feeding.fingerprint(gathered.samples), gathered.facts)
     name = model if model.startswith("sample:") and settings.source == "default" else settings.source
     texts = read_texts(name, text_column=settings.text_column, progress=progress)
-    tokenizer = None if texts.input_ids is not None else _tokenizer(source.checkpoint)
+    tokenizer = None if texts.input_ids is not None else feeding.tokenizer_of(source.checkpoint)
     found = windows(
         texts, tokenizer, samples=settings.samples, length=settings.sequence_length, seed=recipe.seed,
         task=adapter.task, max_length=max_positions(adapter.model, tokenizer),
     )  # fmt: skip
     samples = settings.samples
-    warnings = lint(texts, found, tokenizer, samples=samples, task=adapter.task, vocabulary=vocabulary)
+    warnings = lint(texts, found, tokenizer, samples=samples, task=adapter.task, vocabulary=known)
+    if composite(adapter.model):
+        warnings.append(feeding.TEXT_ONLY)
     described = describe(texts, found, tokenizer, adapter.task)
     progress.note(f"Calibrating on {described}.")
     for warning in warnings:
         progress.note(warning)
     pad = None if tokenizer is None else tokenizer.pad_token_id
-    if len(found) < world.size:
-        raise BadData(
-            f"{len(found)} calibration windows cannot feed {world.size} ranks: give more by --samples (and text for "
-            f"them by --calibration), or start at most {len(found)} processes."
-        )
+    _require_enough(len(found), world)
     made = batches(world.share(found), tokens_per_batch=TOKENS_PER_BATCH, pad_id=pad)
     facts = {
         "source": name, "description": described, "samples": len(found),
@@ -206,26 +213,12 @@ def gather(
     return Data(made, _witness(found), fingerprint(found), facts)
 
 
-def model_inputs(batch: Batch) -> dict[str, Tensor]:
-    """Keyword arguments of the model for a batch."""
-    if batch.attention_mask is None:
-        return {"input_ids": batch.input_ids}
-    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-
-
-def _tokenizer(checkpoint: Checkpoint) -> Any:
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(
-            str(checkpoint.path), local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
+def _require_enough(windows: int, world: World) -> None:
+    if windows < world.size:
         raise BadData(
-            f"{checkpoint.path} has no tokenizer to read calibration text with ({reason}); add its tokenizer "
-            "files, or calibrate on a .safetensors file of input_ids."
-        ) from error
+            f"{windows} calibration windows cannot feed {world.size} ranks: give more by --samples (and text for "
+            f"them by --calibration), or start at most {windows} processes."
+        )
 
 
 def _witness(found: list[Tensor]) -> dict[str, Tensor]:
@@ -235,10 +228,12 @@ def _witness(found: list[Tensor]) -> dict[str, Tensor]:
     return {"input_ids": torch.stack([window[:length] for window in longest])}
 
 
-def _random_witness(vocabulary: int, config: Any) -> dict[str, Tensor]:
+def _random_ids(vocabulary: int | None, config: Any) -> Tensor:
     """Token ids from a fixed seed, for methods that read no data; special tokens at the ends are avoided."""
     generator = torch.Generator().manual_seed(0)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or _WITNESS_TOKENS
-    shape = (_WITNESSES, max(1, min(_WITNESS_TOKENS, positions - 4)))
-    low = min(8, vocabulary - 1)
-    return {"input_ids": torch.randint(low, vocabulary, shape, generator=generator)}
+    text = config.get_text_config()
+    positions = [getattr(text, name, None) for name in ("max_position_embeddings", "max_target_positions")]
+    shortest = min((one for one in positions if isinstance(one, int)), default=_WITNESS_TOKENS)
+    shape = (_WITNESSES, max(1, min(_WITNESS_TOKENS, shortest - 4)))
+    size = vocabulary or 1
+    return torch.randint(min(8, size - 1), size, shape, generator=generator)

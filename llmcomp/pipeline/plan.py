@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llmcomp.adapters.base import Adapter, Block
 from llmcomp.errors import BadRecipe
+from llmcomp.feeds import encoder_decoder
 from llmcomp.methods import METHODS
 from llmcomp.pipeline.footprint import Lanes, Look, MemoryTerms, converting, footprint
 from llmcomp.pipeline.job import Plan, plan_recipe
@@ -97,7 +98,7 @@ def prospect(
         BadRecipe: the recipe does not fit the model, or the ranks.
     """
     calibration = recipe.calibration
-    length = min(calibration.sequence_length, max_length or calibration.sequence_length)
+    length = adapter.sample_tokens or min(calibration.sequence_length, max_length or calibration.sequence_length)
     calibration = Calibration(calibration.source, calibration.samples, length)
     dtype = adapter.model.dtype
     assert isinstance(dtype, torch.dtype)
@@ -122,7 +123,7 @@ def prospect(
                 rows.append(replace(found, asked=False))
     before, parameters = _before(adapter)
     notes = [*planned.layout.notes, *(f"No row for {method}: {why}" for method, why in unfit.items())]
-    if length < recipe.calibration.sequence_length:
+    if adapter.sample_tokens is None and length < recipe.calibration.sequence_length:
         notes.append(f"Windows are cut at {length} tokens, the most that the model reads.")
     if adapter.trace_problem is not None:
         notes.append("Its forward could not be followed without weights, so memory is a rougher guess here.")
@@ -174,11 +175,13 @@ def row(
     """
     plan, step = plan_recipe(recipe, adapter), recipe.steps[0]
     lanes = Lanes.of(calibration.samples, calibration.sequence_length, ranks)
+    if encoder_decoder(adapter.model) and adapter.sample_tokens is None:
+        lanes = replace(lanes, length=-(-lanes.length // 2))  # a window is read by two chains, half by each
     after = bytes_after(adapter, plan)
     budget = activation_memory
     found = converting(adapter, plan, after) if plan.whole else footprint(adapter, plan, lanes, budget, look)
     after += header_bytes(adapter, plan)
-    tokens = calibration.samples * calibration.sequence_length
+    tokens = calibration.samples * lanes.length
     tasks = plan.assignment.tasks
     fallbacks = {name: task.fallback for name, task in tasks.items() if task.fallback}
     fallbacks |= {name: f"stored dense: {why}" for name, why in plan.layout.dense.items()}

@@ -127,7 +127,7 @@ class Compression:
         """Read what lies outside of the blocks; compress the embeddings, if they are to be."""
         self._read(self._params.outside)
         embeddings, tasks = self._job.adapter.embeddings, self._job.assignment.tasks
-        if embeddings.name not in tasks:
+        if embeddings is None or embeddings.name not in tasks:
             return
         key = "embeddings"
         if key in self._journal.done:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from llmcomp.adapters.base import Adapter, Block
 from llmcomp.calibration.capture import Lane, stopping
+from llmcomp.feeds import around
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def waiting(adapter: Adapter, block: Block, wanted: Sequence[str], rows: int, le
     ids = torch.zeros(rows, length, dtype=torch.int64, device="meta")
     mode = stopping(twin, places, linears, pending.__contains__)
     with mode, _FusedAttention(), storages:
-        lane = Lane(body, {"input_ids": ids})
+        lane = Lane(body, around(twin, ids))
         try:
             inside, before = False, 0
             while (reached := _advance(lane, storages.parked)) is not None:

@@ -120,6 +120,45 @@ STAGES |= {
     "qwen3-moe": ("model.layers", 2, (*LLAMA[:2], *_experts(4, "gate_proj", "up_proj", "down_proj"))),
     "deepseek-v3": ("model.layers", 2, (*MLA, *LLAMA[2:])),
 }
+# Of encoder-decoders the encoder; then the decoder, whose keys and values of cross-attention read the encoder's output.
+_T5 = ("layer.0.SelfAttention", "layer.1.EncDecAttention")
+_SELF = (tuple(f"{_T5[0]}.{name}" for name in "qkv"), (f"{_T5[0]}.o",))
+_CROSS = ((f"{_T5[1]}.q",), (f"{_T5[1]}.k", f"{_T5[1]}.v"), (f"{_T5[1]}.o",))
+_BART = (QKV, ("self_attn.out_proj",), ("fc1",), ("fc2",))
+_BART_CROSS = (
+    ("encoder_attn.q_proj",),
+    ("encoder_attn.k_proj", "encoder_attn.v_proj"),
+    ("encoder_attn.out_proj",),
+)
+
+
+def _t5(layer: int, *inputs: str) -> tuple[tuple[str, ...], ...]:
+    place = f"layer.{layer}.DenseReluDense"
+    return (tuple(f"{place}.{name}" for name in inputs), (f"{place}.wo",))
+
+
+STAGES |= {
+    "t5": ("encoder.block", 2, (*_SELF, *_t5(1, "wi"))),
+    "flan-t5": ("encoder.block", 2, (*_SELF, *_t5(1, "wi_0", "wi_1"))),
+    "bart": ("model.encoder.layers", 2, _BART),
+    "whisper": ("model.encoder.layers", 2, _BART),
+    "llava": ("model.language_model.layers", 2, LLAMA),
+    "vit": (
+        "vit.layers",
+        2,
+        (
+            ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+            ("attention.o_proj",),
+            ("mlp.fc1",),
+            ("mlp.fc2",),
+        ),
+    ),
+}
+SECOND = {
+    "t5": ("decoder.block", 2, (*_SELF, *_CROSS, *_t5(2, "wi"))),
+    "flan-t5": ("decoder.block", 2, (*_SELF, *_CROSS, *_t5(2, "wi_0", "wi_1"))),
+    **dict.fromkeys(("bart", "whisper"), ("model.decoder.layers", 2, (*_BART[:2], *_BART_CROSS, *_BART[2:]))),
+}
 # Blocks that differ from the first.
 OTHERS = {
     ("deepseek-v3", 1): (
@@ -136,4 +175,4 @@ LASTING = {
     "falcon": {"mlp.dense_h_to_4h"},
     "deepseek-v3": {"self_attn.kv_a_proj_with_mqa"},
 }
-MLP = re.compile(rf"({SHARED})?(mlp|ffn|fc[12]|intermediate|output)\b|{SHARED}ffn_output")
+MLP = re.compile(rf"({SHARED})?(mlp|ffn|fc[12]|intermediate|output)\b|{SHARED}ffn_output|layer\.\d\.DenseReluDense")

@@ -16,6 +16,7 @@ from llmcomp.adapters.base import Adapter
 from llmcomp.adapters.discover import discover
 from llmcomp.adapters.folds import Fold, folds, norm_form
 from llmcomp.experts import split_experts
+from llmcomp.feeds import around
 
 BODIES = tuple(name for name in TINY if not name.endswith("-classifier"))
 IDS = torch.randint(8, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -45,7 +46,18 @@ EXPECTED = {
     **dict.fromkeys(("mixtral", "qwen3-moe"), (NORM, LINEAR, *(UNKNOWN, LINEAR) * 4)),
     "deepseek-v3": (NORM, NORM, NORM, LINEAR, *(UNKNOWN, LINEAR) * 8, "is also read by index", LINEAR),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "deberta-v2", "distilbert", "mpnet"), POST_NORM),
+    "t5": (NORM, LINEAR, NORM, UNKNOWN),
+    "flan-t5": LLAMA,
+    "bart": POST_NORM,
+    "whisper": (NORM, LINEAR, NORM, UNKNOWN),
+    "llava": LLAMA,
 }  # fmt: skip
+# What cross-attention's keys and values read is the encoder's output, which every block of the decoder reads.
+DECODING = {
+    **dict.fromkeys(("t5", "whisper"), (NORM, LINEAR, NORM, UNKNOWN, LINEAR, NORM, UNKNOWN)),
+    "flan-t5": (NORM, LINEAR, NORM, UNKNOWN, LINEAR, NORM, LINEAR),
+    "bart": (UNKNOWN, LINEAR, RESIDUAL, UNKNOWN, LINEAR, RESIDUAL, UNKNOWN),
+}
 
 
 def apart(name: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -57,7 +69,9 @@ def apart(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 def outputs(model: nn.Module) -> Tensor:
     with torch.no_grad():
-        return model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+        inputs = around(model, IDS)
+        mask = {"attention_mask": torch.ones_like(IDS)} if "input_ids" in inputs else {}
+        return model(**inputs, **mask).logits
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +90,9 @@ def test_verdicts(name: str, found: dict[str, tuple[Adapter, dict[str, Fold | st
     adapter, verdicts = found[name]
     for block in adapter.blocks[1:] or adapter.blocks:  # ModernBERT's first has no norm before attention
         said = [verdicts[stage[0].name] for stage in block.stages if "pos_" not in stage[0].name]
-        assert len(said) == len(EXPECTED[name])
-        for verdict, expected in zip(said, EXPECTED[name], strict=True):
+        wanted = DECODING[name] if name in DECODING and "decoder" in block.name else EXPECTED[name]
+        assert len(said) == len(wanted)
+        for verdict, expected in zip(said, wanted, strict=True):
             if isinstance(verdict, Fold):
                 assert verdict.kind == expected, verdict
                 assert verdict.producer.startswith(f"{block.name}.")

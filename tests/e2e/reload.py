@@ -35,8 +35,8 @@ def findings(case: dict[str, str]) -> dict[str, Any]:
     model, account = load(case["output"])
     original, _ = load(case["source"])
     with torch.no_grad():
-        output = model(input_ids=kept["input.input_ids"])[0]
-        before = original(input_ids=kept["input.input_ids"])[0]
+        inputs = {name.removeprefix("input."): value for name, value in kept.items() if name.startswith("input.")}
+        output, before = model(**inputs)[0], original(**inputs)[0]
     return {
         "account": {key: sorted(map(str, value)) for key, value in account.items() if value},
         "class": type(model).__name__,

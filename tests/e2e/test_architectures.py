@@ -11,7 +11,8 @@ import pytest
 from architecture_table import PROVEN
 from e2e_runs import Run, quantize, recipe_of, reload, tensors
 from safetensors.torch import load_file, save_file
-from tiny import DECODERS, TINY, tiny
+from tiny import BEYOND_TEXT, DECODERS, TINY, TWO_CHAINS, tiny
+from tiny_media import write_data
 
 from llmcomp.errors import VerificationFailed
 from llmcomp.formats.verify import check
@@ -24,15 +25,27 @@ GATED = (
 FUSED = ("gpt2", "modernbert", "phi3", "gpt-neox", "bloom", "falcon", "falcon-alibi")
 LINEARS = dict.fromkeys(GATED, 7) | dict.fromkeys(FUSED, 4)
 LINEARS |= {"mixtral": 4 + 4 * 3, "qwen3-moe": 4 + 4 * 3}  # attention, and three of each expert
-BLOCKS = {"modernbert": 4, "albert": 1}
+# 6 or 7 of an encoder's block, 10 or 11 of a decoder's
+LINEARS |= {"t5": 8, "bart": 8, "whisper": 8, "flan-t5": 9, "llava": 7}
+BLOCKS = {"modernbert": 4, "albert": 1} | dict.fromkeys(TWO_CHAINS, 4)
 BODIES = tuple(name for name in TINY if not name.endswith("-classifier"))
+SHARED = "shared by parts of an encoder-decoder, so it stays as it is"
 PARTS = ("_packed", "_scale", "_shape")
 MIXTURES = ("mixtral", "qwen3-moe", "deepseek-v3")
 TASKS = {"classifier": "sequence-classification", "masked": "masked-lm", "causal": "causal-lm"}
 
 
 def task_of(name: str) -> str:
+    beyond = {"whisper": "speech-seq2seq", "vit-classifier": "image-classification", "llava": "image-text-to-text"}
+    if name in beyond:
+        return beyond[name]
+    if name in TWO_CHAINS:
+        return "seq2seq-lm"
     return TASKS["classifier" if name.endswith("classifier") else "causal" if name in DECODERS else "masked"]
+
+
+def data_for(name: str, root: Path, text: Path) -> Path:
+    return write_data(name, root / f"{name}-data") if name in BEYOND_TEXT else text
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +53,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, Run]
     """By GPTQ."""
     root = tmp_path_factory.mktemp("families")
     return {
-        name: quantize(tiny(name, root / name, tokenizer=True), root / f"{name}-q", recipe_of(text))
+        name: quantize(
+            tiny(name, root / name, tokenizer=True), root / f"{name}-q", recipe_of(data_for(name, root, text))
+        )
         for name in TINY
     }
 
@@ -107,7 +122,11 @@ def test_the_report_accounts_for_every_linear(name: str, runs: dict[str, Run]) -
     assert all(layer.error is not None and 0 < layer.error < 0.05 for layer in report.layers)
     assert all(layer.bytes_after < layer.bytes_before / 6 for layer in report.layers)
     assert report.task == task_of(name)
-    assert report.calibration["samples"] == 8 and report.calibration["tokens"] == 8 * 32
+    assert report.calibration["samples"] == 8
+    if name == "vit-classifier":
+        assert report.calibration["tokens"] == 8 * (4 * 4 + 1)
+    elif name not in BEYOND_TEXT:  # a decoder begins with one more
+        assert report.calibration["tokens"] == 8 * (33 if name in TWO_CHAINS else 32)
     assert report.resumed_blocks == 0 and report.verification is None and report.after is None
 
 
@@ -116,9 +135,10 @@ def test_what_was_left_alone_has_a_reason(name: str, runs: dict[str, Run]) -> No
     left = runs[name].left()
     if name.endswith("classifier"):
         assert "classifier: its outputs are the answer itself" in left.values()
-    else:
+    elif name not in TWO_CHAINS:
         assert "head not targeted" in left.values()
-    assert "embeddings not targeted" in left.values()
+    if name != "vit-classifier":
+        assert (SHARED if name in TWO_CHAINS else "embeddings not targeted") in left.values()
     assert not set(left) & set(runs[name].schemes()), "a linear both compressed and left"
 
 
@@ -152,7 +172,8 @@ def test_verification_sees_one_changed_bit_of_an_expert(
 def test_what_travels_along(name: str, runs: dict[str, Run]) -> None:
     run = runs[name]
     names = {path.name for path in run.output.iterdir()}
-    assert {"config.json", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert {"config.json", "llmcomp_recipe.yaml"} <= names
+    assert {path.name for path in run.source.glob("*.json")} - {"model.safetensors.index.json"} <= names
     assert {"llmcomp_recipe.yaml", "llmcomp_report.json", "llmcomp_report.html"} <= names
     assert ("generation_config.json" in names) == (run.source / "generation_config.json").is_file()
     assert run.report.size_after is not None and run.report.size_before is not None
@@ -165,7 +186,7 @@ def test_what_travels_along(name: str, runs: dict[str, Run]) -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_the_whole_run_with_its_own_verification(name: str, tmp_path: Path, text: Path) -> None:
     source = tiny(name, tmp_path / name, tokenizer=True)
-    run = quantize(source, tmp_path / "q", recipe_of(text), verify=True)
+    run = quantize(source, tmp_path / "q", recipe_of(data_for(name, tmp_path, text)), verify=True)
     verification = run.report.verification
     assert verification is not None and verification.passed and not verification.streamed
     assert verification.modules_compressed == len(run.report.layers)

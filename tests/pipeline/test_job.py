@@ -11,7 +11,7 @@ import torch
 from tiny import VOCABULARY, tiny
 
 from llmcomp.errors import BadRecipe
-from llmcomp.pipeline.job import Source, gather, model_inputs, open_source, plan_recipe
+from llmcomp.pipeline.job import Source, gather, open_source, plan_recipe
 from llmcomp.progress import Silent
 from llmcomp.recipe import Calibration, Override, QuantizeStep, Recipe
 
@@ -80,7 +80,7 @@ def test_recipes_that_do_not_fit(recipe: Recipe, named: str, llama: Source) -> N
 def test_data_for_a_method_that_reads_some(llama: Source, text: Path) -> None:
     recipe = Recipe(calibration=Calibration(str(text), 6, 32))
     data = gather(recipe, llama, plan_recipe(recipe, llama.adapter), "model", Silent())
-    ids = torch.cat([model_inputs(batch)["input_ids"] for batch in data.batches])
+    ids = torch.cat([batch.input_ids for batch in data.batches])
     assert ids.shape == (6, 32)
     assert data.facts["samples"] == 6 and data.facts["tokens"] == 6 * 32
     witness = data.witness["input_ids"]
