@@ -14,8 +14,9 @@ from llmcomp.adapters.base import Adapter, Block
 from llmcomp.errors import BadRecipe
 from llmcomp.feeds import encoder_decoder
 from llmcomp.methods import METHODS
-from llmcomp.pipeline.footprint import Lanes, Look, MemoryTerms, converting, footprint
+from llmcomp.pipeline.footprint import Look, converting, footprint
 from llmcomp.pipeline.job import Plan, plan_recipe
+from llmcomp.pipeline.terms import Lanes, MemoryTerms
 from llmcomp.pipeline.timing import Rates, measure_rates, seconds
 from llmcomp.pipeline.waiting import Waiting, waiting
 from llmcomp.recipe import Calibration, Recipe

@@ -13,11 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load, save
 from torch import Tensor
 
 from llmcomp.adapters.base import Block, LinearRef
@@ -28,6 +25,7 @@ from llmcomp.errors import RunError
 from llmcomp.formats import witness
 from llmcomp.formats.save import ShardWriter, writing
 from llmcomp.pipeline.assign import Task
+from llmcomp.pipeline.earlier import earlier_shard
 from llmcomp.pipeline.job import Job, Outcome
 from llmcomp.pipeline.journal import Journal
 from llmcomp.pipeline.memory import keep_large_blocks_apart, return_freed_memory
@@ -366,39 +364,15 @@ class Compression:
 
     def _restore(self, key: str, refs: Sequence[LinearRef]) -> None:
         """Take compressed weights from the shard of an earlier run, decoded as a reader would."""
-        refs = [ref for ref in refs if ref.name in self._job.assignment.tasks]
-        with self._timed("read"), self._shard(key) as shard:
-            names = [] if shard is None else list(shard.keys())
-            for ref in refs:
+        path, layout, rename = self._writer.path(key), self._job.layout, self._job.binding.file_name
+        with self._timed("read"), earlier_shard(path, layout, rename, self._world) as shard:
+            for ref in (ref for ref in refs if ref.name in self._job.assignment.tasks):
                 weight = f"{ref.name}.weight"
-                room = torch.empty_like(self._params.value(weight))
-                dense = room if shard is None else self._decoded(shard, names, ref)
-                self._params.put(weight, self._world.from_first(dense))
-                self._ranges.restore(ref, lambda name: self._told(shard, name))
+                self._params.put(weight, shard.decoded(ref, torch.empty_like(self._params.value(weight))))
+                self._ranges.restore(ref, shard.tensor)
                 self._remaining.discard(ref.name)
         self._outcome.layers += self._journal.done[key].layers
         self._outcome.order.append(key)
-
-    @contextmanager
-    def _shard(self, key: str) -> Iterator[Any]:
-        """A shard of an earlier run, open; None on ranks that do not hold it."""
-        if not self._world.first:
-            yield None
-            return
-        with safe_open(self._writer.path(key), framework="pt") as shard:
-            yield shard
-
-    def _decoded(self, shard: Any, names: Sequence[str], ref: LinearRef) -> Tensor:
-        weight = f"{ref.name}.weight"
-        prefix = self._job.binding.file_name(weight)
-        parts = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-        own = {weight + part: shard.get_tensor(name) for name, part in parts.items()}
-        return self._job.layout.decode(ref, own)
-
-    def _told(self, shard: Any, name: str) -> Tensor:
-        """A tensor of a shard by its name in the model, on all ranks."""
-        content = None if shard is None else save({name: shard.get_tensor(self._job.binding.file_name(name))})
-        return load(self._world.message(content))[name]
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -16,9 +16,10 @@ from llmcomp.adapters.discover import discover, skeleton
 from llmcomp.calibration import parking as parking_module
 from llmcomp.methods import AUTO_ALONE, METHODS
 from llmcomp.pipeline import footprint as footprint_module
-from llmcomp.pipeline.footprint import Lanes, MemoryTerms, footprint
+from llmcomp.pipeline.footprint import footprint
 from llmcomp.pipeline.job import open_source, plan_recipe
 from llmcomp.pipeline.plan import Prospect, bytes_after, prospect
+from llmcomp.pipeline.terms import Lanes, MemoryTerms
 from llmcomp.pipeline.timing import Rates, seconds
 from llmcomp.pipeline.waiting import graph, waiting
 from llmcomp.recipe import Calibration, QuantizeStep, Recipe

@@ -17,8 +17,9 @@ from llmcomp.adapters.discover import discover, skeleton
 from llmcomp.cli.options import parse_size
 from llmcomp.cli.plan import plan as verb
 from llmcomp.errors import BadRecipe
-from llmcomp.pipeline.footprint import Lanes, footprint
+from llmcomp.pipeline.footprint import footprint
 from llmcomp.pipeline.job import plan_recipe
+from llmcomp.pipeline.terms import Lanes
 from llmcomp.pipeline.timing import Rates, seconds
 from llmcomp.recipe import QuantizeStep, Recipe
 
