@@ -40,11 +40,13 @@ def verified(run: Run) -> Run:
     return run
 
 
-@pytest.mark.parametrize("method", ["awq-gptq", "rtn-clip"])
+@pytest.mark.parametrize("method", ["awq-gptq", "rtn-clip", "signround"])
 @pytest.mark.parametrize("name", NAMES)
 def test_other_methods(name: str, method: str, sources: Sources, tmp_path: Path) -> None:
     model, data = sources[name]
-    run = verified(quantize(model, tmp_path / "q", recipe_of(data, method=method, symmetric=method != "rtn-clip")))
+    step: dict[str, Any] = {"options": {"iterations": 4}} if method == "signround" else {}
+    recipe = recipe_of(data, method=method, symmetric=method != "rtn-clip", **step)
+    run = verified(quantize(model, tmp_path / "q", recipe))
     assert {layer.method for layer in run.report.layers} == {method}
     if method == "awq-gptq":
         assert all(layer.scaling is not None for layer in run.report.layers)

@@ -63,11 +63,11 @@ class Given:
 def given(monkeypatch: pytest.MonkeyPatch) -> Given:
     seen, solve = Given(), loop.solve_stage
 
-    def noting(tasks: Any, weights: Any, stats: Any, options: Any) -> Any:
+    def noting(tasks: Any, weights: Any, stats: Any, *others: Any) -> Any:
         assert not any(weight.is_meta for weight in weights)
         names = tuple(task.ref.name for task in tasks)
         seen.stages[names] = (stats.gram.clone(), stats.tokens)  # methods use the matrix up
-        return solve(tasks, weights, stats, options)
+        return solve(tasks, weights, stats, *others)
 
     monkeypatch.setattr(loop, "solve_stage", noting)
     return seen
