@@ -13,6 +13,7 @@ This is the only place of llmcomp that registers hooks for calibration.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from typing import Any
 import greenlet
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from llmcomp.calibration.parking import Group, Made
 from llmcomp.errors import RunError
@@ -35,12 +37,14 @@ class Stop:
         kind: 'block' or 'linear', before the module is computed; 'exit', where a block has been, and will be again.
         name: the module's. inputs: its (first) input.
         call: of a block, what it is called with: (positional, keywords).
+        chained: of a block, whether its input is what the block before has given, as it was.
     """
 
     kind: str
     name: str
     inputs: Tensor | None
     call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    chained: bool = False
 
 
 class Lane:
@@ -106,6 +110,7 @@ def stopping(
     configs = [one.get_text_config() for module in model.modules() if (one := _config(module)) is not None]
     caching = {id(config): config for config in configs if getattr(config, "use_cache", None)}
     home = greenlet.getcurrent()
+    given: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # lane → its latest block's output
 
     def stop(kind: str, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -113,16 +118,22 @@ def stopping(
             if here is home or (kind == "linear" and not wanted(name)):
                 return
             call = (positional, keywords) if kind == "block" else None
-            home.switch(Stop(kind, name, _first_tensor(positional, keywords), call))
+            inputs, before = first_tensor(positional, keywords), given.get(here)
+            home.switch(Stop(kind, name, inputs, call, before is not None and before() is inputs))
 
         return hook
 
-    def repeat(name: str) -> Callable[..., Any]:
+    def leave(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
-            if greenlet.getcurrent() is home or not repeated(name):
+            here = greenlet.getcurrent()
+            if here is home:
                 return None
-            home.switch(Stop("exit", name, _first_tensor(positional, keywords)))
-            return module.forward(*positional, **keywords)
+            if repeated(name):
+                home.switch(Stop("exit", name, first_tensor(positional, keywords)))
+                output = module.forward(*positional, **keywords)
+            first = next((one for one in tree_leaves(output) if isinstance(one, Tensor)), None)
+            given[here] = (lambda: None) if first is None else weakref.ref(first)
+            return output
 
         return hook
 
@@ -131,7 +142,7 @@ def stopping(
         for kind, modules in (("block", blocks), ("linear", linears))
         for name, module in modules.items()
     ]
-    handles += [module.register_forward_hook(repeat(name), with_kwargs=True) for name, module in blocks.items()]
+    handles += [module.register_forward_hook(leave(name), with_kwargs=True) for name, module in blocks.items()]
     for config in caching.values():
         config.use_cache = False
     try:
@@ -149,7 +160,8 @@ def _config(module: nn.Module) -> Any:
     return config if hasattr(config, "get_text_config") else None
 
 
-def _first_tensor(positional: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor | None:
+def first_tensor(positional: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor | None:
+    """What a module reads: the first tensor that it is called with."""
     for value in (*positional, keywords.get("hidden_states"), keywords.get("input")):
         if isinstance(value, Tensor):
             return value

@@ -138,6 +138,9 @@ class Compression:
         """Compress one block, or take it from an earlier run; where the lanes stop next, if they go further."""
         key, names = _key(block), self._params.inside(block.name)
         self._read(names)
+        if self._tuning.follows(block.name):
+            with self._timed("forward"):
+                self._tuning.remember(block)
         if key in self._journal.done:
             self._restore(key, block.linears)
             self._scaling.restore(key, block)
@@ -186,8 +189,6 @@ class Compression:
 
     def _tuned(self, block: Block) -> None:
         """Solve stage by stage, then tune the block as a whole; lanes compute it again when they go on."""
-        with self._timed("forward"):
-            self._tuning.remember(block)
         self._stages(block.stages, frozenset(ref.name for ref in block.linears))
         self._advance()
         with self._timed("solve"):

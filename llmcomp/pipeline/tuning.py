@@ -6,9 +6,10 @@
     lanes go on                  → they compute the block anew, with the tuned weights (`capture.stopping`)
 
 A call is one batch of calibration windows with the masks and tables that the model's own code made for it; what is
-large in it waits where lanes wait, in files beyond `--activation-memory`. The target is the source's block on the
-inputs that the compressed blocks before it give: what the next block will read is compared with what it would read
-if this one were left as it is.
+large in it waits where lanes wait, in files beyond `--activation-memory`. The target is what the block gives in the
+source model: a second stream of activations goes through the blocks as they were, so each block makes up for errors
+of those before it. Where something stands between two blocks, the stream cannot be carried on without the model's
+own code; it then starts anew from what the compressed blocks give.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from llmcomp.adapters.base import Adapter, Block, LinearRef
-from llmcomp.calibration.capture import Lane, Stop
+from llmcomp.calibration.capture import Lane, Stop, first_tensor
 from llmcomp.calibration.parking import Parking
 from llmcomp.errors import RunError
 from llmcomp.matmul import fast_matmul
@@ -42,11 +43,17 @@ _MEASURED_TOKENS = 2048  # over which the error of each linear is measured
 
 @dataclass
 class Call:
-    """How one batch of windows calls the block, and what it shall give: float32 [real tokens, features]."""
+    """How one batch of windows calls the block.
+
+    Attributes:
+        source: the block's input in the source model, float32; None for that of the call.
+        target: what it shall give: its output in the source model, float32.
+    """
 
     lane: Lane
     positional: tuple[Any, ...]
     keywords: dict[str, Any]
+    source: Tensor | None = None
     target: Tensor | None = None
 
 
@@ -67,7 +74,9 @@ class Tuning:
         self._parking, self._world = parking, world
         learning = {task.ref.block for task in tasks.values() if METHODS[task.method].tune is not None}
         self._waiting = {block.name for block in adapter.blocks if block.index in learning}
+        self._order = {block.name: block.index for block in adapter.blocks}
         self._calls: list[Call] = []
+        self._streams: dict[Lane, Tensor] = {}  # what the latest block gives in the source model
         self._starts: dict[str, tuple[Solved, Tensor]] = {}
 
     def leave_out(self, blocks: Iterable[str]) -> None:
@@ -78,13 +87,18 @@ class Tuning:
         """Whether a block will be tuned, and has not been."""
         return block in self._waiting
 
+    def follows(self, block: str) -> bool:
+        """Whether the source's activations are to go through a block: it, or a later one, will be tuned."""
+        return any(self._order[block] <= self._order[one] for one in self._waiting)
+
     def note(self, lane: Lane, stop: Stop) -> None:
-        """Keep a lane's call of a block that is to be tuned."""
-        if stop.call is not None and lane.counted and self.awaits(stop.name):
-            self._calls.append(Call(lane, *stop.call))
+        """Keep a lane's call of a block that the source's activations go through."""
+        if stop.call is not None and lane.counted and self.follows(stop.name):
+            stream = self._streams.pop(lane, None)
+            self._calls.append(Call(lane, *stop.call, stream if stop.chained else None))
 
     def remember(self, block: Block) -> None:
-        """Compute what the block gives with the source's weights, for all calls.
+        """Compute what the block gives in the source model, for all calls.
 
         Raises:
             RunError: the block changes its inputs, so that it cannot be computed twice, or has shown none.
@@ -93,15 +107,18 @@ class Tuning:
             raise RunError(f"{block.name} shows no tensor that it reads, so it cannot be tuned; take gptq or rtn-clip.")
         values = self._floats(block)
         for call in self._calls:
-            before = [one._version for one in _tensors(call)]
+            versions = [one._version for one in _tensors(call)]
             with torch.no_grad():
-                call.target = self._output(block, call, values)
-            if [one._version for one in _tensors(call)] != before:
+                call.target = self._output(block, call, values, call.source)
+            if [one._version for one in _tensors(call)] != versions:
                 raise RunError(
                     f"{block.name} changes its own inputs in place, so it cannot be tuned by computing it again and "
                     "again; take gptq or rtn-clip for this model."
                 )
+            call.source, self._streams[call.lane] = None, call.target
             self._parking.park([[call.target]])
+        if not self.awaits(block.name):
+            self._calls = []
 
     def start(self, solved: Solved, weight: Tensor) -> bool:
         """Take a solution as a start, if its method goes on from there.
@@ -120,6 +137,8 @@ class Tuning:
         calls, self._calls = self._calls, []
         starts, self._starts = self._starts, {}
         self._waiting.discard(block.name)
+        if not self._waiting:
+            self._streams = {}
         if not starts:  # experts that too few tokens have reached, all of them
             return []
         method = next(iter(starts.values()))[0].task.method
@@ -132,7 +151,8 @@ class Tuning:
 
         def errors(call: Call, dense: Mapping[str, Tensor]) -> Tensor:
             """(output - target)² of one call, [real tokens, features]."""
-            return (self._output(block, call, values | _named(block, refs, dense)) - _target(call)).square()
+            output = self._output(block, call, values | _named(block, refs, dense))
+            return (call.lane.tokens(output) - _target(call)).square()
 
         def loss(dense: Mapping[str, Tensor]) -> float:
             with torch.no_grad():
@@ -174,14 +194,24 @@ class Tuning:
         names = {name.removeprefix(f"{block.name}."): name for name in self._params.inside(block.name)}
         return {own: _widened(self._params.value(name)) for own, name in names.items() if own not in without}
 
-    def _output(self, block: Block, call: Call, values: Mapping[str, Tensor]) -> Tensor:
-        """What the block gives with these values, float32 [real tokens, features]; hooks of lanes stay out of it."""
+    def _output(
+        self, block: Block, call: Call, values: Mapping[str, Tensor], source: Tensor | None = None
+    ) -> Tensor:
+        """What the block gives with these values, float32, as its module shapes it; hooks of lanes stay out of it.
+
+        Args:
+            source: read instead of the call's own input.
+        """
         module = self._adapter.model.get_submodule(block.name)
-        positional, keywords = tree_map(_widened, (call.positional, call.keywords))
+        own = first_tensor(call.positional, call.keywords)
+
+        def given(value: Any) -> Any:
+            return _widened(source if source is not None and value is own else value)
+
+        positional, keywords = tree_map(given, (call.positional, call.keywords))
         with fast_matmul():
             output = functional_call(module, dict(values), positional, keywords)
-        first = next(one for one in tree_leaves(output) if isinstance(one, Tensor) and one.is_floating_point())
-        return call.lane.tokens(first)
+        return next(one for one in tree_leaves(output) if isinstance(one, Tensor) and one.is_floating_point())
 
     def _errors(
         self, block: Block, calls: Sequence[Call], values: Mapping[str, Tensor], refs: Mapping[str, LinearRef],
@@ -202,7 +232,7 @@ class Tuning:
         tokens = 0
         for call in calls:
             with self._looking(refs, partial(look, call)):
-                tokens += len(self._output(block, call, dict(values) | _named(block, refs, dense)))
+                tokens += len(call.lane.tokens(self._output(block, call, dict(values) | _named(block, refs, dense))))
             if tokens >= _MEASURED_TOKENS:
                 break
         return found
@@ -252,12 +282,13 @@ def _parameters(block: Block, names: Collection[str]) -> list[str]:
 
 
 def _target(call: Call) -> Tensor:
+    """float32 [real tokens, features]."""
     assert call.target is not None  # `remember` was called
-    return call.target
+    return call.lane.tokens(call.target)
 
 
 def _tensors(call: Call) -> list[Tensor]:
-    return [one for one in tree_leaves((call.positional, call.keywords)) if isinstance(one, Tensor)]
+    return [one for one in tree_leaves((call.positional, call.keywords, call.source)) if isinstance(one, Tensor)]
 
 
 def _widened(value: Any) -> Any:

@@ -87,17 +87,18 @@ def block_output(model: Any, block: str, ids: Tensor) -> Tensor:
 def test_the_blocks_errors_are_those_of_whole_forwards_in_float64(
     name: str, ids: Tensor, calibration: Calibration, tmp_path: Path
 ) -> None:
-    """For each block the error of its output in a model whose earlier blocks are compressed."""
+    """For each block the error of its output, in a model whose earlier blocks are compressed, from the source's."""
     source = tiny(name, tmp_path / name)
     adapter = open_source(source).adapter
     report = quantize(source, tmp_path / "q", calibration, replace(STEP, method="signround"))
     compressed = tensors(tmp_path / "q")
-    model = build(name).double()
+    model, original = build(name).double(), build(name).double()
     split_experts(model)
+    split_experts(original)
     assert {layer.method for layer in report.layers} <= {"signround", "rtn-clip"}
     for block in adapter.blocks:
         layers = [one for one in report.layers if one.block == block.index and one.block_error is not None]
-        target = block_output(model, block.name, ids)
+        target = block_output(original, block.name, ids)
         for ref in block.linears:
             weight = model.get_submodule(ref.name).weight
             weight.data.copy_(compressed[f"{ref.name}.weight"])
