@@ -179,7 +179,8 @@ def test_a_block_that_is_repeated_goes_on_with_the_weights_that_it_has_by_then(n
         assert left == Stop("exit", block, None)
         waiting.clear()
         coarsen(model, inside)
-        assert advance_all(lanes, lambda lane, stop: None) == Stop("block", STRUCTURES[name][0][1], None)
+        following = Stop("block", STRUCTURES[name][0][1], None, chained=True)
+        assert advance_all(lanes, lambda lane, stop: None) == following
         assert advance_all(lanes, lambda lane, stop: None) is None
     with torch.no_grad():
         for lane, batch in zip(lanes, batches(name), strict=True):
@@ -191,6 +192,33 @@ def test_a_block_that_is_repeated_goes_on_with_the_weights_that_it_has_by_then(n
 
 def hooks(model: nn.Module) -> int:
     return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+
+
+class Chain(nn.Module):
+    """Three blocks; what the second gives is changed before the third reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.blocks[2](self.blocks[1](self.blocks[0](inputs)) * 2)
+
+
+@pytest.mark.parametrize("repeated", [(), ("1",)])
+def test_a_stop_says_whether_a_block_reads_what_the_one_before_has_given(repeated: tuple[str, ...]) -> None:
+    model = Chain()
+    blocks = {str(number): block for number, block in enumerate(model.blocks)}
+    with stopping(model, blocks, {}, lambda name: False, repeated.__contains__):
+        lanes = [Lane(model, {"inputs": torch.ones(rows, 4)}) for rows in (1, 2)]
+        found = [[], []]
+        for _ in range(3 + len(repeated)):
+            for lane, seen in zip(lanes, found, strict=True):
+                stop = lane.advance()
+                assert stop is not None
+                if stop.kind == "block":
+                    seen.append((stop.name, stop.chained))
+    assert found == [[("0", False), ("1", True), ("2", False)]] * 2
 
 
 def test_hooks_and_settings_are_gone_afterwards_also_after_an_error() -> None:
