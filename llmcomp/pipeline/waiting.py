@@ -88,7 +88,7 @@ def graph(adapter: Adapter, block: Block, rows: int, length: int) -> int:
     ids = torch.zeros(rows, length, dtype=torch.int64, device="meta")
     kept: dict[int, Tensor] = {}
     with stopping(twin, {block.name: module}, {}, lambda name: False), _FusedAttention(), _Storages():
-        lane = Lane(twin.base_model, {"input_ids": ids})
+        lane = Lane(twin.base_model, around(twin, ids))
         try:
             stop = lane.advance()
             if stop is None or stop.call is None:

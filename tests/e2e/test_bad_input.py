@@ -32,7 +32,7 @@ from llmcomp.pipeline.journal import Journal
         (["--group-size", "100"], "--group-size 100 cannot be"),
         (["--group-size", "row"], "--group-size row cannot be"),
         (["--group-size", "0"], "--group-size 0 cannot be"),
-        (["--method", "gptqq"], "method 'gptqq' is not one of gptq"),
+        (["--method", "gptqq"], "method 'gptqq' is not one of auto, gptq"),
         (["--activations", "int4"], "int4 cannot be: it is one of int8-dynamic, int8-static, or left out"),
         (["--activations", "int8-dynamic", "--bits", "4"], "needs symmetric weights of 8 bits per channel, not int4"),
         (["--activations", "int8-dynamic", "--format", "dense"], "dense cannot say that activations are rounded"),
