@@ -56,12 +56,12 @@ METHODS: dict[str, Method] = {
     "rtn": Method(rtn, RTNConfig, False, "round to nearest on the full range; no calibration"),
 }
 
-# What `--method auto` takes at each width. On the small trained decoder of evals/RESULTS.md learned rounding takes the
-# perplexity on books at 2 bits from 57.7 (gptq) to between 54.2 and 54.9 (one seed). At 4 bits auto-round's gains over
-# gptq are within 0.2% (46.62 against 46.70, 46.90 against 46.88 per channel), and at 8 bits there is nothing left to
-# gain: not worth many times the time. At 3 bits auto-round equals our gptq (47.98 against 48.01); that learning goes on
-# from there has not been measured yet.
-AUTO: dict[int, str] = {2: "gptq-signround", 3: "gptq-signround", 4: "gptq", 8: "gptq"}
+# What `--method auto` takes at each width, by perplexity on the small trained decoder of evals/RESULTS.md: books, which
+# it was trained and is calibrated on, and WikiText. 2 bits: learning takes 57.7 to 53.2 on books (one seed; 137.6 to
+# 147.0 on WikiText). 3 bits: 48.0 to 47.8, but 123.6 to 128.6 on WikiText, and more than ten times the time.
+# 4 bits: auto-round's gains over gptq are within 0.2% (46.62 for 46.70, 46.90 for 46.88 per channel).
+# 8 bits: nothing is left to gain.
+AUTO: dict[int, str] = {2: "gptq-signround", 3: "gptq", 4: "gptq", 8: "gptq"}
 
 # What it takes where blocks cannot be tuned as a whole.
 AUTO_ALONE = "gptq"
