@@ -57,9 +57,13 @@ class Sample:
 def descendants(pid: int) -> list[int]:
     """Every living descendant of `pid`, children first; empty when it has none or is gone."""
     found: list[int] = []
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    for thread in threads:
         try:
-            found += [int(child) for child in children.read_text().split()]
+            found += [int(child) for child in (thread / "children").read_text().split()]
         except (FileNotFoundError, ProcessLookupError):
             continue  # the thread ended between the listing and the reading
     return found + [deeper for child in found for deeper in descendants(child)]

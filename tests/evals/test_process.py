@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from evals.common import Memory
-from evals.process import RunFailed, Sample, environment, machine, run, summarize, versions
+from evals.process import RunFailed, Sample, descendants, environment, machine, run, summarize, versions
 
 MB = 1_000_000
 PYTHON = Path(sys.executable)
@@ -27,6 +29,14 @@ def test_anonymous_memory_is_measured_and_mapped_pages_are_not():
 def test_children_count():
     measured = run(PYTHON, "tests.evals.allocate", ["child"], threads=1)
     assert 150 * MB < measured.peak_anonymous < 170 * MB  # and the child's interpreter
+
+
+def test_a_process_that_has_ended_has_no_descendants():
+    with subprocess.Popen([str(PYTHON), "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert child.pid in descendants(os.getpid())
+        child.communicate(b"\n")
+    assert child.pid not in descendants(os.getpid())
+    assert descendants(child.pid) == []
 
 
 def test_a_failing_tool_is_reported_with_its_words():
