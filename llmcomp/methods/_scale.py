@@ -8,7 +8,7 @@ bf16 and fp16 included.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +32,23 @@ def sampled(weights: Sequence[Tensor]) -> list[Tensor]:
 def exponents(wanted: Tensor) -> Tensor:
     """Whole exponents near those `wanted`, within bounds; float32 [in]."""
     return wanted.round().clamp(-_LARGEST, _LARGEST).float()
+
+
+def of_least_error(candidates: Iterable[Tensor], error: Callable[[Tensor], float]) -> Tensor:
+    """The scale float32 [in] whose error is least, the first one of equals.
+
+    Args:
+        candidates: exponents as wanted, floating [in]; those that round to the same are tried once.
+        error: of a scale.
+    """
+    tried: dict[tuple[float, ...], tuple[float, Tensor]] = {}
+    for wanted in candidates:
+        whole = exponents(wanted)
+        key = tuple(whole.tolist())
+        if key not in tried:
+            scale = torch.exp2(whole)
+            tried[key] = error(scale), scale
+    return min(tried.values(), key=lambda found: found[0])[1]
 
 
 def pooled(values: Tensor, channels: Tensor, reduce: str) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmcomp.calibration.stats import InputStats
 from llmcomp.errors import BadRecipe
-from llmcomp.methods._scale import exponents, pooled, rounding_error, sampled
+from llmcomp.methods._scale import of_least_error, pooled, rounding_error, sampled
 from llmcomp.methods.gptq import GPTQConfig, gptq
 from llmcomp.methods.rtn import rtn_clip
 from llmcomp.methods.solution import Solution
@@ -89,19 +89,8 @@ def search_scale(
         float32 [in], powers of two; ones where no scale lowers the error.
     """
     samples, sizes = sampled(weights), _sizes(stats, channels)
-    best = torch.zeros_like(sizes)
-    least = rounding_error(samples, schemes, stats, torch.exp2(best))
-    tried = {tuple(best.tolist())}
-    for step in range(1, config.steps + 1):
-        whole = exponents(sizes * (step / config.steps))
-        key = tuple(whole.tolist())
-        if key in tried:
-            continue
-        tried.add(key)
-        error = rounding_error(samples, schemes, stats, torch.exp2(whole))
-        if error < least:
-            best, least = whole, error
-    return torch.exp2(best)
+    candidates = (sizes * (step / config.steps) for step in range(config.steps + 1))
+    return of_least_error(candidates, lambda scale: rounding_error(samples, schemes, stats, scale))
 
 
 def _sizes(stats: InputStats, channels: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llmcomp.activations import STEPS
 from llmcomp.calibration.stats import InputStats
-from llmcomp.methods._scale import exponents, pooled, rounding_error, sampled
+from llmcomp.methods._scale import of_least_error, pooled, rounding_error, sampled
 from llmcomp.schemes import Scheme
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -44,19 +44,11 @@ def search_migration(
         float32 [in], powers of two; ones where no scale lowers the error.
     """
     samples = sampled(weights)
-    best, least = torch.ones_like(stats.diagonal), float("inf")
-    tried = set()
-    for wanted in _candidates(weights, stats, channels):
-        whole = exponents(wanted)
-        key = tuple(whole.tolist())
-        if key in tried:
-            continue
-        tried.add(key)
-        scale = torch.exp2(whole)
-        error = rounding_error(samples, schemes, stats, scale) + input_noise(samples, stats, scale)
-        if error < least:
-            best, least = scale, error
-    return best
+
+    def error(scale: Tensor) -> float:
+        return rounding_error(samples, schemes, stats, scale) + input_noise(samples, stats, scale)
+
+    return of_least_error(_candidates(weights, stats, channels), error)
 
 
 def input_noise(weights: Sequence[Tensor], stats: InputStats, scale: Tensor) -> float:

@@ -173,14 +173,11 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class _Attended(torch.autograd.Function):
-    """Attention's output without values, keeping for a backward pass what the fused kernel keeps."""
+    """Attention's output without values, keeping for a backward pass what the fused kernel keeps. Nothing here is
+    differentiated, so it has no `backward`."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         result = query.new_empty(*query.shape[:-1], value.shape[-1])
         ctx.save_for_backward(query, key, value, result)
         return result
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise NotImplementedError  # nothing here is differentiated
