@@ -163,7 +163,7 @@ def view(model: str, seen: Prospect, memory: int | None = None) -> RenderableTyp
         table.add_row(
             one.method, str(one.bits), words.size(one.bytes_after),
             *(words.ratio(seen.bytes_before, one.bytes_after) for _ in ratio),
-            words.size(one.peak_memory), *taken, words.size(one.disk), f"~ {words.seconds(one.seconds)}",
+            words.size(one.peak_memory), *taken, words.size(one.disk), f"~ {words.about(one.seconds)}",
             style="bold green" if one.asked else "", end_section=last and number + 1 < len(ordered),
         )  # fmt: skip
     terms = {name: size for name, size in vars(own.terms).items() if size}

@@ -55,6 +55,19 @@ def seconds(value: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def about(value: float) -> str:
+    """Seconds that are an estimate, no finer than they are meant.
+
+    >>> about(12.34), about(2853), about(6000), about(108773)
+    ('12.3 s', '48 min', '1.7 h', '30 h')
+    """
+    if value < 99.95:
+        return seconds(value)
+    if round(value / 60) < 60:
+        return f"{round(value / 60)} min"
+    return f"{value / 3600:.1f} h" if value < 35_820 else f"{round(value / 3600)} h"  # from 9.95 h on
+
+
 def moment(created: str) -> str:
     """An ISO time to the minute, in UTC where it has an offset; anything else as it is.
 
