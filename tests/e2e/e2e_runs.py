@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from broken import stopped_after
 from safetensors import safe_open
 from torch import Tensor
 
 from llmcomp import api, session
-from llmcomp.errors import RunError
 from llmcomp.formats.save import partial_of
-from llmcomp.pipeline.journal import Journal
 from llmcomp.recipe import Calibration, QuantizeStep, Recipe
 from llmcomp.report.schema import Report
 
@@ -65,21 +64,9 @@ def quantize(source: Path, output: Path, recipe: Recipe, **options: Any) -> Run:
 
 
 def broken_run(source: Path, output: Path, recipe: Recipe, after: int) -> Path:
-    """A run that failed after `after` finished parts (the embeddings, if they are compressed, then blocks); its
-    partial directory."""
-    add, finished = Journal.add, 0
-
-    def failing(self: Journal, *arguments: object) -> None:
-        nonlocal finished
-        if finished == after:
-            raise RunError("stopped by the test")
-        finished += 1
-        add(self, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "add", failing)
-        with pytest.raises(RunError, match="stopped by the test"):
-            quantize(source, output, recipe)
+    """A run that failed after `after` finished parts; its partial directory."""
+    with stopped_after(after):
+        quantize(source, output, recipe)
     assert not output.exists()
     return partial_of(output)
 

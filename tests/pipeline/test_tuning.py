@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from broken import stopped_after
 from safetensors.torch import load_file, save_file
-from tiny import PAD, VOCABULARY, build, tiny
+from tiny import VOCABULARY, build, tiny
 from torch import Tensor
 
 from llmcomp import api
 from llmcomp.adapters.discover import discover
-from llmcomp.errors import BadRecipe, RunError
+from llmcomp.errors import BadRecipe
 from llmcomp.experts import split_experts
 from llmcomp.methods import AUTO, AUTO_ALONE
 from llmcomp.pipeline.assign import assign
 from llmcomp.pipeline.job import open_source
-from llmcomp.pipeline.journal import Journal
 from llmcomp.recipe import Calibration, Override, QuantizeStep, Recipe
 from llmcomp.report.schema import Report
 
@@ -113,35 +113,12 @@ def test_the_blocks_errors_are_those_of_whole_forwards_in_float64(
     assert any(gains.values()), "something was learned"
 
 
-def test_padding_is_no_target(tmp_path: Path) -> None:
-    """Sentences of other lengths: what a model gives at padding decides nothing."""
-    source = tiny("bert", tmp_path / "bert", tokenizer=True)
-    text = tmp_path / "rows.jsonl"
-    text.write_text("\n".join(f'{{"text": "{"word of a row " * count}"}}' for count in (1, 5, 2, 9, 3, 7)))
-    report = quantize(source, tmp_path / "q", Calibration(str(text), 6, 64))
-    batch = open_source(source)  # the model's own padding
-    assert batch.adapter.config.pad_token_id == PAD
-    assert all(one.block_error is not None and one.block_error < 1 for one in report.layers)
-
-
 @pytest.mark.parametrize("after", [1, 2])
 def test_a_stopped_run_goes_on_to_the_same_bits(
-    after: int, llama: Path, calibration: Calibration, unbroken: tuple[Path, Report], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    after: int, llama: Path, calibration: Calibration, unbroken: tuple[Path, Report], tmp_path: Path
 ) -> None:
-    add, finished = Journal.add, 0
-
-    def failing(self: Journal, *arguments: Any) -> None:
-        nonlocal finished
-        if finished == after:
-            raise RunError("stopped by the test")
-        finished += 1
-        add(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "add", failing)
-        with pytest.raises(RunError, match="stopped by the test"):
-            quantize(llama, tmp_path / "q", calibration)
+    with stopped_after(after):
+        quantize(llama, tmp_path / "q", calibration)
     report = quantize(llama, tmp_path / "q", calibration)
     assert report.resumed_blocks == after
     assert same(tmp_path / "q", unbroken[0])
