@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from broken import stopped_after
 from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, build, tiny
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from llmcomp import api
 from llmcomp.adapters.discover import discover
@@ -111,6 +113,29 @@ def test_the_blocks_errors_are_those_of_whole_forwards_in_float64(
         assert all(one.error is not None and 0 < one.error < 1 for one in layers)
     gains = {one.block: one.block_error < one.block_error_start for one in report.layers if one.block_error}
     assert any(gains.values()), "something was learned"
+
+
+def test_padding_is_no_target(tmp_path: Path) -> None:
+    """Sentences of other lengths in one batch: the error is that of each sentence alone, without padding."""
+    source = tiny("bert-classifier", tmp_path / "bert", tokenizer=True)
+    rows = ["word of a row " * count for count in (1, 5, 2, 9, 3, 7)]
+    text = tmp_path / "rows.jsonl"
+    text.write_text("\n".join(json.dumps({"text": row}) for row in rows))
+    report = quantize(source, tmp_path / "q", Calibration(str(text), len(rows), 80))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    sentences = [tokenizer(row, return_tensors="pt")["input_ids"] for row in rows]
+    assert len({sentence.shape for sentence in sentences}) > 1
+    model, original = build("bert-classifier").double(), build("bert-classifier").double()
+    compressed = tensors(tmp_path / "q")
+    for block in open_source(source).adapter.blocks:
+        for ref in block.linears:
+            model.get_submodule(ref.name).weight.data.copy_(compressed[f"{ref.name}.weight"])
+        targets = [block_output(original, block.name, ids) for ids in sentences]
+        found = [block_output(model, block.name, ids) for ids in sentences]
+        lost = sum(float((one - target).square().sum()) for one, target in zip(found, targets, strict=True))
+        share = lost / sum(float(target.square().sum()) for target in targets)
+        errors = [one.block_error for one in report.layers if one.block == block.index]
+        assert errors == pytest.approx([share] * len(block.linears), rel=2e-3)
 
 
 @pytest.mark.parametrize("after", [1, 2])
