@@ -16,6 +16,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # Keys of the store.
-_OURS, _ENDED, _HEARD, _PARTED, _RESULT, _TAKEN = "ours", "ended", "heard", "parted", "result", "taken"
+_ENDED, _HEARD, _PARTED, _RESULT, _TAKEN = "ended", "heard", "parted", "result", "taken"
 _PATIENCE = timedelta(minutes=30)  # for one exchange; a rank that is slower is taken for lost
 _LINGER = 10.0  # seconds that whoever says why all end waits for the others to hear it
 _INTERVAL = 0.2
@@ -181,6 +182,9 @@ class World:
 
 ALONE = World()
 
+# What this process has joined and not left: the command line joins, and the API within it.
+_JOINED: ContextVar[World | None] = ContextVar("joined", default=None)
+
 
 def launched(environment: Mapping[str, str] = os.environ) -> World:
     """What the launcher's environment variables say of this process. Imports nothing.
@@ -216,48 +220,46 @@ def joined() -> Iterator[World]:
         EndedElsewhere: another rank has said why all end.
     """
     world = launched()
-    if world.size == 1:
-        yield world
+    outer = _JOINED.get()
+    if world.size == 1 or outer is not None:
+        yield outer or world
         return
     import torch.distributed as dist
 
-    owner = not dist.is_initialized()
-    if owner:
-        try:
-            _connect(world)
-        except RuntimeError as error:
-            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise RankLost(
-                f"Rank {world.rank} of {world.size} could not meet the others at {where}: start all of them, with "
-                f"an address that all hosts reach and a free port ({' '.join(str(error).split())[:200]})."
-            ) from error
-    store = _store()
-    if owner:
-        store.set(_OURS, "")
-    elif not store.check([_OURS]):
+    if dist.is_initialized():
         raise UserError(
             "torch.distributed is initialized already, which rank 0 would later wait in, alone: call llmcomp before "
             "anything that does so (such as accelerate.Accelerator), or destroy the process group first."
         )
     try:
-        yield replace(world, store=store)
+        store = _connect(world)
+    except RuntimeError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RankLost(
+            f"Rank {world.rank} of {world.size} could not meet the others at {where}: start all of them, with "
+            f"an address that all hosts reach and a free port ({' '.join(str(error).split())[:200]})."
+        ) from error
+    world = replace(world, store=store)
+    entered = _JOINED.set(world)
+    try:
+        yield world
     except BaseException as error:
         status = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", 1)
         if not status:  # a command's usual end
             raise
         speaker, told = _claim(store, world, status)
-        if owner:
-            _close(store, world, speaker)
+        _close(store, world, speaker)
         if speaker == world.rank:
             raise
         raise EndedElsewhere(f"Rank {speaker} has ended the run; it says why.", told) from error
     finally:
-        if owner and dist.is_initialized():
+        _JOINED.reset(entered)
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _connect(world: World) -> None:
-    """Initialize torch.distributed, with keys that no earlier run of these processes has used."""
+def _connect(world: World) -> Any:
+    """Initialize torch.distributed, with keys that no earlier run of these processes has used; the store of them."""
     import torch
     import torch.distributed as dist
 
@@ -266,6 +268,7 @@ def _connect(world: World) -> None:
     number = common.add(f"llmcomp/{world.rank}", 1)
     own = dist.PrefixStore(f"llmcomp/run-{number}", common)
     dist.init_process_group(backend, store=own, rank=world.rank, world_size=world.size, timeout=_PATIENCE)
+    return own
 
 
 def _claim(store: Any, world: World, status: Any) -> tuple[int, int]:
@@ -312,13 +315,6 @@ def _lost(size: int) -> str:
         f"Another of the {size} ranks has ended without a word (killed, or out of memory); the same command "
         "resumes where it stopped."
     )
-
-
-def _store() -> Any:
-    """The key-value store through which the ranks have found each other."""
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    return _get_default_store()
 
 
 def _bytes(tensor: Tensor) -> Tensor:
