@@ -58,7 +58,7 @@ def open_with_auto_round(folder: Path) -> torch.nn.Module:
             return (layer(unit) - shift).T
 
     with_dense_linears(model, (full.QuantLinear, shifted.QuantLinear), decoded)
-    return model.float()
+    return torch.nn.Module.float(model)  # PreTrainedModel.float refuses a model that was quantized
 
 
 def with_dense_linears(
