@@ -61,7 +61,7 @@ METHODS: dict[str, Method] = {
 # 147.0 on WikiText). 3 bits: 48.0 to 47.8, but 123.6 to 128.6 on WikiText, and more than ten times the time.
 # 4 bits: auto-round's gains over gptq are within 0.2% (46.62 for 46.70, 46.90 for 46.88 per channel).
 # 8 bits: nothing is left to gain.
-AUTO: dict[int, str] = {2: "gptq-signround", 3: "gptq", 4: "gptq", 8: "gptq"}
+AUTO: dict[int, str] = {2: "gptq-signround", 3: "gptq", 4: "gptq-signround", 8: "gptq"}
 
 # What it takes where blocks cannot be tuned as a whole.
 AUTO_ALONE = "gptq"
