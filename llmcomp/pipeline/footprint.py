@@ -7,7 +7,7 @@ moments. Mapped pages (source weights, spilled activations) do not count, as in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from llmcomp.adapters.base import Adapter, Block, LinearRef
@@ -16,7 +16,7 @@ from llmcomp.methods import METHODS
 from llmcomp.pipeline.assign import Task
 from llmcomp.pipeline.job import Plan
 from llmcomp.pipeline.terms import Footprint, Lanes, MemoryTerms
-from llmcomp.pipeline.waiting import Waiting, graph, waiting
+from llmcomp.pipeline.waiting import Look, Waiting
 
 FLOAT = 4  # bytes; Gram matrices and everything that methods compute with
 _TILE = 512  # rows of the diagonal tiles that `_solve.factorize` keeps aside
@@ -46,18 +46,17 @@ _KERNEL_BYTES = 560_000
 _KERNELS_KEPT = 1024
 _MEASURED = 256  # rows whose loss is taken at a time, at most
 _BLOCK = 128  # columns of a step of `_solve.factorize` and `_solve.sweep`
-Look = Callable[[Adapter, Block, Sequence[str], int, int], list[Waiting]]
 
 
-def footprint(adapter: Adapter, plan: Plan, lanes: Lanes, budget: int, look: Look = waiting) -> Footprint:
+def footprint(adapter: Adapter, plan: Plan, lanes: Lanes, budget: int, look: Look | None = None) -> Footprint:
     """The worst moment of a run.
 
     Args:
         lanes: of the calibration windows.
         budget: bytes of `--activation-memory`.
-        look: how a lane is followed; who asks for several plans of one model may remember it.
+        look: of this adapter, where several plans share one.
     """
-    tasks = plan.assignment.tasks
+    tasks, look = plan.assignment.tasks, look or Look(adapter)
     itemsize = {name: value.element_size() for name, value in adapter.model.state_dict().items()}
     found = [_within(adapter, block, plan, lanes, budget, itemsize, look) for block in _heaviest(adapter, tasks)]
     worst = max(found, key=lambda one: one.terms.total)
@@ -86,7 +85,7 @@ def _within(
             target = FLOAT * lanes.tokens * block.linears[0].in_features
             places = [replace(place, parked=place.parked + target) for place in places]
             waits = [place.parked for place in places]
-            moments += _learning(adapter, block, stages, places, plan, lanes, budget, itemsize)
+            moments += _learning(adapter, block, stages, places, plan, lanes, budget, itemsize, look)
         moments += follow(block, stages, places, plan, lanes, budget, size)
         spilled = max(waits) * lanes.count - budget
     else:
@@ -161,7 +160,7 @@ def _places(
     adapter: Adapter, block: Block, stages: Sequence[Sequence[Task]], lanes: Lanes, size: int, look: Look
 ) -> list[Waiting]:
     """One lane at the block's entry, at each stage, and after it."""
-    found = look(adapter, block, [stage[0].ref.name for stage in stages], lanes.rows, lanes.length)
+    found = look.waiting(block, [stage[0].ref.name for stage in stages], lanes.rows, lanes.length)
     if len(found) == len(stages) + 2:
         return found
     stream = block.linears[0].in_features * size * lanes.tokens
@@ -206,7 +205,7 @@ def _calibrated(
 
 def _learning(
     adapter: Adapter, block: Block, stages: Sequence[Sequence[Task]], places: Sequence[Waiting], plan: Plan,
-    lanes: Lanes, budget: int, itemsize: dict[str, int],
+    lanes: Lanes, budget: int, itemsize: dict[str, int], look: Look,
 ) -> Iterator[tuple[str, MemoryTerms]]:
     """All weights of the block have a start and are tuned together, while the lanes wait behind it."""
     tasks = [task for stage in stages for task in stage]
@@ -226,7 +225,7 @@ def _learning(
             values=weights, installed=sum(task.ref.weights for task in tasks) * size,
             packed=sum(plan.layout.nbytes(task.ref, size) for task in tasks if METHODS[task.method].tune is None),
             parked=min(budget, lanes.count * places[-2].parked), held=lanes.count * places[0].held,
-            learning=rounding + backward + graph(adapter, block, lanes.rows, lanes.length),
+            learning=rounding + backward + look.graph(block, lanes.rows, lanes.length),
         ),
     )  # fmt: skip
 

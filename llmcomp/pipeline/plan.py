@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcomp.adapters.base import Adapter, Block
+from llmcomp.adapters.base import Adapter
 from llmcomp.errors import BadRecipe
 from llmcomp.feeds import encoder_decoder
 from llmcomp.methods import METHODS
-from llmcomp.pipeline.footprint import Look, converting, footprint
+from llmcomp.pipeline.footprint import converting, footprint
 from llmcomp.pipeline.job import Plan, plan_recipe
 from llmcomp.pipeline.terms import Lanes, MemoryTerms
 from llmcomp.pipeline.timing import Rates, measure_rates, seconds
-from llmcomp.pipeline.waiting import Waiting, waiting
+from llmcomp.pipeline.waiting import Look
 from llmcomp.recipe import Calibration, Recipe
 from llmcomp.schemes import INT8_STATIC
 from llmcomp.weights import QuantizedWeight
@@ -105,7 +105,7 @@ def prospect(
     assert isinstance(dtype, torch.dtype)
     rates = measure_rates(dtype)
     step = recipe.steps[0]
-    look = _remembering()
+    look = Look(adapter)
     own = row(adapter, recipe, calibration, activation_memory, rates, look, ranks)
     rows, planned = [own], plan_recipe(recipe, adapter)
     _check_ranks(recipe, planned, ranks)
@@ -152,22 +152,9 @@ def _check_ranks(recipe: Recipe, plan: Plan, ranks: int) -> None:
         )
 
 
-def _remembering() -> Look:
-    """`waiting`, asked once for each place: how lanes wait depends on no method and no width."""
-    known: dict[tuple[str, tuple[str, ...], int, int], list[Waiting]] = {}
-
-    def look(adapter: Adapter, block: Block, wanted: Sequence[str], rows: int, length: int) -> list[Waiting]:
-        key = (block.name, tuple(wanted), rows, length)
-        if key not in known:
-            known[key] = waiting(adapter, block, wanted, rows, length)
-        return known[key]
-
-    return look
-
-
 def row(
     adapter: Adapter, recipe: Recipe, calibration: Calibration, activation_memory: int, rates: Rates,
-    look: Look = waiting, ranks: int = 1,
+    look: Look, ranks: int = 1,
 ) -> Row:
     """What one recipe would cost.
 

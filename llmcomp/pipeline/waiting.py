@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,30 @@ class Waiting:
     parked: int
     held: int
     step: int
+
+
+class Look:
+    """What lanes hold on their way through a model. Each question is answered once: it depends on no method and no
+    width, and who plans many of them asks it for each."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+        self._known: dict[tuple[Any, ...], Any] = {}
+
+    def waiting(self, block: Block, wanted: Sequence[str], rows: int, length: int) -> list[Waiting]:
+        """As the function of that name."""
+        found: list[Waiting] = self._once(waiting, block, tuple(wanted), rows, length)
+        return found
+
+    def graph(self, block: Block, rows: int, length: int) -> int:
+        """As the function of that name."""
+        return int(self._once(graph, block, rows, length))
+
+    def _once(self, ask: Callable[..., Any], block: Block, *rest: Any) -> Any:
+        key = (ask, block.name, *rest)
+        if key not in self._known:
+            self._known[key] = ask(self._adapter, block, *rest)
+        return self._known[key]
 
 
 def waiting(adapter: Adapter, block: Block, wanted: Sequence[str], rows: int, length: int) -> list[Waiting]:
