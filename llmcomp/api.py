@@ -34,14 +34,17 @@ class QuantizeResult:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How to run, as opposed to what to do: none of it changes a bit of the result.
+    """How to run, as opposed to what to do: none of it changes a bit of the result, but for the device, whose products
+    are summed in another order.
 
     Attributes:
         output: default `./<model>-<method>-w<bits>`.
         overwrite: replace an existing checkpoint there.
         evaluate: measure the model before and after.
         verify: reload the checkpoint in a fresh process and compare.
-        activation_memory: bytes of waiting activations beyond which they go to memory-mapped files.
+        device: where to compress: 'auto' (a CUDA GPU where there is one for each process, else the CPU), 'cpu',
+            'cuda' or 'cuda:1'. Verification and evaluation are the CPU's.
+        activation_memory: bytes of waiting activations, on the device or not, beyond which they go to mapped files.
         eval_data, text_column, label_column: a labelled or plain file to measure on.
         trust_remote_code, allow_pickle: load what is refused otherwise.
         revision: of a Hub model.
@@ -51,6 +54,7 @@ class RunOptions:
     overwrite: bool = False
     evaluate: bool = True
     verify: bool = True
+    device: str = "auto"
     activation_memory: int = ACTIVATION_MEMORY
     eval_data: str | None = None
     text_column: str | None = None

@@ -3,7 +3,8 @@
 A launcher (torchrun, `accelerate launch --multi_gpu`) starts the same command several times and tells each process
 its rank by environment variables. What the ranks exchange is here and nowhere else: sums, rows that each has made
 its share of, and what rank 0 alone reads. A process of its own is a world of size 1, which exchanges nothing, so
-the loop knows one way. Tensors go as bytes or sums through torch.distributed: gloo on CPUs, NCCL between GPUs.
+the loop knows one way. Tensors go as bytes or sums through torch.distributed, those of CPUs by gloo, those of GPUs by
+NCCL, so all ranks must give theirs on the same kind of device.
 
     a rank fails       → it notes its exit status where all can read it, closes its connections, says its sentence
     another one ends   → an exchange with it breaks: if a rank has noted why, end quietly with its status, else be
@@ -79,6 +80,7 @@ class World:
         sent[: own.shape[0]] = own
         full = own.new_empty(piece * self.size, *own.shape[1:])
         with _exchanging(self.size):
+            _meet_before(own)
             dist.all_gather([_bytes(part) for part in full.split(piece)], _bytes(sent))
         return full[:count]
 
@@ -106,6 +108,7 @@ class World:
 
         sent = tensor.contiguous()
         with _exchanging(self.size):
+            _meet_before(sent)
             dist.broadcast(_bytes(sent), src=0)
         return tensor if self.first else sent
 
@@ -176,6 +179,7 @@ class World:
 
         sent = tensor.contiguous()
         with _exchanging(self.size):
+            _meet_before(sent)
             dist.all_reduce(sent, op=getattr(dist.ReduceOp, operation))
         return tensor if sent is tensor else tensor.copy_(sent)
 
@@ -263,7 +267,8 @@ def _connect(world: World) -> Any:
     import torch
     import torch.distributed as dist
 
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    gpus = torch.cuda.is_available() and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     common, _, _ = next(dist.rendezvous("env://", timeout=_PATIENCE))
     number = common.add(f"llmcomp/{world.rank}", 1)
     own = dist.PrefixStore(f"llmcomp/run-{number}", common)
@@ -315,6 +320,16 @@ def _lost(size: int) -> str:
         f"Another of the {size} ranks has ended without a word (killed, or out of memory); the same command "
         "resumes where it stopped."
     )
+
+
+def _meet_before(tensor: Tensor) -> None:
+    """Before an exchange between GPUs, one between CPUs: NCCL waits in the GPU for a rank that has ended, and is heard
+    of after half an hour, while gloo's connection breaks at once."""
+    if tensor.device.type != "cpu":
+        import torch
+        import torch.distributed as dist
+
+        dist.all_reduce(torch.zeros(1))
 
 
 def _bytes(tensor: Tensor) -> Tensor:

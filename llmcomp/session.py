@@ -16,6 +16,7 @@ import yaml
 
 from llmcomp.calibration.data import Texts
 from llmcomp.calibration.media import Media
+from llmcomp.devices import CPU, choose, describe, forget_peak, peak_bytes
 from llmcomp.errors import BadRecipe, LlmcompError, UserError
 from llmcomp.feeds import call
 from llmcomp.formats.save import (
@@ -63,8 +64,8 @@ if TYPE_CHECKING:
 
 RECIPE_NAME = "llmcomp_recipe.yaml"
 _DISCARDED = (
-    "An unfinished run of another recipe, model or data, or of another number of processes was discarded; "
-    "starting afresh."
+    "An unfinished run of another recipe, model or data, on another device, or of another number of processes was "
+    "discarded; starting afresh."
 )
 
 
@@ -83,6 +84,7 @@ class Session:
         self.model, self.source_name, self.path = model, source, path
         self.recipe, self.options, self.world = recipe, options, world
         self.progress = progress if world.first else Silent()
+        self.device = choose(options.device, world.size)
         step = recipe.steps[0]
         self.output = Path(options.output or default_output(model, step.method, step.bits, step.activations))
         self.partial = partial_of(self.output)
@@ -104,19 +106,24 @@ class Session:
             plan = plan_recipe(self.recipe, source.adapter)
             if plan.whole:
                 self._alone()
+                self.device = CPU
                 prepare(source.adapter, plan)
             if self.world.first:
                 need = 2 * bytes_after(source.adapter, plan, source.binding.key_of)
                 preflight(self.output, self.options.overwrite, need)
             texts = self._evaluation_data(source.adapter.task)
             data = gather(self.recipe, source, plan, self.model, self.progress, self.world)
+        forget_peak(self.device)
         with PeakMemory() as memory:
             outcome = (self._convert if plan.whole else self._compress)(source, plan, data)
             of_others = self.world.largest(memory.peak)
+            on_device = self.world.largest(peak_bytes(self.device))
             self.world.part()
             if not self.world.first:  # what the first one will have made of it
                 return self.output, Report.from_json(self.world.conclude(None).decode())
             checkpoint = self._assemble(source, plan, outcome)
+        if on_device:
+            self._note(f"Tensors took up to {on_device / 1e6:,.0f} MB on the device, {describe(self.device)}.")
         report = self._report(source, plan, data, outcome, max(memory.peak, of_others))
         if self.options.verify:
             with self._timed("verify"):
@@ -140,12 +147,19 @@ class Session:
                 f"--format {self.recipe.format} is made by transformers of the whole model in one process, and this "
                 f"run has {self.world.size}; start it without a launcher."
             )
+        if self.options.device not in ("auto", "cpu"):
+            raise BadRecipe(
+                f"--format {self.recipe.format} is made by transformers of the whole model on the CPU; leave out "
+                f"--device {self.options.device}."
+            )
 
     # --- the phases ---
 
     def _compress(self, source: Source, plan: Plan, data: Data) -> Outcome:
         parts = [self.recipe.to_yaml(), source.checkpoint.fingerprint(), data.fingerprint, version("llmcomp")]
-        if self.world.size > 1:  # sums in another order are other bits
+        if self.device.type != "cpu":  # sums in another order are other bits
+            parts.append(describe(self.device))
+        if self.world.size > 1:  # the same here
             parts.append(f"{self.world.size} ranks")
             self._note(f"{self.world.size} processes share the work; memory is of the one that takes most.")
             self._agree(source, data)
@@ -168,6 +182,7 @@ class Session:
             activation_memory=self.options.activation_memory,
             world=self.world,
             seed=self.recipe.seed,
+            device=self.device,
         )
         try:
             outcome = Compression(job, journal, self.progress).run()
@@ -185,6 +200,7 @@ class Session:
             "model": source.checkpoint.fingerprint(times=False),
             "calibration data": data.fingerprint,
             "version of llmcomp": version("llmcomp"),
+            "kind of device": self.device.type,
         }
         first = json.loads(self.world.message(json.dumps(mine).encode() if self.world.first else None))
         if other := [name for name in mine if mine[name] != first[name]]:
@@ -289,7 +305,7 @@ class Session:
             source=str(self.path if Path(self.source_name).exists() else self.source_name),
             output=str(self.output),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            machine=this_machine(),
+            machine=this_machine(describe(self.device)),
             architecture=adapter.architecture,
             task=adapter.task,
             recipe=yaml.safe_load(self.recipe.to_yaml()),

@@ -27,7 +27,8 @@ ROWS = [
     "methods",
     "progress weights losses calibration.stats calibration.files calibration.hub_data calibration.parking sentences",
     "report.schema",
-    "report.words packing bnb schemes activations matmul network aliases samples shards experts feeds ranks",
+    "report.words packing bnb schemes activations matmul network aliases samples shards experts feeds ranks "
+    "devices",
     "errors",
 ]
 

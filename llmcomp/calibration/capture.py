@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from llmcomp.calibration.parking import Group, Made
+from llmcomp.devices import CPU
 from llmcomp.errors import RunError
 from llmcomp.matmul import WideProducts
 
@@ -54,15 +55,21 @@ class Lane:
         model: called as model(**inputs).
         inputs: keyword arguments, such as input_ids and attention_mask.
         counted: whether its tokens are calibration data; a witness only goes along.
+        device: where the model computes; inputs are brought there when the lane starts.
     """
 
-    def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor], counted: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], counted: bool = True, device: torch.device = CPU
+    ) -> None:
         self.inputs = inputs
         self.counted = counted
-        self.mask = inputs.get("attention_mask")
+        mask = inputs.get("attention_mask")
+        self.mask = None if mask is None else mask.to(device)
         self.output: Any = None
         self._made = Made()
-        self._greenlet = greenlet.greenlet(lambda: model(**inputs))
+        self._greenlet = greenlet.greenlet(
+            lambda: model(**{name: value.to(device) for name, value in inputs.items()})
+        )
 
     def advance(self) -> Stop | None:
         """Run to the next stop; None when the model's forward has returned (`output` holds what)."""
@@ -79,6 +86,10 @@ class Lane:
         """What its frames keep while it waits, the oldest first: the next module's input, what a residual
         connection will add, queries and keys."""
         return self._made.groups()
+
+    def waiting(self) -> Iterator[Tensor]:
+        """All of that, wherever it has been moved to."""
+        yield from self._made.alive()
 
     def close(self) -> None:
         """Leave the forward pass where it is and free what it holds."""
@@ -168,8 +179,13 @@ def first_tensor(positional: tuple[Any, ...], keywords: dict[str, Any]) -> Tenso
     return None
 
 
-def advance_all(lanes: list[Lane], visit: Callable[[Lane, Stop], None]) -> Stop | None:
-    """Move every lane to its next stop, visiting each as it arrives.
+def advance_all(
+    lanes: list[Lane], visit: Callable[[Lane, Stop], None], leave: Callable[[Lane], None] = lambda lane: None
+) -> Stop | None:
+    """Move every lane to its next stop.
+
+    Args:
+        visit: called with each as it arrives. leave: called with each before it goes on.
 
     Returns:
         The stop that all have reached, without its tensors (who keeps it must not keep a lane's memory); None
@@ -180,6 +196,7 @@ def advance_all(lanes: list[Lane], visit: Callable[[Lane, Stop], None]) -> Stop 
     """
     first: Stop | None = None
     for number, lane in enumerate(lanes):
+        leave(lane)
         stop = lane.advance()
         place = (stop.kind, stop.name) if stop else None
         if number == 0:

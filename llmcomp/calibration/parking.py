@@ -1,7 +1,8 @@
 """What waits while calibration windows wait: found among the tensors a forward made, and moved to files.
 
 `Made` watches a lane's forward and tells what its frames hold; `Parking` keeps that in memory up to a budget
-and the rest in memory-mapped files.
+and the rest in memory-mapped files. Both on any device: a file's pages are the CPU's, so what waited there is copied
+back before its lane goes on, except where lanes compute on the CPU and read the pages themselves.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from llmcomp.devices import CPU
 
 _WORTH_MOVING = 1 << 16  # bytes that may wait in a file; a file for less costs more than it frees
 
@@ -42,15 +45,13 @@ class Made(TorchFunctionMode):
 
     def groups(self) -> list[Group]:
         """Those that live still, by storage; a storage that somebody else shares is left out."""
+        return [group for group in by_storage(self.alive()) if _complete(group)]
+
+    def alive(self) -> list[Tensor]:
+        """Those that live still, the oldest first."""
         found = {key: one for key, held in self._known.items() if (one := held()) is not None}
         self._known = {key: self._known[key] for key in found}
-        shared: dict[int, dict[int, Tensor]] = {}
-        for one in found.values():
-            # A view keeps the tensor that it was made from alive, whether anything else does or not.
-            for member in (one, one._base):
-                if member is not None and member.untyped_storage().nbytes() >= _WORTH_MOVING:
-                    shared.setdefault(member.untyped_storage()._cdata, {})[id(member)] = member
-        return [group for members in shared.values() if _complete(group := list(members.values()))]
+        return list(found.values())
 
 
 class Parking:
@@ -62,11 +63,13 @@ class Parking:
     Args:
         directory: where the files are made (and unlinked at once, so a kill leaves nothing).
         budget: bytes that may stay in memory at a time, of all storages that were parked and still live.
+        device: where lanes compute, and where all that stays in memory lies.
     """
 
-    def __init__(self, directory: Path, budget: int) -> None:
+    def __init__(self, directory: Path, budget: int, device: torch.device = CPU) -> None:
         self._directory = directory
         self._budget = budget
+        self._device = device
         self._waiting: dict[int, list[weakref.ref[Tensor]]] = {}  # by address, the oldest first
         self._files: dict[int, list[Tensor]] = {}  # mapped bytes, by their number
         self.spilled = 0
@@ -92,15 +95,20 @@ class Parking:
                 self._spill(oldest)
         self._waiting = {at: self._waiting[at] for at in alive}
 
+    def fetch(self, waiting: Iterable[Tensor]) -> None:
+        """Bring to the device what of these was moved to files; on the CPU they are read where they are."""
+        if self._device.type == "cpu":
+            return
+        for group in by_storage(waiting):
+            storage = group[0].untyped_storage()
+            if storage.filename is not None:
+                _swap(group, _whole(storage, CPU).to(self._device))
+
     def _spill(self, group: Group) -> None:
         storage = group[0].untyped_storage()
         mapped = self._mapped(storage.nbytes())
-        mapped.copy_(torch.empty(0, dtype=torch.uint8).set_(storage))
-        target = mapped.untyped_storage()
-        for one in group:
-            # Waiting frames still refer to these very tensors; swapping their storage frees the memory.
-            moved = torch.empty(0, dtype=one.dtype)
-            one.data = moved.set_(target, one.storage_offset(), one.shape, one.stride())
+        mapped.copy_(_whole(storage, self._device))
+        _swap(group, mapped)
         self.spilled += storage.nbytes()
 
     def _mapped(self, nbytes: int) -> Tensor:
@@ -115,6 +123,33 @@ class Parking:
             _reserve(made.fileno(), nbytes)
             files.append(torch.from_file(made.name, shared=True, size=nbytes, dtype=torch.uint8))
         return files[-1]
+
+
+def by_storage(tensors: Iterable[Tensor]) -> list[Group]:
+    """Tensors, and what they are views of, as far as they are worth moving; those of one storage together."""
+    shared: dict[int, dict[int, Tensor]] = {}
+    for one in tensors:
+        # A view keeps the tensor that it was made from alive, whether anything else does or not.
+        for member in (one, one._base):
+            if member is not None and member.untyped_storage().nbytes() >= _WORTH_MOVING:
+                shared.setdefault(member.untyped_storage()._cdata, {})[id(member)] = member
+    return [list(members.values()) for members in shared.values()]
+
+
+def _whole(storage: torch.UntypedStorage, device: torch.device) -> Tensor:
+    """uint8, all bytes of a storage on that device."""
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+
+
+def _swap(group: Group, content: Tensor) -> None:
+    """Let tensors of one storage read the same bytes elsewhere: `content`, uint8.
+
+    Waiting frames still refer to these very tensors; swapping their storage frees the memory.
+    """
+    target = content.untyped_storage()
+    for one in group:
+        moved = torch.empty(0, dtype=one.dtype, device=content.device)
+        one.data = moved.set_(target, one.storage_offset(), one.shape, one.stride())
 
 
 def _alive(held: Iterable[weakref.ref[Tensor]]) -> Group:

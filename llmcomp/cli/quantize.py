@@ -36,6 +36,12 @@ def quantize(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Reload in a fresh process and compare.")
     ] = True,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", help="Where to compress: cpu, cuda or cuda:N; auto takes a GPU where each process can have one."
+        ),
+    ] = "auto",
     eval_data: Annotated[str | None, typer.Option("--eval-data", help="Text, rows or pairs to measure on.")] = None,
     text_column: Annotated[
         str | None, typer.Option("--text-column", help="Of --eval-data; 'first,second' for pairs.")
@@ -86,6 +92,7 @@ def quantize(
         overwrite=overwrite,
         evaluate=evaluate,
         verify=verify,
+        device=device,
         activation_memory=activation_memory * 2**20,
         eval_data=eval_data,
         text_column=text_column,

@@ -68,6 +68,7 @@ class ShardWriter:
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> Shard:
         """Write one shard, such as 'block-00003', whole or not at all; an older one of that name is replaced.
+        Tensors may lie on any device.
 
         Raises:
             UserError: the directory cannot be written to.
@@ -355,11 +356,11 @@ def _enter(path: Path, file: str, index: dict[str, str]) -> int:
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors of which no two share storage, as parameters of a broken tie still do."""
+    """On the CPU, contiguous, and of which no two share storage, as parameters of a broken tie still do."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for key, tensor in tensors.items():
-        tensor = tensor.contiguous()
+        tensor = tensor.cpu().contiguous()
         storage = tensor.untyped_storage().data_ptr()
         found[key] = tensor.clone() if storage in seen else tensor
         seen.add(storage)

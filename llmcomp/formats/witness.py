@@ -103,11 +103,12 @@ def save(
     Raises:
         UserError, RunError: the directory cannot be written to.
     """
-    tensors = {f"input.{name}": tensor.contiguous() for name, tensor in inputs.items()}
+    tensors = {f"input.{name}": tensor for name, tensor in inputs.items()} | {"output": output}
+    stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     temporary = directory / "witness.tmp"
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(tensors | {"output": output.contiguous()}, temporary)
+        save_file(stored, temporary)
         temporary.replace(directory / "witness.safetensors")
         _write_json(directory / "witness.json", {"compressed": dict(compressed), "source": dict(source)})
 

@@ -52,10 +52,14 @@ def of_least_error(candidates: Iterable[Tensor], error: Callable[[Tensor], float
 
 
 def pooled(values: Tensor, channels: Tensor, reduce: str) -> Tensor:
-    """Each of float64 [in] replaced by the 'mean' or 'amax' over the inputs that share its channel, int64 [in]."""
-    channels = channels.to(values.device)
-    empty = torch.zeros(int(channels.max()) + 1, dtype=torch.float64, device=values.device)
-    return empty.scatter_reduce(0, channels, values.double(), reduce, include_self=False)[channels]
+    """Each of float64 [in] replaced by the 'mean' or 'amax' over the inputs that share its channel, int64 [in].
+
+    On the CPU, whatever `values` lie on: a GPU adds up in whatever order its threads come, so not twice the same.
+    """
+    channels = channels.cpu()
+    empty = torch.zeros(int(channels.max()) + 1, dtype=torch.float64)
+    found = empty.scatter_reduce(0, channels, values.cpu().double(), reduce, include_self=False)
+    return found[channels].to(values.device)
 
 
 def rounding_error(samples: Sequence[Tensor], schemes: Sequence[Scheme], stats: InputStats, scale: Tensor) -> float:

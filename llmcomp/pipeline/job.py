@@ -15,6 +15,7 @@ from llmcomp.adapters.discover import discover, skeleton
 from llmcomp.calibration.data import Batch, batches, describe, fingerprint, read_texts, windows
 from llmcomp.calibration.lint import lint
 from llmcomp.checkpoint import Binding, Checkpoint, bind
+from llmcomp.devices import CPU
 from llmcomp.errors import BadData, BadRecipe
 from llmcomp.feeds import around, composite, vocabulary
 from llmcomp.formats import FORMATS, Layout, broken_ties
@@ -83,6 +84,7 @@ class Job:
         activation_memory: bytes that the lanes' inputs may take before they go to files.
         world: the ranks that share the work; `batches` are this one's, and only the first one's `partial` stays.
         seed: the recipe's, for methods that draw.
+        device: where the model is run and weights are compressed; everything in here lies on the CPU or on meta.
     """
 
     adapter: Adapter
@@ -97,6 +99,7 @@ class Job:
     activation_memory: int
     world: World = ALONE
     seed: int = 0
+    device: torch.device = CPU
 
 
 @dataclass

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcomp.adapters.base import Adapter, LinearRef
+from llmcomp.devices import CPU
 from llmcomp.errors import NumericalError
 
 
@@ -22,10 +23,14 @@ class Values(Protocol):
 
 
 class Residency:
-    """Puts values into a model whose parameters lie on meta, and takes them out again."""
+    """Puts values into a model whose parameters lie on meta, and takes them out again.
 
-    def __init__(self, adapter: Adapter, values: Values) -> None:
-        self._model, self._values = adapter.model, values
+    Attributes:
+        device: where the values of resident parameters and buffers lie.
+    """
+
+    def __init__(self, adapter: Adapter, values: Values, device: torch.device = CPU) -> None:
+        self._model, self._values, self.device = adapter.model, values, device
         self._outside = [name for name in values.key_of if adapter.block_of(name) is None]
 
     @property
@@ -37,21 +42,34 @@ class Residency:
         """Names of those of a block."""
         return [name for name in self._values.key_of if name.startswith(block + ".")]
 
+    def settle(self) -> None:
+        """Bring the buffers that the model has computed for itself, and no file holds, to the device."""
+        for name, value in self._model.named_buffers(remove_duplicate=False):
+            if name not in self._values.key_of and not value.is_meta:
+                self.put(name, value)
+
     def read(self, names: Iterable[str]) -> None:
-        """Map the values of `names` from the source's files.
+        """Map the values of `names` from the source's files; on another device than the CPU, copy them there, those
+        that are tied once.
 
         Raises:
             NumericalError: a value that is NaN or Inf.
         """
+        copies: dict[tuple[str, torch.dtype], Tensor] = {}
         for name in names:
             value = self._values.tensor(name)
+            if self.device.type != "cpu":
+                key = self._values.key_of[name], value.dtype
+                if key not in copies:
+                    copies[key] = value.to(self.device)
+                value = copies[key]
             check_finite(value, name)
             self.put(name, value)
 
     def release(self, names: Iterable[str]) -> None:
         """Forget the values of `names`."""
         for name in names:
-            self.put(name, torch.empty_like(self.value(name), device="meta"))
+            self._set(name, torch.empty_like(self.value(name), device="meta"))
 
     def value(self, name: str) -> Tensor:
         """The present value of a parameter or buffer."""
@@ -61,7 +79,10 @@ class Residency:
         return value.detach()
 
     def put(self, name: str, value: Tensor) -> None:
-        """Set a parameter or buffer, whatever shared its storage before."""
+        """Set a parameter or buffer, whatever shared its storage before; its value goes to the device."""
+        self._set(name, value.to(self.device))
+
+    def _set(self, name: str, value: Tensor) -> None:
         module, leaf = self._place(name)
         if leaf in module._buffers:
             module._buffers[leaf] = value

@@ -21,6 +21,7 @@ from llmcomp.adapters.base import Block, LinearRef
 from llmcomp.calibration.capture import Lane, Stop, advance_all, stopping
 from llmcomp.calibration.parking import Parking
 from llmcomp.calibration.stats import GramAccumulator
+from llmcomp.devices import computing_on
 from llmcomp.errors import RunError
 from llmcomp.formats import witness
 from llmcomp.formats.save import ShardWriter, writing
@@ -58,11 +59,11 @@ class Compression:
         self._job, self._journal, self._progress = job, journal, progress
         self._writer = ShardWriter(job.partial)
         self._evidence = job.partial / "witness"
-        self._params = Residency(job.adapter, job.binding)
+        self._params = Residency(job.adapter, job.binding, job.device)
         self._outcome = Outcome(phases=dict.fromkeys(("read", "forward", "solve", "save"), 0.0))
         spill = job.partial / "activations"
         spill.mkdir(parents=True, exist_ok=True)
-        self._parking = Parking(spill, job.activation_memory)
+        self._parking = Parking(spill, job.activation_memory, job.device)
         self._trimmed = 0  # of `spilled`, when the heap last gave its free pages back
         self._world = job.world
         self._scaling = Scaling(
@@ -79,8 +80,8 @@ class Compression:
         self._keeps_all = any(block.applications > 1 for block in job.adapter.blocks)
         self._remaining = set(job.assignment.tasks) if job.assignment.calibrated else set()
         model, calibration = job.adapter.model, job.batches if job.assignment.calibrated else ()
-        self._lanes = [Lane(model, batch) for batch in calibration]
-        self._lanes.append(Lane(model, job.witness, counted=False))
+        self._lanes = [Lane(model, batch, device=job.device) for batch in calibration]
+        self._lanes.append(Lane(model, job.witness, counted=False, device=job.device))
 
     def run(self) -> Outcome:
         """Compress, write and gather evidence.
@@ -98,6 +99,7 @@ class Compression:
         try:
             with (
                 writing(self._job.partial),
+                computing_on(self._job.device),
                 stopping(model, blocks, linears, self._pending.__contains__, self._tuning.awaits),
                 self._scaling.dividing(linears),
                 # After statistics were taken, and after the division: the order in which a reader has them.
@@ -123,6 +125,7 @@ class Compression:
 
     def _begin(self) -> None:
         """Read what lies outside of the blocks; compress the embeddings, if they are to be."""
+        self._params.settle()
         self._read(self._params.outside)
         embeddings, tasks = self._job.adapter.embeddings, self._job.assignment.tasks
         if embeddings is None or embeddings.name not in tasks:
@@ -207,7 +210,8 @@ class Compression:
         found = {stage[0].name: GramAccumulator() for stage in wanted}
         self._pending.update({name: self._job.assignment.tasks[name] for name in found})
         for batch in self._job.batches:
-            lane, due = Lane(self._job.adapter.model, batch), block.applications * len(found)
+            lane = Lane(self._job.adapter.model, batch, device=self._job.device)
+            due = block.applications * len(found)
             with self._timed("forward"):
                 while due and (stop := lane.advance()) is not None:
                     if stop.kind == "linear" and stop.inputs is not None:
@@ -250,8 +254,9 @@ class Compression:
             return
         last = self._lanes[-1]
         with self._timed("forward"):
-            while last.output is None and last.advance() is not None:
-                continue
+            while last.output is None:
+                self._parking.fetch(last.waiting())
+                last.advance()
         written = {f"{ref.name}.weight" for ref in (self._job.adapter.embeddings, head) if ref and ref.name in tasks}
         self._write("outside", [name for name in self._params.outside if name not in written])
         layout = self._job.layout
@@ -293,7 +298,7 @@ class Compression:
                 self._trimmed = self._parking.spilled
 
         with self._timed("forward"):
-            reached = advance_all(self._lanes, visit)
+            reached = advance_all(self._lanes, visit, lambda lane: self._parking.fetch(lane.waiting()))
             return_freed_memory()  # else the heap keeps what the lanes have let go, beside what comes next
         return reached
 
@@ -369,8 +374,10 @@ class Compression:
         with self._timed("read"), earlier_shard(path, layout, rename, self._world) as shard:
             for ref in (ref for ref in refs if ref.name in self._job.assignment.tasks):
                 weight = f"{ref.name}.weight"
-                self._params.put(weight, shard.decoded(ref, torch.empty_like(self._params.value(weight))))
-                self._ranges.restore(ref, shard.tensor)
+                # Ranks tell each other what a file holds from one CPU to the other.
+                room = torch.empty_like(self._params.value(weight), device="cpu")
+                self._params.put(weight, shard.decoded(ref, room))
+                self._ranges.restore(ref, lambda name: shard.tensor(name).to(self._job.device))
                 self._remaining.discard(ref.name)
         self._outcome.layers += self._journal.done[key].layers
         self._outcome.order.append(key)

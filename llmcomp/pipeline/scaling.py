@@ -149,7 +149,7 @@ class Scaling:
         if known and self._world.first:
             self._directory.mkdir(exist_ok=True)
             place = self._directory / f"{key}.safetensors"
-            save_file(known, place.with_suffix(".tmp"))
+            save_file({name: factor.cpu() for name, factor in known.items()}, place.with_suffix(".tmp"))
             place.with_suffix(".tmp").replace(place)
         return written
 
@@ -158,13 +158,14 @@ class Scaling:
         place = self._directory / f"{key}.safetensors"
         kept = place.read_bytes() if self._world.first and place.is_file() else b""
         known = load(kept) if (kept := self._world.message(kept)) else {}
-        for name, factor in known.items():
+        for name, kept_factor in known.items():
+            factor = kept_factor.to(self._params.device)
             stage = self._stages[name]
             self._factors |= {ref.name: factor for ref in stage.refs if ref.name in self._tasks}
             fold = stage.verdict
             if isinstance(fold, Fold) and fold.producer in self._tasks:
                 ref = self._refs[fold.producer]
-                multiplier = torch.ones(ref.out_features).index_put((fold.channels,), factor)
+                multiplier = _by_channel(ref.out_features, fold.channels, factor)
                 self._params.install(ref, _along(self._params.weight(ref), multiplier, 0))
 
     def _own(self, block: Block) -> list[list[LinearRef]]:
@@ -183,7 +184,7 @@ class Scaling:
         written: dict[str, Tensor] = {}
         if fold.kind == "linear":
             width = self._refs[producer].out_features
-            divisor = torch.ones(width).index_put((fold.channels,), wanted)
+            divisor = _by_channel(width, fold.channels, wanted)
             before = dict(done[producer]) if producer in self._tasks else {weight: self._value(weight)}
             after = divide_rows(self._refs[producer], before, divisor)
             back = divide_rows(self._refs[producer], after, 1 / divisor)
@@ -227,6 +228,11 @@ def _norm_factor(before: Tensor, after: Tensor, shift: float) -> Tensor:
     are zero."""
     factor = (before.float() + shift) / (after.float() + shift)
     return torch.where(torch.isfinite(factor) & (factor > 0), factor, 1.0)
+
+
+def _by_channel(width: int, channels: Tensor, factor: Tensor) -> Tensor:
+    """float32 [width]: each input's factor at the output channel that makes it, 1 where none does."""
+    return factor.new_ones(width).index_put((channels.to(factor.device),), factor)
 
 
 def _along(value: Tensor, factor: Tensor, dimension: int) -> Tensor:

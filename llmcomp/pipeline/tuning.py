@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from llmcomp.adapters.base import Adapter, Block, LinearRef
 from llmcomp.calibration.capture import Lane, Stop, first_tensor
 from llmcomp.calibration.parking import Parking
+from llmcomp.devices import repeatable_attention
 from llmcomp.errors import RunError
 from llmcomp.matmul import fast_matmul
 from llmcomp.methods import METHODS
@@ -151,13 +152,13 @@ class Tuning:
         config = method_config(method, self._options if method_has(method, self._options) else {})
         values = self._floats(block, _parameters(block, starts))
         compared = _compared(calls)
-        energy = self._total(float(_target(call).square().sum(dtype=torch.float64)) for call in compared) or 1.0
+        energy = self._total(float(self._target(call).square().sum(dtype=torch.float64)) for call in compared) or 1.0
         refs = {name: solved.task.ref for name, (solved, _) in starts.items()}
 
         def errors(call: Call, dense: Mapping[str, Tensor]) -> Tensor:
             """(output - target)² of one call, [real tokens, features]."""
             output = self._output(block, call, values | _named(block, refs, dense))
-            return (call.lane.tokens(output) - _target(call)).square()
+            return (call.lane.tokens(output) - self._target(call)).square()
 
         def loss(dense: Mapping[str, Tensor]) -> float:
             with torch.no_grad():
@@ -165,7 +166,7 @@ class Tuning:
 
         def descend(dense: Mapping[str, Tensor], batch: Sequence[int]) -> dict[str, Tensor]:
             leaves = {name: one.requires_grad_() for name, one in dense.items()}
-            with torch.enable_grad(), fast_matmul():
+            with torch.enable_grad(), fast_matmul(), repeatable_attention(self._params.device):
                 for number in batch:
                     (errors(calls[number], leaves).sum() / energy).backward()  # type: ignore[no-untyped-call]
             # Experts that no token of the batch has reached have no gradient.
@@ -197,7 +198,7 @@ class Tuning:
     def _floats(self, block: Block, without: Collection[str] = ()) -> dict[str, Tensor]:
         """The present values of the block's parameters and stored buffers, float32, by their names within it."""
         names = {name.removeprefix(f"{block.name}."): name for name in self._params.inside(block.name)}
-        return {own: _widened(self._params.value(name)) for own, name in names.items() if own not in without}
+        return {own: self._widened(self._params.value(name)) for own, name in names.items() if own not in without}
 
     def _output(
         self, block: Block, call: Call, values: Mapping[str, Tensor], source: Tensor | None = None
@@ -211,12 +212,22 @@ class Tuning:
         own = first_tensor(call.positional, call.keywords)
 
         def given(value: Any) -> Any:
-            return _widened(source if source is not None and value is own else value)
+            return self._widened(source if source is not None and value is own else value)
 
         positional, keywords = tree_map(given, (call.positional, call.keywords))
         with fast_matmul():
             output = functional_call(module, dict(values), positional, keywords)
         return next(one for one in tree_leaves(output) if isinstance(one, Tensor) and one.is_floating_point())
+
+    def _target(self, call: Call) -> Tensor:
+        """float32 [real tokens, features]."""
+        assert call.target is not None  # `remember` was called
+        return call.lane.tokens(call.target.to(self._params.device))
+
+    def _widened(self, value: Any) -> Any:
+        """float32 on the device, where it is floating; it may have waited in a file, which the CPU reads."""
+        is_floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(self._params.device, torch.float32) if is_floating else value
 
     def _errors(
         self, block: Block, calls: Sequence[Call], values: Mapping[str, Tensor], refs: Mapping[str, LinearRef],
@@ -296,15 +307,6 @@ def _parameters(block: Block, names: Collection[str]) -> list[str]:
     return [f"{name.removeprefix(f'{block.name}.')}.weight" for name in names]
 
 
-def _target(call: Call) -> Tensor:
-    """float32 [real tokens, features]."""
-    assert call.target is not None  # `remember` was called
-    return call.lane.tokens(call.target)
-
-
 def _tensors(call: Call) -> list[Tensor]:
     return [one for one in tree_leaves((call.positional, call.keywords, call.source)) if isinstance(one, Tensor)]
 
-
-def _widened(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
