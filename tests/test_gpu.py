@@ -2,7 +2,7 @@
 
     python -m pytest -m gpu
 
-The loop over blocks still keeps its tensors on the CPU; these are the parts that do not care where they are.
+These are the parts that do not care where they are; the loop over blocks is in tests/e2e/test_gpu_runs.py.
 """
 
 from __future__ import annotations

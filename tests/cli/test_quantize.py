@@ -81,12 +81,12 @@ def test_every_flag_reaches_the_options(monkeypatch: pytest.MonkeyPatch) -> None
     _, options = asked(
         monkeypatch, "-o", "there", "--overwrite", "--no-evaluate", "--no-verify", "--activation-memory", "3",
         "--eval-data", "rows.csv", "--text-column", "t", "--label-column", "l", "--revision", "v1",
-        "--trust-remote-code", "--allow-pickle",
+        "--trust-remote-code", "--allow-pickle", "--device", "cuda:1",
     )  # fmt: skip
     assert options == api.RunOptions(
         output=Path("there"), overwrite=True, evaluate=False, verify=False, activation_memory=3 * 2**20,
         eval_data="rows.csv", text_column="t", label_column="l", revision="v1", trust_remote_code=True,
-        allow_pickle=True,
+        allow_pickle=True, device="cuda:1",
     )  # fmt: skip
 
 
