@@ -49,6 +49,9 @@ from llmcomp.weights import INPUT_SCALE
 # Root mean square of the outputs' difference over the outputs' standard deviation. The parameters are equal
 # to the bit, so what is left is the order of summation: units in the last place, grown through the blocks.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+# At least this where a GPU has computed the witness: rounded inputs and choices of experts that lie near an edge go the
+# other way on the CPU.
+_OF_ANOTHER_DEVICE = 1e-2
 
 def verify(directory: Path, witness: Path, timeout: float | None = None) -> Verification:
     """Run `check` in a fresh process.
@@ -223,6 +226,8 @@ def _compare_output(output: Tensor, known: Witness, kernels: float) -> tuple[flo
     spread = float(difference.square().mean().sqrt() / wanted.std().clamp_min(1e-12))
     dtypes = {known.source[name][1] for name in known.digests if name in known.source} & set(TOLERANCE)
     allowed = max(kernels, *(TOLERANCE[dtype] for dtype in dtypes or ("float32",)))
+    if known.device != "cpu":
+        allowed = max(allowed, _OF_ANOTHER_DEVICE)
     if spread > allowed:
         raise VerificationFailed(
             f"The reloaded model's outputs differ by {spread:.2g} of their standard deviation, "

@@ -46,6 +46,7 @@ class Witness:
         source: {state_dict name: (shape, dtype)} of the source model.
         inputs: what the model is called with, such as input_ids and attention_mask [windows, length].
         output: the model's first output for them (`model_output`), [windows, length, …] or [windows, …].
+        device: what computed it, 'cpu' or 'cuda'.
     """
 
     digests: dict[str, Digest]
@@ -53,6 +54,7 @@ class Witness:
     source: dict[str, tuple[tuple[int, ...], str]]
     inputs: dict[str, Tensor]
     output: Tensor
+    device: str = "cpu"
 
 
 def digest(tensor: Tensor) -> Digest:
@@ -103,6 +105,7 @@ def save(
     Raises:
         UserError, RunError: the directory cannot be written to.
     """
+    plan = {"compressed": dict(compressed), "source": dict(source), "device": output.device.type}
     tensors = {f"input.{name}": tensor for name, tensor in inputs.items()} | {"output": output}
     stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     temporary = directory / "witness.tmp"
@@ -110,7 +113,7 @@ def save(
         directory.mkdir(parents=True, exist_ok=True)
         save_file(stored, temporary)
         temporary.replace(directory / "witness.safetensors")
-        _write_json(directory / "witness.json", {"compressed": dict(compressed), "source": dict(source)})
+        _write_json(directory / "witness.json", plan)
 
 
 def load(directory: Path) -> Witness:
@@ -134,6 +137,7 @@ def load(directory: Path) -> Witness:
         source={name: (tuple(shape), dtype) for name, (shape, dtype) in plan["source"].items()},
         inputs={name[6:]: tensor for name, tensor in tensors.items() if name.startswith("input.")},
         output=tensors["output"],
+        device=plan["device"],
     )
 
 

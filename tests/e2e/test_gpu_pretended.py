@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from broken import failing_after
 from crew import Crew
 from e2e_runs import LENGTH, SAMPLES, broken_run, hashes, quantize, recipe_of
+from loud_models import loud
 from pretend import pretend_gpu
 from tiny import tiny
 
 from llmcomp.cli.main import main
+from llmcomp.formats import witness
 from llmcomp.formats.save import partial_of
 from llmcomp.report.schema import Report
 
@@ -26,13 +29,13 @@ LEARNED = {"iterations": 3, "learning_rate": 0.1}
 # What models, statistics and methods multiply and round with.
 HEAVY = {"linear", "matmul", "__matmul__", "bmm", "addmm_", "addr_", "round_", "linalg_cholesky_ex", "embedding"}
 
-# name → (tiny model, the step, parts after which a first run is stopped)
+# name → (tiny model, loud where scales are to be found; the step, parts after which a first run is stopped)
 CASES: dict[str, tuple[str, dict[str, Any], int | None]] = {
     "rtn": ("llama", {"method": "rtn", "targets": ENDS}, None),
     "gptq, stopped": ("llama", {"group_size": 64, "symmetric": False, "targets": ENDS}, 2),
-    "awq, stopped": ("llama", {"method": "awq", "group_size": 64}, 1),
+    "awq, stopped": ("loud llama", {"method": "awq", "bits": 3}, 1),
     "gptq-signround": ("llama", {"method": "gptq-signround", "bits": 3, "options": LEARNED}, None),
-    "int8-static, stopped": ("llama", {"bits": 8, "activations": "int8-static"}, 1),
+    "int8-static, stopped": ("loud llama", {"bits": 8, "activations": "int8-static"}, 1),
     "mixture of experts": ("mixtral", {"group_size": 64}, None),
     "one block run twice": ("albert", {"group_size": 64}, None),
 }
@@ -47,7 +50,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_checkpoint_is_that_of_the_cpu(case: str, models: Path, text: Path, tmp_path: Path) -> None:
     name, step, stopped = CASES[case]
     source = models / name
-    if not source.exists():
+    if name == "loud llama":
+        loud("llama", source, torch.float32)
+    elif not source.exists():
         tiny(name, source, tokenizer=True)
     recipe = recipe_of(text, **step)
     cpu = quantize(source, tmp_path / "cpu", recipe, device="cpu")
@@ -61,6 +66,9 @@ def test_the_checkpoint_is_that_of_the_cpu(case: str, models: Path, text: Path, 
     assert run.report.machine.device == "cuda (pretended)" and cpu.report.machine.device == "cpu"
     assert (run.output / "llmcomp_recipe.yaml").read_bytes() == (cpu.output / "llmcomp_recipe.yaml").read_bytes()
     assert [layer.error for layer in run.report.layers] == [layer.error for layer in cpu.report.layers]
+    assert witness.load(run.witness).device == "cuda" and witness.load(cpu.witness).device == "cpu"
+    scaled = any((layer.scaling or "").startswith("inputs scaled") for layer in run.report.layers)
+    assert scaled == ("awq" in case or "static" in case)
     assert {"linear", "round_"} <= gpu.calls and not gpu.host & HEAVY
 
 

@@ -8,11 +8,8 @@ from typing import Any
 import pytest
 import torch
 from e2e_runs import Run, broken_run, hashes, quantize, recipe_of, reload, tensors
-from tiny import DECODERS, build, write_tokenizer
+from loud_models import loud
 
-from llmcomp.adapters.discover import discover
-from llmcomp.adapters.folds import Fold, folds
-from llmcomp.experts import split_experts
 from llmcomp.recipe import Override, Recipe
 
 SOME_DENSE = tuple(Override(name, skip=True) for name in ("q_proj", "v_proj", "up_proj"))
@@ -41,24 +38,6 @@ CASES: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     "bert": ("bert", torch.float32, {"method": "awq"}),
     "albert": ("albert", torch.float32, {"method": "awq", "group_size": 32}),
 }  # fmt: skip
-
-
-def loud(name: str, directory: Path, dtype: torch.dtype, **overrides: Any) -> Path:
-    """A tiny model in which every 32nd channel of what can be scaled is sixteen times as loud."""
-    model, twin = build(name, dtype=dtype, **overrides), build(name, **overrides)
-    split_experts(twin)
-    for fold in folds(discover(twin.to("meta"))).values():
-        if not isinstance(fold, Fold) or ".experts." in fold.producer:  # experts are fused in `model`
-            continue
-        producer, rows = model.get_submodule(fold.producer), fold.channels.unique()[::32]
-        with torch.no_grad():
-            if fold.kind == "linear":
-                (producer.weight.T if name == "gpt2" else producer.weight)[rows] *= 16
-            else:
-                producer.weight[rows] = 16 if fold.kind == "norm" else 15
-    model.save_pretrained(directory)
-    write_tokenizer(directory, encoder=name not in DECODERS)
-    return directory
 
 
 @pytest.fixture(scope="module")
