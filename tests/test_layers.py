@@ -22,7 +22,7 @@ ROWS = [
     "report hub",
     "pipeline",
     "formats measure adapters checkpoint calibration.capture calibration.lint",
-    "calibration.data calibration.batching calibration.media calibration.pairs",
+    "calibration.data calibration.batching calibration.media calibration.pairs calibration.processors",
     "recipe",
     "methods",
     "progress weights losses calibration.stats calibration.files calibration.hub_data calibration.parking sentences",

@@ -135,6 +135,39 @@ _LLAVA = {
     "image_token_index": IMAGE_TOKEN,
 }  # fmt: skip
 
+# Others of the kind. Qwen's towers read patches without a batch, and each of its tokens has three positions.
+_VISION = {
+    "hidden_size": 64, "intermediate_size": DEEP, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "image_size": PICTURE, "patch_size": PICTURE // 4,
+}  # fmt: skip
+_WORDS = _decoder(vocab_size=IMAGE_TOKEN + 16)
+_QWEN_VL = {
+    "text_config": {**_WORDS, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6]}},
+    "vision_config": {
+        "depth": 3, "embed_dim": 64, "hidden_size": WIDTH, "num_heads": 4, "patch_size": PICTURE // 4, "mlp_ratio": 4,
+    },
+    "image_token_id": IMAGE_TOKEN, "video_token_id": IMAGE_TOKEN + 1, "vision_start_token_id": IMAGE_TOKEN + 2,
+    "vision_end_token_id": IMAGE_TOKEN + 3,
+}  # fmt: skip
+# A tower of windowed attention and one block of global.
+_QWEN_VL_25 = {
+    **_QWEN_VL,
+    "vision_config": {
+        "depth": 3, "hidden_size": 64, "intermediate_size": DEEP, "num_heads": 4, "patch_size": PICTURE // 4,
+        "out_hidden_size": WIDTH, "window_size": PICTURE, "fullatt_block_indexes": [1],
+    },
+}  # fmt: skip
+_IDEFICS = {
+    "text_config": {"model_type": "llama", **_WORDS}, "vision_config": _VISION, "image_token_id": IMAGE_TOKEN,
+    "scale_factor": 2,
+}  # fmt: skip
+_GEMMA_VISION = {
+    "text_config": {**_WORDS, **_LOCAL, "query_pre_attn_scalar": HEAD_DIM},
+    "vision_config": {"model_type": "siglip_vision_model", **_VISION, "vision_use_head": False},
+    "image_token_index": IMAGE_TOKEN, "boi_token_index": IMAGE_TOKEN + 1, "eoi_token_index": IMAGE_TOKEN + 2,
+    "mm_tokens_per_image": 4,
+}  # fmt: skip
+
 # name → (prefix of the transformers classes, suffix of the model class, config)
 _MODELS: dict[str, tuple[str, str, Callable[[], dict[str, Any]]]] = {
     "llama": ("Llama", "ForCausalLM", lambda: _decoder(tie_word_embeddings=True)),
@@ -185,13 +218,19 @@ _MODELS: dict[str, tuple[str, str, Callable[[], dict[str, Any]]]] = {
     "whisper": ("Whisper", "ForConditionalGeneration", lambda: dict(_WHISPER)),
     "vit-classifier": ("ViT", "ForImageClassification", lambda: dict(_VIT)),
     "llava": ("Llava", "ForConditionalGeneration", lambda: copy.deepcopy(_LLAVA)),
+    "qwen2-vl": ("Qwen2VL", "ForConditionalGeneration", lambda: copy.deepcopy(_QWEN_VL)),
+    "qwen2.5-vl": ("Qwen2_5_VL", "ForConditionalGeneration", lambda: copy.deepcopy(_QWEN_VL_25)),
+    "idefics3": ("Idefics3", "ForConditionalGeneration", lambda: copy.deepcopy(_IDEFICS)),
+    "smolvlm": ("SmolVLM", "ForConditionalGeneration", lambda: copy.deepcopy(_IDEFICS)),
+    "gemma3-vision": ("Gemma3", "ForConditionalGeneration", lambda: copy.deepcopy(_GEMMA_VISION)),
     "mpnet": ("MPNet", "ForMaskedLM", _mpnet),
     "mpnet-classifier": ("MPNet", "ForSequenceClassification", lambda: _mpnet(**_THREE)),
 }
 
 TINY = tuple(_MODELS)
 TWO_CHAINS = ("t5", "flan-t5", "bart", "whisper")
-BEYOND_TEXT = ("whisper", "vit-classifier", "llava")  # see tiny_media
+VISION_LANGUAGE = ("llava", "qwen2-vl", "qwen2.5-vl", "idefics3", "smolvlm", "gemma3-vision")
+BEYOND_TEXT = ("whisper", "vit-classifier", *VISION_LANGUAGE)  # see tiny_media
 DECODERS = tuple(name for name, (_, suffix, _) in _MODELS.items() if suffix in ("ForCausalLM", "LMHeadModel"))
 
 

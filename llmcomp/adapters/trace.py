@@ -76,7 +76,8 @@ def meta_twin(model: nn.Module) -> Any:
     twin: Any = copy.deepcopy(model).to("meta")
     twin.config.pad_token_id = None  # else some models look for padding among ids that have no values
     # Without a cache transformers looks for packed sequences among positions, which have no values either.
-    twin.config.get_text_config().use_cache = True
+    for config in (twin.config, twin.config.get_text_config()):  # models of parts ask one or the other
+        config.use_cache = True
     return twin
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from llmcomp.calibration.data import Batch
+from llmcomp.feeds import IDS
 
 
 def like(samples: Sequence[Batch], *, tokens_per_batch: int, tokens_each: int | None = None) -> list[Batch]:
@@ -43,7 +44,7 @@ def joined(samples: Sequence[Batch]) -> Batch:
 
 def weight(sample: Batch) -> int:
     """Token ids of a sample, on both sides."""
-    return sum(value.numel() for value in (sample.input_ids, *sample.context.values()) if not value.is_floating_point())
+    return sample.input_ids.numel() + (sample.context[IDS].numel() if IDS in sample.context else 0)
 
 
 def witness_of(samples: Sequence[Batch], rows: int, tokens: int) -> Batch:
@@ -51,7 +52,7 @@ def witness_of(samples: Sequence[Batch], rows: int, tokens: int) -> Batch:
     longest = max(samples, key=weight)
     alike = [sample for sample in samples if _shapes(sample) == _shapes(longest)][:rows]
     whole = joined(alike)
-    context = {name: value if value.is_floating_point() else value[:, :tokens] for name, value in whole.context.items()}
+    context = {name: value[:, :tokens] if name == IDS else value for name, value in whole.context.items()}
     return Batch(whole.input_ids[:, :tokens], None, context)
 
 

@@ -117,8 +117,9 @@ def stopping(
     Forward passes outside of a lane run through. The model keeps no cache of keys and values meanwhile: a
     waiting lane would hold one for every block that it has passed.
     """
-    # A decoder beside an encoder has a config of its own.
-    configs = [one.get_text_config() for module in model.modules() if (one := _config(module)) is not None]
+    # A decoder beside an encoder has a config of its own; models of parts ask the whole's or the part's.
+    whole = [one for module in model.modules() if (one := _config(module)) is not None]
+    configs = [*whole, *(one.get_text_config() for one in whole)]
     caching = {id(config): config for config in configs if getattr(config, "use_cache", None)}
     home = greenlet.getcurrent()
     given: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # lane → its latest block's output

@@ -22,6 +22,7 @@ import torch
 from llmcomp.calibration import files
 from llmcomp.calibration.data import Batch, window_starts
 from llmcomp.calibration.hub_data import dataset_columns
+from llmcomp.calibration.processors import load_processor, prompt
 from llmcomp.errors import BadData
 from llmcomp.feeds import PIXELS, SOUND, composite, decoder_start, main_input
 
@@ -120,32 +121,12 @@ def chosen_labels(media: Media, count: int, seed: int) -> list[Any] | None:
 
 
 def processor_of(directory: Path, model: Any) -> Any:
-    """What turns files into the model's inputs: an image processor, a processor of images and text, or
-    (feature extractor, tokenizer) for sound.
+    """What turns files into the model's inputs (`load_processor`).
 
     Raises:
-        BadData: its files are not beside the weights.
+        BadData: its files are not beside the weights, or it needs a package that is not installed.
     """
-    import transformers
-
-    kind = kind_of(model)
-    names = {"images": "AutoImageProcessor", "sound": "AutoFeatureExtractor"}
-    name = "AutoProcessor" if composite(model) else names[str(kind)]
-    level = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()  # that torchvision is not there is nothing to be told
-    try:
-        found = getattr(transformers, name).from_pretrained(str(directory), local_files_only=True)
-        if kind != "sound":
-            return found
-        return found, transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise BadData(
-            f"{directory} has no processor that makes the model's inputs of {kind} ({reason}); add its "
-            "preprocessor_config.json (and tokenizer) to the directory, or take --method rtn, which reads no data."
-        ) from error
-    finally:
-        transformers.utils.logging.set_verbosity(level)
+    return load_processor(directory, model, str(kind_of(model)))
 
 
 def _make(media: Media, model: Any, processor: Any, length: int) -> Callable[[Any, str | None], Batch]:
@@ -158,9 +139,7 @@ def _make(media: Media, model: Any, processor: Any, length: int) -> Callable[[An
     def captioned(row: Any, text: str | None) -> Batch:
         if text is None:
             raise BadData(f"{media.description} has images without text; give each its text, in a column or NAME.txt.")
-        token = str(getattr(processor, "image_token", "<image>"))
-        prompt = text if token in text else f"{token}\n{text}"
-        found = processor(images=[_image(row)], text=[prompt], return_tensors="pt")
+        found = processor(images=[_image(row)], text=[prompt(text, processor, model.config)], return_tensors="pt")
         inputs = {name: value for name, value in found.items() if name not in ("input_ids", "attention_mask")}
         return Batch(found["input_ids"], None, inputs)
 

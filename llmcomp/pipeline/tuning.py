@@ -292,7 +292,7 @@ def _batches(calls: Sequence[Call], windows: int) -> list[list[int]]:
 
 
 def _windows(call: Call) -> int:
-    return len(next(iter(call.lane.inputs.values())))
+    return min(map(len, call.lane.inputs.values()))  # pixels may be counted in patches
 
 
 def _named(block: Block, refs: Mapping[str, LinearRef], dense: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -142,7 +142,8 @@ STAGES |= {
     "flan-t5": ("encoder.block", 2, (*_SELF, *_t5(1, "wi_0", "wi_1"))),
     "bart": ("model.encoder.layers", 2, _BART),
     "whisper": ("model.encoder.layers", 2, _BART),
-    "llava": ("model.language_model.layers", 2, LLAMA),
+    **dict.fromkeys(("llava", "qwen2-vl", "qwen2.5-vl", "gemma3-vision"), ("model.language_model.layers", 2, LLAMA)),
+    **dict.fromkeys(("idefics3", "smolvlm"), ("model.text_model.layers", 2, LLAMA)),
     "vit": (
         "vit.layers",
         2,

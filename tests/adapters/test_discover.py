@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from structures import BERT, BLOOM, DEBERTA, LASTING, LLAMA, MLP, OTHERS, SECOND, STAGES
-from tiny import DECODERS, TINY, TWO_CHAINS, build, tiny
+from tiny import DECODERS, TINY, TWO_CHAINS, VISION_LANGUAGE, build, tiny
 from tiny_sentences import write_json, write_modules
 from torch import nn
 
@@ -22,7 +22,8 @@ from llmcomp.experts import split_experts
 
 TASKS = dict.fromkeys(TINY, "masked-lm") | dict.fromkeys(DECODERS, "causal-lm")
 TASKS |= dict.fromkeys(TWO_CHAINS, "seq2seq-lm")
-TASKS |= {"whisper": "speech-seq2seq", "vit-classifier": "image-classification", "llava": "image-text-to-text"}
+TASKS |= {"whisper": "speech-seq2seq", "vit-classifier": "image-classification"}
+TASKS |= dict.fromkeys(VISION_LANGUAGE, "image-text-to-text")
 TASKS |= {name: "sequence-classification" for name in TINY if name.endswith("-classifier") and name != "vit-classifier"}
 
 

@@ -30,7 +30,7 @@ EXPECTED = {
     **dict.fromkeys(
         ("llama", "llama-untied", "mistral", "qwen2", "qwen3", "phi3", "stablelm", "smollm3", "granite"), LLAMA
     ),
-    **dict.fromkeys(("gemma2", "gemma3"), ("norm+1", LINEAR, "norm+1", LINEAR)),
+    **dict.fromkeys(("gemma2", "gemma3", "gemma3-vision"), ("norm+1", LINEAR, "norm+1", LINEAR)),
     "olmo2": (UNKNOWN, LINEAR, UNKNOWN, LINEAR),
     "cohere": PARALLEL,
     "gptj": (NORM, LINEAR, "fc_in is also read by pow"),
@@ -50,7 +50,7 @@ EXPECTED = {
     "flan-t5": LLAMA,
     "bart": POST_NORM,
     "whisper": (NORM, LINEAR, NORM, UNKNOWN),
-    "llava": LLAMA,
+    **dict.fromkeys(("llava", "qwen2-vl", "qwen2.5-vl", "idefics3", "smolvlm"), LLAMA),
 }  # fmt: skip
 # What cross-attention's keys and values read is the encoder's output, which every block of the decoder reads.
 DECODING = {

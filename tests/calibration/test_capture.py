@@ -233,6 +233,20 @@ def test_hooks_and_settings_are_gone_afterwards_also_after_an_error() -> None:
     assert (hooks(model), model.config.use_cache) == (before, cached)
 
 
+@pytest.mark.parametrize("name", ["llama", "idefics3", "qwen2-vl"])
+def test_a_waiting_lane_holds_no_cache(name: str) -> None:
+    """Of models of parts some ask the whole's config for one, some the text's. A block that is computed twice would
+    find its own keys and values in it."""
+    model = build(name)
+    blocks = {"0": model.get_decoder().layers[0]}
+    lane = Lane(model, {"input_ids": torch.arange(8, 20)[None]})
+    with stopping(model, blocks, {}, lambda _: False):
+        stop = lane.advance()
+        assert stop is not None and stop.call is not None
+        assert stop.call[1]["past_key_values"] is None
+        lane.close()
+
+
 def test_a_plain_forward_runs_through_while_lanes_wait() -> None:
     model, batch = build("llama"), batches("llama")[0]
     with torch.no_grad():

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import IMAGE_TOKEN, PICTURE, build, tiny
+from tiny import BEYOND_TEXT, IMAGE_TOKEN, PICTURE, build, tiny, write_tokenizer
 from tiny_media import RATE, picture, write_data, write_processor, write_sound
 
+from llmcomp.calibration import batching
 from llmcomp.calibration.media import _sound as read_sound
 from llmcomp.calibration.media import chosen_labels, is_media, media_samples, processor_of, read_media
 from llmcomp.errors import BadData
+from llmcomp.feeds import call
 
 
 def samples(name: str, source: Path, directory: Path, count: int = 8, **overrides: Any) -> Any:
@@ -28,7 +30,7 @@ def samples(name: str, source: Path, directory: Path, count: int = 8, **override
 def processors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory a model, with its processor and data."""
     root = tmp_path_factory.mktemp("processors")
-    for name in ("vit-classifier", "whisper", "llava"):
+    for name in BEYOND_TEXT:
         (root / name).mkdir()
         write_processor(name, root / name)
         write_data(name, root / f"{name}-data")
@@ -57,6 +59,91 @@ def test_images_with_text_hold_as_many_image_tokens_as_patches(processors: Path)
     for one in samples("llava", processors / "llava-data" / "captions.jsonl", processors / "llava"):
         assert int((one.input_ids == IMAGE_TOKEN).sum()) == 16
         assert one.context.keys() == {"pixel_values"} and one.input_ids.shape[1] > 20
+
+
+_CUT = "<fake_token_around_image><row_{}_col_{}>" + "<image>" * 4
+_WHOLE = "\n<fake_token_around_image><global-img>" + "<image>" * 4 + "<fake_token_around_image>\n"
+_IDEFICS = tuple(
+    "".join("".join(_CUT.format(row, column) for column in range(1, wide + 1)) + "\n" for row in (1, 2)) + _WHOLE
+    for wide in (2, 1)
+)
+_QWEN = tuple(f"<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>\n" for count in (2 * 3, 3 * 1))
+_GEMMA = f"\n\n<start_of_image>{'<image_soft_token>' * 4}<end_of_image>\n\n\n"
+# name → (what a wide image and a narrow one become, what is made beside pixels)
+IMAGES = {
+    **dict.fromkeys(("qwen2-vl", "qwen2.5-vl"), (_QWEN, {"image_grid_thw", "mm_token_type_ids"})),
+    **dict.fromkeys(("idefics3", "smolvlm"), (_IDEFICS, {"pixel_attention_mask"})),
+    "gemma3-vision": ((_GEMMA, _GEMMA), {"token_type_ids"}),
+}
+
+
+@pytest.mark.parametrize("name", list(IMAGES))
+def test_images_of_every_size_stand_in_the_text_as_the_model_expects(name: str, processors: Path) -> None:
+    """What surrounds an image and how many tokens it becomes, and that the model takes it."""
+    import transformers
+
+    model = build(name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(processors / name)
+    found = samples(name, processors / f"{name}-data" / "captions.jsonl", processors / name)
+    texts = {tokenizer.decode(one.input_ids[0]).partition("This is number ")[0] for one in found}
+    images, beside = IMAGES[name]
+    assert texts == set(images)
+    for one in found:
+        assert one.context.keys() == {"pixel_values"} | beside
+        assert batching.weight(one) == one.input_ids.shape[1]
+        with torch.no_grad():
+            logits = model(**call(model, one.input_ids, None, one.context)).logits
+            other = {**one.context, "pixel_values": one.context["pixel_values"].flip(-1)}
+            changed = model(**call(model, one.input_ids, None, other)).logits
+        assert logits.shape[:2] == one.input_ids.shape and not torch.equal(logits, changed)
+
+
+def test_positions_of_three_dimensions_follow_from_what_is_made(processors: Path) -> None:
+    """Against Qwen2-VL's paper (arXiv:2409.12191, section 2.1): text counts in all three, an image's rows and columns
+    count from where it begins, and text goes on behind the larger."""
+    one = samples("qwen2-vl", processors / "qwen2-vl-data" / "captions.jsonl", processors / "qwen2-vl", count=1)[0]
+    ids = one.input_ids[0].tolist()
+    first, patches = ids.index(IMAGE_TOKEN), one.context["image_grid_thw"][0].tolist()
+    rows, columns = patches[1] // 2, patches[2] // 2
+    wanted = [[place] * 3 for place in range(first)]
+    wanted += [[first, first + row, first + column] for row in range(rows) for column in range(columns)]
+    wanted += [[first + max(rows, columns) + place] * 3 for place in range(len(ids) - len(wanted))]
+    seen: dict[str, Any] = {}
+    model = build("qwen2-vl")
+
+    def see(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen["ids"] = [*args, *kwargs.values()][1]
+
+    model.model.language_model.rotary_emb.register_forward_pre_hook(see, with_kwargs=True)
+    with torch.no_grad():
+        model(**call(model, one.input_ids, None, one.context))
+    assert seen["ids"][:, 0].T.tolist() == wanted
+
+
+def test_a_tokenizer_alone_is_no_processor(processors: Path, tmp_path: Path) -> None:
+    """Which is what transformers gives where no file names a class."""
+    write_tokenizer(tmp_path, encoder=False)
+    with pytest.raises(BadData, match=r"no processor that makes .* \(there is a \w+ alone\); add its preprocessor"):
+        samples("llava", processors / "llava-data" / "captions.jsonl", tmp_path)
+
+
+def test_a_processor_that_needs_a_package_names_it(processors: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.smolvlm import processing_smolvlm
+
+    monkeypatch.setattr(processing_smolvlm, "num2words", None)
+    with pytest.raises(BadData, match="needs a package that is not installed here: Package `num2words` is required"):
+        samples("smolvlm", processors / "smolvlm-data" / "captions.jsonl", processors / "smolvlm")
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl", "smolvlm"])
+def test_images_need_nothing_that_reads_videos(name: str, processors: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether torchvision is installed or not, as here."""
+    import transformers
+
+    monkeypatch.setattr(transformers.utils, "is_torchvision_available", lambda: False)
+    found = processor_of(processors / name, build(name))
+    assert found.video_processor is None
+    assert type(found.image_processor).__name__.endswith("ImageProcessorPil")
 
 
 def test_sound_and_its_transcript(processors: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from architecture_table import PROVEN
 from e2e_runs import Run, quantize, recipe_of, reload, tensors
 from safetensors.torch import load_file, save_file
-from tiny import BEYOND_TEXT, DECODERS, TINY, TWO_CHAINS, tiny
+from tiny import BEYOND_TEXT, DECODERS, TINY, TWO_CHAINS, VISION_LANGUAGE, tiny
 from tiny_media import write_data
 
 from llmcomp.errors import VerificationFailed
@@ -26,7 +26,7 @@ FUSED = ("gpt2", "modernbert", "phi3", "gpt-neox", "bloom", "falcon", "falcon-al
 LINEARS = dict.fromkeys(GATED, 7) | dict.fromkeys(FUSED, 4)
 LINEARS |= {"mixtral": 4 + 4 * 3, "qwen3-moe": 4 + 4 * 3}  # attention, and three of each expert
 # 6 or 7 of an encoder's block, 10 or 11 of a decoder's
-LINEARS |= {"t5": 8, "bart": 8, "whisper": 8, "flan-t5": 9, "llava": 7}
+LINEARS |= {"t5": 8, "bart": 8, "whisper": 8, "flan-t5": 9} | dict.fromkeys(VISION_LANGUAGE, 7)
 BLOCKS = {"modernbert": 4, "albert": 1} | dict.fromkeys(TWO_CHAINS, 4)
 BODIES = tuple(name for name in TINY if not name.endswith("-classifier"))
 SHARED = "shared by parts of an encoder-decoder, so it stays as it is"
@@ -36,7 +36,8 @@ TASKS = {"classifier": "sequence-classification", "masked": "masked-lm", "causal
 
 
 def task_of(name: str) -> str:
-    beyond = {"whisper": "speech-seq2seq", "vit-classifier": "image-classification", "llava": "image-text-to-text"}
+    beyond = {"whisper": "speech-seq2seq", "vit-classifier": "image-classification"}
+    beyond |= dict.fromkeys(VISION_LANGUAGE, "image-text-to-text")
     if name in beyond:
         return beyond[name]
     if name in TWO_CHAINS:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from e2e_command import Command, untouched
 from e2e_runs import Run, broken_run, hashes, quantize, recipe_of
-from tiny import BEYOND_TEXT, tiny
+from tiny import BEYOND_TEXT, VISION_LANGUAGE, tiny
 from tiny_media import write_data
 
 from llmcomp.formats.verify import check
@@ -31,7 +31,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, t
     }
 
 
-NAMES = ("t5", "bart", "whisper", "vit-classifier", "llava")
+NAMES = ("t5", "bart", "whisper", "vit-classifier", "llava", "qwen2-vl", "idefics3")
+# As far as llmcomp's own code goes like one of these.
+LIKE_THEM = [pytest.param(name, marks=pytest.mark.slow) for name in VISION_LANGUAGE if name not in NAMES]
 Sources = dict[str, tuple[Path, Path]]
 
 
@@ -41,7 +43,7 @@ def verified(run: Run) -> Run:
 
 
 @pytest.mark.parametrize("method", ["awq-gptq", "rtn-clip", "signround"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *LIKE_THEM])
 def test_other_methods(name: str, method: str, sources: Sources, tmp_path: Path) -> None:
     model, data = sources[name]
     step: dict[str, Any] = {"options": {"iterations": 4}} if method == "signround" else {}
@@ -52,20 +54,27 @@ def test_other_methods(name: str, method: str, sources: Sources, tmp_path: Path)
         assert all(layer.scaling is not None for layer in run.report.layers)
 
 
-@pytest.mark.parametrize("name", ["vit-classifier", "llava"])
-def test_rounded_activations(name: str, sources: Sources, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "way", "label"),
+    [
+        ("vit-classifier", "int8-dynamic", "a8"), ("llava", "int8-dynamic", "a8"), ("qwen2-vl", "int8-dynamic", "a8"),
+        ("idefics3", "int8-static", "a8 static"), ("gemma3-vision", "int8-static", "a8 static"),
+    ],
+)  # fmt: skip
+def test_rounded_activations(name: str, way: str, label: str, sources: Sources, tmp_path: Path) -> None:
     model, data = sources[name]
-    recipe = recipe_of(data, bits=8, activations="int8-dynamic")
+    recipe = recipe_of(data, bits=8, activations=way)
     run = verified(quantize(model, tmp_path / "q", recipe))
-    assert {layer.scheme for layer in run.report.layers} == {"int8 channel a8"}
+    assert {layer.scheme for layer in run.report.layers} == {f"int8 channel {label}"}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *LIKE_THEM])
 def test_bitsandbytes(name: str, sources: Sources, tmp_path: Path) -> None:
     skip = {"overrides": (Override("wo", skip=True),)} if name == "t5" else {}
     recipe = Recipe((step_of("bnb-nf4", **skip),), format="bnb-nf4")
     run = verified(quantize(sources[name][0], tmp_path / "q", recipe))
-    assert len(run.report.layers) == {"t5": 28, "vit-classifier": 12, "llava": 14}.get(name, 32)
+    count = {"t5": 28, "vit-classifier": 12} | dict.fromkeys(VISION_LANGUAGE, 14)
+    assert len(run.report.layers) == count.get(name, 32)
 
 
 @pytest.mark.parametrize("name", ["t5", "whisper"])
@@ -96,7 +105,7 @@ def test_weights_that_stay_in_float32(tmp_path: Path, text: Path, command: Comma
     verified(quantize(source, tmp_path / "q", recipe_of(text, format="dense")))
 
 
-@pytest.mark.parametrize("name", ["bart", "vit-classifier"])
+@pytest.mark.parametrize("name", ["bart", "vit-classifier", "qwen2-vl"])
 def test_a_broken_run_goes_on_to_the_same_bits(name: str, sources: Sources, tmp_path: Path) -> None:
     """Of the encoder-decoder: from the middle of the second chain."""
     model, data = sources[name]
@@ -181,12 +190,12 @@ def test_sound_without_transcripts(sources: Sources, command: Command, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *LIKE_THEM])
 def test_measured_by_the_same_command(name: str, sources: Sources, tmp_path: Path, text: Path) -> None:
     from llmcomp import api
 
     model, data = sources[name]
-    held_out = str(text if name in ("t5", "bart", "llava") else data)
+    held_out = str(text if name in ("t5", "bart", *VISION_LANGUAGE) else data)
     options: dict[str, Any] = {"output": tmp_path / "q", "eval_data": held_out}
     report = api.quantize(str(model), recipe=recipe_of(data), **options).report
     assert report.verification is not None and report.verification.passed

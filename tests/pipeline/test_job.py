@@ -33,7 +33,7 @@ def test_opening_reads_no_weights(llama: Source) -> None:
     assert parameters and all(parameter.is_meta for parameter in parameters)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "bert", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "bert", "gpt2", "idefics3", "qwen2-vl"])
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_which_linears_share_an_input_is_known(name: str, use_cache: bool, tmp_path: Path) -> None:
     path = tiny(name, tmp_path / name)
