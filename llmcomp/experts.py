@@ -113,6 +113,18 @@ def fused_parameters(model: nn.Module) -> list[str]:
     return found
 
 
+def why_fused(model: nn.Module) -> str:
+    """Why experts of `fused_parameters` were not taken apart, as the middle of a sentence.
+
+    Where transformers merges experts as it loads them, it decodes them, too; where files hold them merged, as
+    GPT-OSS's, it looks for exactly that tensor, and packed ones, merged or one by one, are unexpected keys.
+    """
+    merged = {name.rpartition(".")[0] for name in fused_parameters(model)}
+    if merged and not any(_leaves(_stored_names(model), f"{name}.{_DOWN}") for name in merged):
+        return "that lie so in files, where transformers reads no packed ones"
+    return "in a way that llmcomp cannot take apart"
+
+
 def expert_shares(model: nn.Module) -> dict[str, float]:
     """{name of a linear of an expert: share of the tokens that reach it, if the router is even}, of experts
     that `split_experts` has taken apart."""

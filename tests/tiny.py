@@ -103,6 +103,11 @@ _DEEPSEEK = {
     "q_lora_rank": WIDTH, "kv_lora_rank": WIDTH, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": HEAD_DIM,
     "head_dim": 16,
 }  # fmt: skip
+GPT_OSS = {  # of which llmcomp takes none
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
 _THREE = {"num_labels": 3}
 # Encoders and decoders of two blocks each.
 _T5 = {

@@ -30,7 +30,7 @@ from llmcomp.adapters.base import Adapter, Block, LinearRef
 from llmcomp.adapters.chains import chains_of, ends, ref_of
 from llmcomp.adapters.trace import Trace, linears, trace
 from llmcomp.errors import BadCheckpoint, UnknownArchitecture
-from llmcomp.experts import expert_shares, fused_parameters, gates, split_experts
+from llmcomp.experts import expert_shares, fused_parameters, gates, split_experts, why_fused
 from llmcomp.feeds import IDS, main_input, task_beyond_text, unknown_feed
 from llmcomp.sentences import is_sentence_encoder
 
@@ -88,8 +88,8 @@ def discover(model: nn.Module) -> Adapter:
         raise UnknownArchitecture(f"{architecture} {problem}.")
     if fused := fused_parameters(model):
         raise UnknownArchitecture(
-            f"{architecture} keeps its experts in fused parameters ({fused[0]} and {len(fused) - 1} more) in a way "
-            "that llmcomp cannot take apart; most of the model would stay as it is."
+            f"{architecture} keeps its experts in fused parameters ({fused[0]} and {len(fused) - 1} more) "
+            f"{why_fused(model)}; most of the model would stay as it is."
         )
     part, chains = chains_of(model)
     found = {f"{chain}.{index}": layer for chain, layers in chains.items() for index, layer in enumerate(layers)}

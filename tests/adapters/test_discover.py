@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from structures import BERT, BLOOM, DEBERTA, LASTING, LLAMA, MLP, OTHERS, SECOND, STAGES
-from tiny import DECODERS, TINY, TWO_CHAINS, VISION_LANGUAGE, build, tiny
+from tiny import DECODERS, GPT_OSS, TINY, TWO_CHAINS, VISION_LANGUAGE, build, tiny
 from tiny_sentences import write_json, write_modules
 from torch import nn
 
@@ -285,15 +285,12 @@ def test_routers_and_gates_that_are_linears_stay_too(family: str, stays: set[str
 
 
 def test_experts_that_cannot_be_taken_apart_are_refused(tmp_path: Path) -> None:
-    """GPT-OSS has biases, and gates and ups in turn."""
-    config = transformers.GptOssConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, vocab_size=64, num_local_experts=4, num_experts_per_tok=2,
-        layer_types=["sliding_attention", "full_attention"],
-    )  # fmt: skip
+    """GPT-OSS has biases, gates and ups in turn, and files that hold all experts as one tensor
+    (`tests/formats/test_expert_checkpoints.py` has what transformers makes of packed ones)."""
+    config = transformers.GptOssConfig(**GPT_OSS)
     expected = (
         "GptOssForCausalLM keeps its experts in fused parameters (model.layers.0.mlp.experts.gate_up_proj and 3 more) "
-        "in a way that llmcomp cannot take apart; most of the model would stay as it is."
+        "that lie so in files, where transformers reads no packed ones; most of the model would stay as it is."
     )
     with pytest.raises(UnknownArchitecture) as caught:
         discover(skeleton(config_only(tmp_path, config, "GptOssForCausalLM")))

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import build, tiny
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tiny import GPT_OSS, build, tiny
 
 from llmcomp import api
+from llmcomp.adapters.base import LinearRef
 from llmcomp.adapters.discover import discover, skeleton
 from llmcomp.errors import BadRecipe
 from llmcomp.experts import split_experts
 from llmcomp.formats import compressed_tensors
 from llmcomp.pipeline.job import plan_recipe
 from llmcomp.recipe import Override, QuantizeStep, Recipe, step_of
+from llmcomp.schemes import Scheme
+from llmcomp.weights import QuantizedWeight
 
+INT4 = Scheme(4, 32)
 ADVICE = "; give them one scheme, or use --format dense."
 
 
@@ -62,6 +70,47 @@ def test_dense_experts_beside_packed_attention_do_not_load(
     made = api.quantize(str(mixtral), recipe=recipe, output=tmp_path / "q", evaluate=False, verify=False)
     with pytest.raises(RuntimeError, match="conversion of the weights"):
         type(build("mixtral")).from_pretrained(made.output)
+
+
+def packed(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A weight [out, in] as llmcomp's files hold one of 4 bits."""
+    rows, columns = weight.shape
+    ref, scale = LinearRef(name, "mlp", 0, rows, columns), torch.full((rows, columns // 32), 0.01)
+    values = (weight.reshape(rows, -1, 32) / scale[..., None]).round().clamp(-8, 7).reshape(rows, columns)
+    weight = QuantizedWeight(values.to(torch.int8), scale, None, INT4)
+    return compressed_tensors.layout([(ref, INT4)]).tensors(ref, weight)
+
+
+@pytest.mark.parametrize("dequantize", [True, False])
+@pytest.mark.parametrize("apart", [True, False], ids=["one by one", "merged"])
+def test_packed_experts_of_gpt_oss_do_not_load(apart: bool, dequantize: bool, tmp_path: Path) -> None:
+    """Which is why llmcomp refuses it. Should this fail one day, transformers has learned it."""
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**GPT_OSS)).eval()
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    names = [name for name in stored if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    assert len(names) == 4, "files hold all experts of a block as one tensor"
+    for name in names:
+        experts = stored.pop(name).transpose(1, 2)  # [experts, out, in]
+        where, _, leaf = name.rpartition(".")
+        for number, weight in enumerate(experts):
+            parts = {"gate_proj": weight[::2], "up_proj": weight[1::2]} if leaf == "gate_up_proj" else {leaf: weight}
+            for part, dense in parts.items() if apart else ():
+                stored |= packed(f"{where}.{number}.{part}", dense)
+        if not apart:
+            whole = packed(name, experts.flatten(0, 1))
+            stored |= {key.replace(".weight", "", 1): value for key, value in whole.items()}
+    save_file({name: value.contiguous() for name, value in stored.items()}, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    args = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    group = {"targets": [r"re:.*experts.*"], "weights": args, "format": "pack-quantized"}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "quantization_status": "compressed", "format": "pack-quantized",
+        "config_groups": {"group_0": group}, "ignore": ["lm_head"], "dequantize": dequantize,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _, account = transformers.GptOssForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(names) <= account["missing_keys"]
 
 
 def test_the_experts_group_comes_first_and_names_them_in_one_pattern() -> None:
