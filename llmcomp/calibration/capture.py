@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from llmcomp.calibration.parking import Group, Made
-from llmcomp.devices import CPU
 from llmcomp.errors import RunError
 from llmcomp.matmul import WideProducts
 
@@ -55,21 +54,24 @@ class Lane:
         model: called as model(**inputs).
         inputs: keyword arguments, such as input_ids and attention_mask.
         counted: whether its tokens are calibration data; a witness only goes along.
-        device: where the model computes; inputs are brought there when the lane starts.
+        device: where the model computes; inputs are brought there when the lane starts. None: they lie there.
     """
 
     def __init__(
-        self, model: nn.Module, inputs: Mapping[str, Tensor], counted: bool = True, device: torch.device = CPU
+        self, model: nn.Module, inputs: Mapping[str, Tensor], counted: bool = True,
+        device: torch.device | None = None,
     ) -> None:
         self.inputs = inputs
         self.counted = counted
+
+        def here(value: Tensor) -> Tensor:
+            return value if device is None else value.to(device)
+
         mask = inputs.get("attention_mask")
-        self.mask = None if mask is None else mask.to(device)
+        self.mask = None if mask is None else here(mask)
         self.output: Any = None
         self._made = Made()
-        self._greenlet = greenlet.greenlet(
-            lambda: model(**{name: value.to(device) for name, value in inputs.items()})
-        )
+        self._greenlet = greenlet.greenlet(lambda: model(**{name: here(value) for name, value in inputs.items()}))
 
     def advance(self) -> Stop | None:
         """Run to the next stop; None when the model's forward has returned (`output` holds what)."""
