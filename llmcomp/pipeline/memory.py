@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
 _INTERVAL = 0.02
-_M_MMAP_THRESHOLD = -3  # of mallopt, in glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, in glibc's malloc.h
 _LARGE = 2**18
+_LARGEST = 2**25  # that glibc takes from a heap
+_KEPT = 2**17, 2**30  # bytes at the heap's end that are free and stay: glibc's own choice, and while they are reused
 
 
 class PeakMemory:
@@ -61,6 +65,25 @@ def keep_large_blocks_apart() -> None:
     where what waits and what is let go lie mixed: a small model's peak was twice as high, and another in each
     run. The price is the faults of fresh pages, a tenth of a small model's forward.
     """
+    _allocate(_LARGE, _KEPT[0])
+
+
+@contextmanager
+def reusing_large_blocks() -> Iterator[None]:
+    """While it lasts, blocks up to 32 MB come from the heap and stay with it when they are freed; then free pages are
+    given back and `keep_large_blocks_apart` holds again. For work that makes the same large tensors again and again and
+    lets nothing wait meanwhile."""
+    _allocate(_LARGEST, _KEPT[1])
+    try:
+        yield
+    finally:
+        keep_large_blocks_apart()
+        return_freed_memory()
+
+
+def _allocate(apart: int, kept: int) -> None:
+    """Set glibc's limits in bytes: of blocks that it maps by themselves, and of what it keeps."""
     tune = getattr(ctypes.CDLL(None), "mallopt", None)
     if tune is not None:
-        tune(_M_MMAP_THRESHOLD, _LARGE)
+        tune(_M_MMAP_THRESHOLD, apart)
+        tune(_M_TRIM_THRESHOLD, kept)

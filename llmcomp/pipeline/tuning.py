@@ -35,6 +35,7 @@ from llmcomp.matmul import fast_matmul
 from llmcomp.methods import METHODS
 from llmcomp.methods.solution import quadratics
 from llmcomp.pipeline.assign import Task
+from llmcomp.pipeline.memory import reusing_large_blocks
 from llmcomp.pipeline.residency import Residency
 from llmcomp.pipeline.solve import Solved, method_config, method_has
 from llmcomp.ranks import ALONE, World
@@ -173,10 +174,11 @@ class Tuning:
             found = {name: torch.zeros_like(one) if one.grad is None else one.grad for name, one in leaves.items()}
             return {name: self._world.sum_(one) for name, one in found.items()}
 
-        tuned = tune(
-            {name: (weight, solved.solution.weight) for name, (solved, weight) in starts.items()},
-            descend, loss, _batches(calls, -(-config.batch_size // self._world.size)), config, self._seed + block.index,
-        )  # fmt: skip
+        with reusing_large_blocks():
+            tuned = tune(
+                {name: (weight, solved.solution.weight) for name, (solved, weight) in starts.items()}, descend, loss,
+                _batches(calls, -(-config.batch_size // self._world.size)), config, self._seed + block.index,
+            )
         measured = self._errors(block, calls, values, refs, starts, tuned.weights)
         share = (time.perf_counter() - began) / len(starts)
         found = []
