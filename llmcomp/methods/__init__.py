@@ -57,10 +57,10 @@ METHODS: dict[str, Method] = {
 }
 
 # What `--method auto` takes at each width, by perplexity on the small trained decoder of evals/RESULTS.md: books, which
-# it was trained and is calibrated on, and WikiText. 2 bits: learning takes 57.7 to 53.2 on books (one seed; 137.6 to
-# 147.0 on WikiText). 3 bits: 48.0 to 47.8, but 123.6 to 128.6 on WikiText, and more than ten times the time.
-# 4 bits: auto-round's gains over gptq are within 0.2% (46.62 for 46.70, 46.90 for 46.88 per channel).
-# 8 bits: nothing is left to gain.
+# it was trained and is calibrated on, and WikiText. 2 bits: learning takes gptq's 57.7 to 53.0 on books (137.6 to 145.7
+# on WikiText). 3 bits: 48.0 to 47.8, but 123.6 to 128.6 on WikiText. 4 bits: 46.70 to 46.65 and, per channel, 46.82 to
+# 46.70 (WikiText: 125.7 to 124.8, 125.5 to 127.0), where gptq alone is behind auto-round. 8 bits: nothing to gain.
+# Learning takes more than ten times the time.
 AUTO: dict[int, str] = {2: "gptq-signround", 3: "gptq", 4: "gptq-signround", 8: "gptq"}
 
 # What it takes where blocks cannot be tuned as a whole.
