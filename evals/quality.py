@@ -1,14 +1,15 @@
 """Quality side by side: every tool on the same model, windows and text; markdown tables on stdout.
 
     python -m evals.quality [--tools NAME …] [--settings NAME …] [--part lm|sst2] [--threads 1]
-                             [--seeds 0 1 2]
+                             [--seeds 0 1 2] [--kept]
 
 For each setting, calibration seed and tool: quantize in the tool's own environment, open the checkpoint as
 its user would (`evals/score.py`), keep the loss of every window. Peers' results are kept in a JSON file per
 cell under LLMCOMP_EVAL_CACHE, keyed by the tool's version and everything that shapes the result, so a second
-run measures only what is missing; llmcomp is always measured again. The last column is llmcomp minus the
-best peer of that cell (best by the mean over seeds), paired over windows and seeds: an interval that
-does not reach above zero says that no peer is better.
+run measures only what is missing; llmcomp is always measured again, unless --kept makes one table of cells
+that several commands have measured. The last column is llmcomp minus the best peer of that cell (best by
+the mean over seeds), paired over windows and seeds: an interval that does not reach above zero says that no
+peer is better.
 """
 
 from __future__ import annotations
@@ -189,10 +190,12 @@ def cell_path(tool: Tool, part: Part, setting: Setting, seed: int) -> Path:
     return cache_root() / f"{words.replace(' ', '_')}.json"
 
 
-def result(tool: Tool, part: Part, setting: Setting, seed: int, windows: Path, threads: int) -> dict:
-    """One cell from the cache, or measured now. llmcomp is never taken from it, only kept for reading."""
+def result(
+    tool: Tool, part: Part, setting: Setting, seed: int, windows: Path, threads: int, kept_ours: bool
+) -> dict:
+    """One cell from the cache, or measured now; llmcomp's own is taken from it only with `kept_ours`."""
     path = cell_path(tool, part, setting, seed)
-    if path.exists() and tool.package != OURS:
+    if path.exists() and (kept_ours or tool.package != OURS):
         kept: dict = json.loads(path.read_text())
         return kept
     row = measure(tool, part, setting, windows, threads)
@@ -276,7 +279,7 @@ def sst2_table(part: Part, tools: list[str], results: dict, dense: dict[str, lis
     )
 
 
-def run_part(part: Part, tools: list[str], threads: int, seeds: Sequence[int] = SEEDS) -> str:
+def run_part(part: Part, tools: list[str], threads: int, seeds: Sequence[int], kept_ours: bool) -> str:
     """Measure what is missing of one part and return its table."""
     results: dict[tuple[str, str], list[dict]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -285,7 +288,7 @@ def run_part(part: Part, tools: list[str], threads: int, seeds: Sequence[int] = 
         for setting in part.settings:
             for seed, windows in zip(seeds, files, strict=True):
                 for name in tools:
-                    row = result(TOOLS[name], part, setting, seed, windows, threads)
+                    row = result(TOOLS[name], part, setting, seed, windows, threads, kept_ours)
                     results.setdefault((setting.name, name), []).append(row)
     table = lm_table if part.task == "causal-lm" else sst2_table
     return table(part, tools, results, dense)
@@ -301,6 +304,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--settings", nargs="+", help='for example "3-bit g128"; default: all of the part')
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS, help="default: all three")
+    parser.add_argument("--kept", action="store_true", help="take llmcomp's cells from the cache, too")
     args = parser.parse_args(argv)
     print(json.dumps(machine(args.threads)))
     for name in args.part or PARTS:
@@ -309,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
             kept = tuple(setting for setting in part.settings if setting.name in args.settings)
             part = Part(**{**vars(part), "settings": kept})
         tools = list(args.tools or part.tools)
-        print(f"\n## {part.name}\n\n{run_part(part, tools, args.threads, args.seeds)}", flush=True)
+        print(f"\n## {part.name}\n\n{run_part(part, tools, args.threads, args.seeds, args.kept)}", flush=True)
     return 0
 
 

@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 
-from evals import learned
+import pytest
+
+from evals import learned, quality
 from evals.process import Measured
 from evals.quality import PARTS, compared, sst2_table
 
@@ -37,6 +39,18 @@ def test_auto_stands_against_the_best_peer_where_it_ran():
     assert compared(values, relative=True).startswith("+22.14%")
     values["llmcomp auto"] = np.full((3, 8), 3.8)
     assert compared(values, relative=True) == "+0.00% [+0.00, +0.00] vs auto-round"
+
+
+@pytest.mark.parametrize(("name", "kept_ours", "again"), [
+    ("auto-round", False, False), ("llmcomp", False, True), ("llmcomp", True, False)
+])  # fmt: skip
+def test_our_own_cells_are_measured_again_unless_asked(name, kept_ours, again, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "cell_path", lambda *_: tmp_path / "cell.json")
+    monkeypatch.setattr(quality, "measure", lambda *_: {"seconds": 2.0})
+    (tmp_path / "cell.json").write_text('{"seconds": 1.0}')
+    part = PARTS["lm"]
+    found = quality.result(quality.TOOLS[name], part, part.settings[0], 0, tmp_path, 1, kept_ours)
+    assert found["seconds"] == (2.0 if again else 1.0)
 
 
 def test_times_of_learned_rounding_are_shares_of_the_peers():
