@@ -31,7 +31,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, t
     }
 
 
-NAMES = ("t5", "bart", "whisper", "vit-classifier", "llava", "qwen2-vl", "idefics3")
+NAMES = ("t5", "bart", "whisper", "vit-classifier", "llava", "qwen2-vl")
 # As far as llmcomp's own code goes like one of these.
 LIKE_THEM = [pytest.param(name, marks=pytest.mark.slow) for name in VISION_LANGUAGE if name not in NAMES]
 Sources = dict[str, tuple[Path, Path]]
