@@ -210,8 +210,8 @@ def assert_afresh(run: Run, new: Run) -> None:
     assert run.report.resumed_blocks == 0
     said = [note for note in run.report.notes if "discarded" in note]
     assert said == [
-        "An unfinished run of another recipe, model or data, or of another number of processes was discarded; "
-        "starting afresh."
+        "An unfinished run of another recipe, model or data, on another device, or of another number of processes was "
+        "discarded; starting afresh."
     ]
     assert hashes(run.output) == hashes(new.output)
 
