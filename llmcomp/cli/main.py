@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -80,33 +81,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    before = signal.signal(signal.SIGINT, _interrupt)
+    received: list[int] = []
+    before = signal.signal(signal.SIGINT, partial(_stop, received))
     terminated: Any = signal.getsignal(signal.SIGTERM)
     try:
         if launched().size > 1:
-            signal.signal(signal.SIGTERM, _terminate)
+            signal.signal(signal.SIGTERM, partial(_stop, received))
         with joined() as world, _talking(world.first):
             app(args=arguments, prog_name="llmcomp")
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-    except Interrupted:
-        return _say("Interrupted; the same command resumes where it stopped.", INTERRUPTED, debug)
-    except Terminated:
-        sentence = "Stopped from outside, or because another process has ended; the same command resumes."
-        return _say(sentence, TERMINATED, debug)
-    except EndedElsewhere as elsewhere:
-        return elsewhere.exit_code
-    except LlmcompError as error:
-        return _say(str(error), error.exit_code, debug)
-    except BrokenPipeError:  # the reader of our stdout went away, as `| head` does
-        return 0
-    except Exception as error:
-        sentence = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        return _say(f"Unexpected failure, please report it with --debug's output: {sentence}", 1, debug)
+    except BaseException as error:
+        return _ended_by(error, received, debug)
     finally:
         signal.signal(signal.SIGINT, before)
         signal.signal(signal.SIGTERM, terminated or signal.SIG_DFL)
     return 0
+
+
+def _ended_by(error: BaseException, received: Sequence[int], debug: bool) -> int:
+    """Say why the command ends; its exit status.
+
+    Args:
+        received: signals that asked it to stop. Where one arrives in code that is not ours, that code may make an error
+            of its own of what `_stop` raises.
+    """
+    if isinstance(error, EndedElsewhere):
+        return error.exit_code
+    if signal.SIGINT in received:
+        return _say("Interrupted; the same command resumes where it stopped.", INTERRUPTED, debug)
+    if signal.SIGTERM in received:
+        sentence = "Stopped from outside, or because another process has ended; the same command resumes."
+        return _say(sentence, TERMINATED, debug)
+    if isinstance(error, LlmcompError):
+        return _say(str(error), error.exit_code, debug)
+    if isinstance(error, BrokenPipeError):  # the reader of our stdout went away, as `| head` does
+        return 0
+    if not isinstance(error, Exception):
+        raise error
+    sentence = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    return _say(f"Unexpected failure, please report it with --debug's output: {sentence}", 1, debug)
 
 
 def run() -> None:
@@ -128,14 +142,10 @@ def _talking(wanted: bool) -> Iterator[None]:
         yield
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def _stop(received: list[int], number: int, frame: FrameType | None) -> None:
+    received.append(number)
     _ignore_signals()
-    raise Interrupted
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    _ignore_signals()
-    raise Terminated
+    raise Interrupted if number == signal.SIGINT else Terminated
 
 
 def _ignore_signals() -> None:

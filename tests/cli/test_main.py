@@ -90,6 +90,21 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.parametrize("other", [RuntimeError("from C++"), RunError("The loss is NaN.")])
+def test_ctrl_c_of_which_other_code_makes_an_error(
+    other: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def quantize(*_: object, **__: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            raise other
+
+    monkeypatch.setattr(api, "quantize", quantize)
+    assert main(["quantize", "model"]) == 130
+    assert capsys.readouterr() == ("", "llmcomp: Interrupted; the same command resumes where it stopped.\n")
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     from importlib.metadata import version
 
