@@ -58,7 +58,7 @@ METHODS: dict[str, Method] = {
 
 # What `--method auto` takes at each width, by perplexity on the small trained decoder of evals/RESULTS.md: books, which
 # it was trained and is calibrated on, and WikiText. 2 bits: learning takes gptq's 57.7 to 53.1 on books (137.6 to 147.8
-# on WikiText). 3 bits: 48.0 to 47.8, but 123.6 to 128.6 on WikiText. 4 bits: 46.70 to 46.67 and, per channel, 46.82 to
+# on WikiText). 3 bits, one seed: 48.0 to 47.8, but 123.6 to 128.6. 4 bits: 46.70 to 46.67 and, per channel, 46.82 to
 # 46.70 (WikiText: 125.7 to 125.3, 125.5 to 127.9), where gptq alone is behind auto-round. 8 bits: nothing to gain.
 # Learning takes more than ten times the time.
 AUTO: dict[int, str] = {2: "gptq-signround", 3: "gptq", 4: "gptq-signround", 8: "gptq"}

@@ -14,7 +14,8 @@ _INTERVAL = 0.02
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, in glibc's malloc.h
 _LARGE = 2**18
 _LARGEST = 2**25  # that glibc takes from a heap
-_KEPT = 2**17, 2**30  # bytes at the heap's end that are free and stay: glibc's own choice, and while they are reused
+# Bytes at the heap's end that are free and stay: glibc's own choice, and while they are reused.
+_TRIMMED, _KEPT = 2**17, 2**30
 
 
 class PeakMemory:
@@ -65,7 +66,7 @@ def keep_large_blocks_apart() -> None:
     where what waits and what is let go lie mixed: a small model's peak was twice as high, and another in each
     run. The price is the faults of fresh pages, a tenth of a small model's forward.
     """
-    _allocate(_LARGE, _KEPT[0])
+    _allocate(_LARGE, _TRIMMED)
 
 
 @contextmanager
@@ -73,7 +74,7 @@ def reusing_large_blocks() -> Iterator[None]:
     """While it lasts, blocks up to 32 MB come from the heap and stay with it when they are freed; then free pages are
     given back and `keep_large_blocks_apart` holds again. For work that makes the same large tensors again and again and
     lets nothing wait meanwhile."""
-    _allocate(_LARGEST, _KEPT[1])
+    _allocate(_LARGEST, _KEPT)
     try:
         yield
     finally:

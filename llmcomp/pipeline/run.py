@@ -256,7 +256,8 @@ class Compression:
         with self._timed("forward"):
             while last.output is None:
                 self._parking.fetch(last.waiting())
-                last.advance()
+                if last.advance() is None:
+                    break
         written = {f"{ref.name}.weight" for ref in (self._job.adapter.embeddings, head) if ref and ref.name in tasks}
         self._write("outside", [name for name in self._params.outside if name not in written])
         layout = self._job.layout
