@@ -20,11 +20,12 @@ ROWS = [
     "api",
     "session",
     "report hub",
-    "pipeline",
+    "pipeline exports",
     "formats measure adapters checkpoint calibration.capture calibration.lint",
     "calibration.data calibration.batching calibration.media calibration.pairs calibration.processors",
     "recipe",
     "methods",
+    "native",
     "progress weights losses calibration.stats calibration.files calibration.hub_data calibration.parking sentences",
     "report.schema",
     "report.words packing bnb schemes activations matmul network aliases samples shards experts feeds ranks "
@@ -35,7 +36,7 @@ ROWS = [
 # In these packages every file stands for itself, but for what they share (gptq falls back on rtn, awq scales for both).
 SHARED = {
     "cli": {"options", "progress"},
-    "formats": {"base", "reading", "save", "witness"},
+    "formats": {"base", "reading", "opening", "save", "witness"},
     "methods": {"_grid", "_scale", "_solve", "solution", "rtn", "gptq"},
 }
 COLLECTORS = {"cli.main", "formats", "methods"}  # the three that name every file of their package
@@ -43,7 +44,7 @@ COLLECTORS = {"cli.main", "formats", "methods"}  # the three that name every fil
 # Rows below, and yet none of its business.
 NEVER = {package: {"methods", "recipe"} for package in ("formats", "adapters", "measure")}
 
-HEAVY = "torch transformers datasets evaluate accelerate matplotlib scipy sklearn pandas compressed_tensors"
+HEAVY = "onnx onnxruntime gguf openvino torch transformers datasets evaluate accelerate matplotlib scipy sklearn pandas compressed_tensors"
 
 
 def modules() -> dict[str, Path]:

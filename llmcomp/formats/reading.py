@@ -16,11 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from llmcomp import bnb
-from llmcomp.errors import VerificationFailed
+from llmcomp import bnb, native
+from llmcomp.errors import BadCheckpoint, VerificationFailed
 from llmcomp.experts import file_renaming, split_experts
 from llmcomp.formats.save import INDEX
-from llmcomp.schemes import INT8_DYNAMIC, INT8_STATIC
+from llmcomp.schemes import INT8_DYNAMIC, INT8_STATIC, Scheme
+from llmcomp.weights import INPUT_SCALE
 
 _AUTO = (
     "ForCausalLM",
@@ -77,6 +78,22 @@ class Packed:
         return dense
 
 
+@dataclass(frozen=True)
+class Native:
+    """`Stored` of llmcomp's own layout, whose readers compute with the integers (`llmcomp.kernels`)."""
+
+    scheme: Scheme
+    transposed: bool
+    tolerance: float = 3e-2  # scales rounded to bf16, inputs to bf16 or int8, sums in float32
+
+    def names(self, module: str) -> list[str]:
+        return [f"{module}.{part}" for part in native.TENSORS if part != INPUT_SCALE]
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        dense = native.from_tensors(tensors, self.scheme).dense()
+        return dense.t().contiguous() if self.transposed else dense
+
+
 class Place(NamedTuple):
     """Where a tensor lies: its file, and what it is called there."""
 
@@ -131,6 +148,8 @@ def stored_modules(directory: Path, tensors: Iterable[str]) -> dict[str, Stored]
     """The modules stored compressed, as the reader resolves them."""
     if bnb.is_bnb(config_of(directory)):
         return _stored_by_bnb(directory, tensors)
+    if native.is_native(config_of(directory)):
+        return _stored_by_us(directory, tensors)
     scaled = sorted(key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale"))
     config = config_of(directory).get("quantization_config")
     if not scaled and config is None:
@@ -172,6 +191,17 @@ def _stored_by_bnb(directory: Path, tensors: Iterable[str]) -> dict[str, Stored]
     return {name: bnb.Stored(kind, dtype, plain[name]) for name in sorted(held)}
 
 
+def _stored_by_us(directory: Path, tensors: Iterable[str]) -> dict[str, Stored]:
+    """The modules that config.json names, compared with those that have packed tensors."""
+    schemes = native.schemes_of(config_of(directory).get("quantization_config"))
+    suffix = f".{native.PACKED}"
+    packed = {key.removesuffix(suffix) for key in tensors if key.endswith(suffix)}
+    require_same(set(schemes), packed, "compressed by config.json", "stored compressed")
+    modules = dict(skeleton_of(directory).named_modules())
+    require_same(packed, packed & set(modules), "stored compressed", "a module of the model")
+    return {name: Native(scheme, type(modules[name]).__name__ == "Conv1D") for name, scheme in schemes.items()}
+
+
 def rounding(stored: Mapping[str, Stored]) -> dict[str, str]:
     """{module whose inputs the reader rounds: how}, as in `llmcomp.schemes.ACTIVATIONS`.
 
@@ -180,6 +210,8 @@ def rounding(stored: Mapping[str, Stored]) -> dict[str, str]:
     """
     found = {}
     for name, one in stored.items():
+        if isinstance(one, Native) and one.scheme.activations is not None:
+            found[name] = one.scheme.activations
         args = one.scheme.input_activations if isinstance(one, Packed) else None
         if args is None:
             continue
@@ -216,11 +248,22 @@ def auto_class(config: Any) -> Any:
         raise VerificationFailed(f"transformers has no class for architecture '{architecture}'.") from error
 
 
+def model_config(directory: Path) -> Any:
+    """The transformers config of the model in a directory, of one in llmcomp's own layout the model's own."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    config = config_of(directory)
+    if not native.is_native(config):
+        return AutoConfig.from_pretrained(directory)
+    own = native.unwrap(config)
+    if own["model_type"] not in CONFIG_MAPPING:
+        raise BadCheckpoint(f"transformers knows no model type '{own['model_type']}', which {directory} holds.")
+    return CONFIG_MAPPING[own["model_type"]].from_dict(own)
+
+
 def skeleton_of(directory: Path) -> nn.Module:
     """The model without weights, experts apart, as files have them."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(directory)
+    config = model_config(directory)
     auto = auto_class(config)
     with torch.device("meta"):
         model = auto.from_config(config) if hasattr(auto, "from_config") else auto(config)

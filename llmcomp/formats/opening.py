@@ -1,0 +1,216 @@
+"""A checkpoint opened for others to write anew: its compressed weights as integers and scales, the rest as it lies.
+
+Whoever converts (`llmcomp export`) or keeps weights packed (`llmcomp.load`) starts here, so that nobody needs to know
+two formats. Read are llmcomp's own layout, compressed-tensors' `pack-quantized` and `int-quantized` of any tool, and
+dense safetensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmcomp import bnb, native, packing
+from llmcomp.errors import BadCheckpoint, BadRecipe, VerificationFailed
+from llmcomp.formats.reading import (
+    Packed,
+    Place,
+    config_of,
+    rounding,
+    skeleton_of,
+    stored_modules,
+    stored_tensor,
+    stored_tensors,
+)
+from llmcomp.schemes import GROUP_SIZES, Scheme
+from llmcomp.weights import INPUT_SCALE, QuantizedWeight
+
+_PARTS = ("weight", *native.TENSORS, "weight_g_idx")
+
+
+@dataclass(frozen=True)
+class PackedRef:
+    """A packed module, as `formats.base.Ref` wants it. `role`: 'embeddings', 'head' or 'linear'."""
+
+    name: str
+    role: str
+    out_features: int
+    in_features: int
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One checkpoint.
+
+    Attributes:
+        directory: where it lies.
+        config: the model's own config.json, without `quantization_config`.
+        schemes: {packed module: its scheme}, in the order of the modules.
+        tensors: {tensor in the model: its place}, of all tensors.
+    """
+
+    directory: Path
+    config: Mapping[str, Any]
+    schemes: Mapping[str, Scheme]
+    tensors: Mapping[str, Place]
+
+    @cached_property
+    def skeleton(self) -> nn.Module:
+        """The model on meta, experts apart."""
+        return skeleton_of(self.directory)
+
+    @cached_property
+    def plain(self) -> list[str]:
+        """Names of the tensors that belong to no packed weight: norms, biases, dense weights."""
+        packed = {f"{module}.{part}" for module in self.schemes for part in _PARTS}
+        return [name for name in self.tensors if name not in packed]
+
+    def ref(self, module: str) -> PackedRef:
+        """What formats want to know of a packed module."""
+        found: Any = self.skeleton.get_submodule(module)
+        transposed = type(found).__name__ == "Conv1D"
+        shape = found.weight.shape[::-1] if transposed else found.weight.shape
+        role = "embeddings" if isinstance(found, nn.Embedding) else "linear"
+        head = getattr(self.skeleton, "get_output_embeddings", lambda: None)()
+        return PackedRef(module, "head" if found is head else role, shape[0], shape[1], transposed)
+
+    def weight(self, module: str) -> QuantizedWeight:
+        """A packed weight [out, in], as a Linear holds it, of a Conv1D, too.
+
+        Raises:
+            BadCheckpoint: tensors that are missing or of wrong shapes.
+        """
+        state = {
+            part: stored_tensor(self.tensors[name]) for part in _PARTS if (name := f"{module}.{part}") in self.tensors
+        }
+        ref, scheme = self.ref(module), self.schemes[module]
+        try:
+            weight = _weight(state, scheme, ref)
+        except (BadCheckpoint, RuntimeError, ValueError) as error:
+            raise BadCheckpoint(f"{self.directory} holds a weight that cannot be read: {module}: {error}.") from error
+        if tuple(weight.shape) != (ref.out_features, ref.in_features):
+            wanted = [ref.out_features, ref.in_features]
+            raise BadCheckpoint(f"{self.directory} holds {module} as {list(weight.shape)}, its config says {wanted}.")
+        return weight
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor as it lies in its file."""
+        return stored_tensor(self.tensors[name])
+
+    def dense(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter and buffer of the files by its name in the model, decoded, one at a time."""
+        for module in self.schemes:
+            weight = self.weight(module).dense()
+            yield f"{module}.weight", (weight.t().contiguous() if self.ref(module).transposed else weight)
+        for name in self.plain:
+            yield name, self.tensor(name)
+
+
+def open_checkpoint(directory: Path) -> Opened:
+    """Open a checkpoint; reads headers and config only.
+
+    Raises:
+        BadCheckpoint: files that are not whole, or a format whose weights are no integers in groups.
+    """
+    try:
+        config = config_of(directory)
+        if bnb.is_bnb(config):
+            raise BadCheckpoint(
+                f"{directory} holds bitsandbytes' own codes, which are no integers in groups; start from the model it "
+                "was made of."
+            )
+        tensors = stored_tensors(directory)
+        quantization = config.get("quantization_config")
+        method = (quantization or {}).get("quant_method")
+        if native.is_native(config):
+            schemes = native.schemes_of(quantization)
+            own = native.unwrap(config)
+        elif method in (None, "compressed-tensors"):
+            schemes = _foreign_schemes(directory, tensors)
+            own = {key: value for key, value in config.items() if key != "quantization_config"}
+        else:
+            raise BadCheckpoint(
+                f"{directory} is in the format '{method}'; compressed-tensors, llmcomp's own and dense checkpoints "
+                "can be opened."
+            )
+    except VerificationFailed as error:
+        raise BadCheckpoint(f"{directory} cannot be opened: {error}") from error
+    return Opened(directory, own, schemes, tensors)
+
+
+def _foreign_schemes(directory: Path, tensors: Mapping[str, Place]) -> dict[str, Scheme]:
+    """The schemes of a compressed-tensors checkpoint."""
+    stored = stored_modules(directory, tensors)
+    if not stored:
+        return {}
+    activations, skeleton = rounding(stored), skeleton_of(directory)
+    found = {}
+    for module, one in stored.items():
+        args: Any = one.scheme.weights if isinstance(one, Packed) else None
+        held: Any = skeleton.get_submodule(module)
+        columns = held.weight.shape[0 if type(held).__name__ == "Conv1D" else 1]
+        problem = "has no scheme of its weights" if args is None else _unfit(args, columns)
+        if f"{module}.weight_g_idx" in tensors:
+            problem = "has its columns in another order than its groups"
+        if problem is None:
+            try:
+                found[module] = Scheme(args.num_bits, _group(args, columns), args.symmetric, activations.get(module))
+            except BadRecipe as error:
+                problem = f"has a scheme that llmcomp does not know: {error}"
+        if problem is not None:
+            raise BadCheckpoint(f"{directory} cannot be opened packed: {module} {problem}.")
+    return found
+
+
+def _unfit(args: Any, columns: int) -> str | None:
+    """What of a scheme's weights is not integers in groups along the input."""
+    kind, strategy = (getattr(value, "value", value) for value in (args.type, args.strategy))
+    if kind != "int":
+        return f"is stored as {kind} of {args.num_bits} bits"
+    if strategy not in ("channel", "group", "block", "tensor"):
+        return f"has scales by {strategy}"
+    if strategy == "block" and min(args.block_structure) != 1:
+        return f"has scales by blocks of {list(args.block_structure)}"
+    if (group := _group(args, columns)) is not None and group not in GROUP_SIZES:
+        return f"has groups of {group}; those of {', '.join(map(str, GROUP_SIZES))} are known"
+    return None
+
+
+def _group(args: Any, columns: int) -> int | None:
+    strategy = getattr(args.strategy, "value", args.strategy)
+    size = {"group": args.group_size, "block": max(args.block_structure or (columns,))}.get(strategy, columns)
+    return None if size == columns else int(size)
+
+
+def _weight(state: Mapping[str, Tensor], scheme: Scheme, ref: PackedRef) -> QuantizedWeight:
+    """What compressed-tensors' formats hold, of which llmcomp's own layout is one."""
+    if native.PACKED in state and not ref.transposed and state[native.SCALE].numel() > 1:
+        zero = state.get(native.ZERO_POINT)
+        if zero is None or zero.dtype == torch.int32:
+            return native.from_tensors(state, scheme)
+    scale = state[native.SCALE]
+    if native.PACKED in state:
+        values = packing.unpack(state[native.PACKED], scheme.bits, int(state[native.SHAPE][1]))
+    else:
+        values = state["weight"]
+    zero = state.get(native.ZERO_POINT)
+    if ref.transposed:
+        values, scale, zero = values.t(), scale.t(), None if zero is None else zero.t()
+    groups = scheme.groups(values.shape[1])
+    scale = scale.expand(values.shape[0], groups) if scale.numel() == 1 else scale
+    if zero is not None:
+        if scheme.symmetric:
+            zero = None
+        elif zero.dtype == torch.int32 and zero.shape != scale.shape:
+            zero = packing.unpack(zero, scheme.bits, values.shape[0], 0)
+        else:
+            zero = zero.to(torch.int8).expand(values.shape[0], groups)
+    zero = None if zero is None else zero.contiguous()
+    return QuantizedWeight(values.contiguous(), scale.contiguous(), zero, scheme, state.get(INPUT_SCALE))

@@ -1,0 +1,188 @@
+"""llmcomp's own checkpoint layout, version 1: what config.json says and how a weight's tensors are named and packed.
+
+config.json of such a checkpoint:
+
+    {"model_type": "llmcomp",                  transformers knows it only after `import llmcomp.hf`
+     "architectures": ["LlamaForCausalLM"],
+     "model": {"model_type": "llama", …},      the model's own config
+     "quantization_config": {
+       "quant_method": "llmcomp", "version": 1,
+       "weights": [{"kind": "quantized", "bits": 4, "group_size": 128, "symmetric": true, "activations": null,
+                    "modules": ["model.layers.0.self_attn.q_proj", …]}, …]}}
+
+Every compressed module is named once. A further kind of weight is a further `kind` with fields and tensor names of
+its own, which may hold kinds in its fields; a reader that does not know a kind refuses the checkpoint, so kinds come
+without a new version. A new version is a change in what is said here.
+
+A quantized weight [out, in] of the module `m`, always as [out, in], whatever the module itself holds (Conv1D):
+
+    m.weight_packed      int32 [out, words(in, bits)], `llmcomp.packing`
+    m.weight_scale       [out, groups], in the dtype of the dense weight
+    m.weight_zero_point  int32 [words(out, bits), groups], packed along the output; asymmetric weights only
+    m.weight_shape       int64 [2]: out, in
+    m.input_scale        [1]; linears that round their inputs by a fixed scale only
+
+which are the tensors of compressed-tensors' `pack-quantized`. Decoding is `(q - zero_point) * scale`, in the scale's
+dtype. docs/layout.md says the same to writers of other readers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcomp import packing
+from llmcomp.errors import BadCheckpoint, BadRecipe
+from llmcomp.schemes import INT8_STATIC, Scheme
+from llmcomp.weights import INPUT_SCALE, QuantizedWeight
+
+METHOD, VERSION = "llmcomp", 1
+QUANTIZED = "quantized"
+PACKED, SCALE, ZERO_POINT, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
+TENSORS = (PACKED, SCALE, ZERO_POINT, SHAPE, INPUT_SCALE)
+
+
+def describe(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
+    """`quantization_config` for these modules, in their order."""
+    groups: dict[Scheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        groups.setdefault(scheme, []).append(name)
+    weights = [
+        {
+            "kind": QUANTIZED,
+            "bits": scheme.bits,
+            "group_size": scheme.group_size,
+            "symmetric": scheme.symmetric,
+            "activations": scheme.activations,
+            "modules": names,
+        }
+        for scheme, names in groups.items()
+    ]
+    return {"quant_method": METHOD, "version": VERSION, "weights": weights}
+
+
+def wrap(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a checkpoint in this layout, from the model's own config."""
+    inner = {key: value for key, value in config.items() if key not in ("quantization_config", "architectures")}
+    return {
+        "model_type": METHOD,
+        "architectures": config.get("architectures"),
+        "model": inner,
+        "quantization_config": dict(quantization),
+    }
+
+
+def is_native(config: Mapping[str, Any]) -> bool:
+    """Whether config.json is that of a checkpoint in this layout, of whatever version."""
+    return config.get("model_type") == METHOD
+
+
+def unwrap(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's own config, with `architectures`, without `quantization_config`.
+
+    Raises:
+        BadCheckpoint: it holds none.
+    """
+    inner = config.get("model")
+    if not isinstance(inner, Mapping) or not isinstance(inner.get("model_type"), str):
+        raise BadCheckpoint('config.json of a packed checkpoint needs the model\'s own config under "model".')
+    return {**inner, "architectures": config.get("architectures")}
+
+
+def schemes_of(quantization: Any) -> dict[str, Scheme]:
+    """{module: scheme} of a `quantization_config` in this layout.
+
+    Raises:
+        BadCheckpoint: a version, kind or scheme that this release does not read, or a module that is named twice.
+    """
+    version = quantization.get("version") if isinstance(quantization, Mapping) else None
+    if version != VERSION:
+        raise BadCheckpoint(
+            f"This checkpoint is in version {version} of llmcomp's layout, and this release reads version {VERSION}; "
+            "update llmcomp, or export the checkpoint again with the release that wrote it."
+        )
+    found: dict[str, Scheme] = {}
+    groups = quantization.get("weights")
+    if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
+        raise BadCheckpoint('quantization_config of a packed checkpoint needs a list of groups under "weights".')
+    for group in groups:
+        scheme = _scheme(group)
+        for name in group.get("modules") or ():
+            if name in found:
+                raise BadCheckpoint(f"quantization_config names {name} twice.")
+            found[name] = scheme
+    return found
+
+
+def _scheme(group: Mapping[str, Any]) -> Scheme:
+    if (kind := group.get("kind")) != QUANTIZED:
+        raise BadCheckpoint(
+            f"This checkpoint holds weights of kind '{kind}', and this release reads '{QUANTIZED}'; update llmcomp."
+        )
+    fields = ("bits", "group_size", "symmetric", "activations")
+    try:
+        return Scheme(**{field: group[field] for field in fields})
+    except (KeyError, BadRecipe) as error:
+        raise BadCheckpoint(f"quantization_config holds a group that cannot be read: {error}") from error
+
+
+def to_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """What a file holds for a weight, by name within its module; every tensor contiguous."""
+    bits = weight.scheme.bits
+    tensors = {
+        PACKED: packing.pack(weight.values, bits),
+        SCALE: weight.scale.contiguous(),
+        SHAPE: torch.tensor(weight.values.shape, dtype=torch.int64),
+    }
+    if weight.zero_point is not None:
+        tensors[ZERO_POINT] = packing.pack(weight.zero_point, bits, 0)
+    if weight.input_scale is not None:
+        tensors[INPUT_SCALE] = weight.input_scale
+    return tensors
+
+
+def from_tensors(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+    """The inverse of `to_tensors`.
+
+    Raises:
+        BadCheckpoint: a tensor that is missing, or of another shape or dtype than the scheme asks for.
+    """
+    shapes = shapes_of(tensors[SHAPE].tolist() if SHAPE in tensors else (), scheme)
+    for name, (dtype, shape) in shapes.items():
+        if name not in tensors:
+            raise BadCheckpoint(f"{name} is missing")
+        if tuple(tensors[name].shape) != shape or (dtype is not None and tensors[name].dtype != dtype):
+            found = f"{tensors[name].dtype} {list(tensors[name].shape)}".removeprefix("torch.")
+            wanted = f"{dtype or 'a floating type'} {list(shape)}".removeprefix("torch.")
+            raise BadCheckpoint(f"{name} is {found}, expected {wanted}")
+    rows, columns = tensors[SHAPE].tolist()
+    zero = None
+    if not scheme.symmetric:
+        zero = packing.unpack(tensors[ZERO_POINT], scheme.bits, rows, 0)
+    values = packing.unpack(tensors[PACKED], scheme.bits, columns)
+    return QuantizedWeight(values, tensors[SCALE], zero, scheme, tensors.get(INPUT_SCALE))
+
+
+def shapes_of(shape: Any, scheme: Scheme) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
+    """{tensor within its module: its dtype, None for any floating one, and shape} of a weight of `shape` [out, in].
+
+    Raises:
+        BadCheckpoint: no such shape, or one that the groups do not divide.
+    """
+    if len(shape) != 2 or min(shape) < 1 or not scheme.fits(shape[1]):
+        raise BadCheckpoint(f"{SHAPE} {list(shape)} is not that of a weight of {scheme.label}")
+    rows, columns = (int(size) for size in shape)
+    groups = scheme.groups(columns)
+    shapes: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {
+        PACKED: (torch.int32, (rows, packing.words(columns, scheme.bits))),
+        SCALE: (None, (rows, groups)),
+        SHAPE: (torch.int64, (2,)),
+    }
+    if not scheme.symmetric:
+        shapes[ZERO_POINT] = (torch.int32, (packing.words(rows, scheme.bits), groups))
+    if scheme.activations == INT8_STATIC:
+        shapes[INPUT_SCALE] = (None, (1,))
+    return shapes
