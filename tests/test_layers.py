@@ -44,7 +44,8 @@ COLLECTORS = {"cli.main", "formats", "methods"}  # the three that name every fil
 # Rows below, and yet none of its business.
 NEVER = {package: {"methods", "recipe"} for package in ("formats", "adapters", "measure")}
 
-HEAVY = "onnx onnxruntime gguf openvino torch transformers datasets evaluate accelerate matplotlib scipy sklearn pandas compressed_tensors"
+HEAVY = "onnx onnxruntime gguf openvino "
+HEAVY += "torch transformers datasets evaluate accelerate matplotlib scipy sklearn pandas compressed_tensors"
 
 
 def modules() -> dict[str, Path]:
