@@ -19,18 +19,27 @@ from torch.utils.hooks import RemovableHandle
 STEPS = 127.5  # from zero to the largest entry, as compressed-tensors counts them
 
 
-def quantized(inputs: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Inputs rounded to int8 and back, in the scale's dtype.
+def integers_of(inputs: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Inputs rounded to int8, and what one step of them is.
 
     Args:
         inputs: floating [batch, tokens, features].
         scale: [1]; None for max|x| / 127.5 of each token, in the inputs' own dtype. Of a tensor of two dimensions
             compressed-tensors then takes one scale for all, so this does too.
+
+    Returns:
+        Integers in [-128, 127], in the inputs' dtype, and the scale, which broadcasts to them.
     """
     if scale is None:
         features = tuple(range(2, inputs.ndim)) or tuple(range(inputs.ndim))
         scale = _above_zero(inputs.abs().amax(features, keepdim=True).div_(STEPS))
-    return (inputs / scale).clamp_(-128, 127).round_().to(scale.dtype).mul_(scale)
+    return (inputs / scale).clamp_(-128, 127).round_(), scale
+
+
+def quantized(inputs: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Inputs rounded to int8 and back, in the scale's dtype; arguments as of `integers_of`."""
+    integers, scale = integers_of(inputs, scale)
+    return integers.to(scale.dtype).mul_(scale)
 
 
 def static_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:

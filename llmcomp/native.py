@@ -2,9 +2,11 @@
 
 config.json of such a checkpoint:
 
-    {"model_type": "llmcomp",                  transformers knows it only after `import llmcomp.hf`
+    {"model_type": "llmcomp",                  Auto classes know it only after `import llmcomp.hf`
+     "dtype": "packed: …", "id2label": …,      and a model's own class stops at fields that cannot be text
      "architectures": ["LlamaForCausalLM"],
-     "model": {"model_type": "llama", …},      the model's own config
+     "packed_model_type": "llama",
+     "model": {…},                             the model's own config, without its model_type
      "quantization_config": {
        "quant_method": "llmcomp", "version": 1,
        "weights": [{"kind": "quantized", "bits": 4, "group_size": 128, "symmetric": true, "activations": null,
@@ -28,7 +30,9 @@ dtype. docs/layout.md says the same to writers of other readers.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -41,8 +45,14 @@ from llmcomp.weights import INPUT_SCALE, QuantizedWeight
 
 METHOD, VERSION = "llmcomp", 1
 QUANTIZED = "quantized"
+# Without a guard `LlamaForCausalLM.from_pretrained` takes a config of another type with a warning, drops a quantizer
+# that it does not know, and fills in random weights. These two are no text in any config; the first can be overridden
+# by an argument, the second's error says less.
+_GUARDS = ("dtype", "id2label")
+_SENTENCE = "packed: import llmcomp.hf, then open this with an Auto class, or with llmcomp.load"
 PACKED, SCALE, ZERO_POINT, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
 TENSORS = (PACKED, SCALE, ZERO_POINT, SHAPE, INPUT_SCALE)
+PARTS = ("weight", *TENSORS)  # with what compressed-tensors' `int-quantized` holds
 
 
 def describe(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
@@ -66,13 +76,20 @@ def describe(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
 
 def wrap(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a checkpoint in this layout, from the model's own config."""
-    inner = {key: value for key, value in config.items() if key not in ("quantization_config", "architectures")}
+    apart = ("quantization_config", "architectures", "model_type")
     return {
         "model_type": METHOD,
+        **dict.fromkeys(_GUARDS, _SENTENCE),
         "architectures": config.get("architectures"),
-        "model": inner,
+        "packed_model_type": config["model_type"],
+        "model": {key: value for key, value in config.items() if key not in apart},
         "quantization_config": dict(quantization),
     }
+
+
+def to_json(wrapped: Mapping[str, Any]) -> str:
+    """The text of config.json; one content has one text, so that what is saved again is the same to the byte."""
+    return json.dumps(wrapped, indent=2, sort_keys=True) + "\n"
 
 
 def is_native(config: Mapping[str, Any]) -> bool:
@@ -80,16 +97,24 @@ def is_native(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") == METHOD
 
 
+def register(config: Mapping[str, Any]) -> None:
+    """Make transformers know the model type, if config.json is in this layout."""
+    if is_native(config):
+        import_module("llmcomp.hf")  # which is above all that open checkpoints, and cannot be below them
+
+
 def unwrap(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's own config, with `architectures`, without `quantization_config`.
+    """The model's own config, with `architectures`, without `quantization_config`; another config as it is.
 
     Raises:
         BadCheckpoint: it holds none.
     """
-    inner = config.get("model")
-    if not isinstance(inner, Mapping) or not isinstance(inner.get("model_type"), str):
+    if not is_native(config):
+        return dict(config)
+    inner, model_type = config.get("model"), config.get("packed_model_type")
+    if not isinstance(inner, Mapping) or not isinstance(model_type, str):
         raise BadCheckpoint('config.json of a packed checkpoint needs the model\'s own config under "model".')
-    return {**inner, "architectures": config.get("architectures")}
+    return {**inner, "model_type": model_type, "architectures": config.get("architectures")}
 
 
 def schemes_of(quantization: Any) -> dict[str, Scheme]:
@@ -164,6 +189,40 @@ def from_tensors(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeig
         zero = packing.unpack(tensors[ZERO_POINT], scheme.bits, rows, 0)
     values = packing.unpack(tensors[PACKED], scheme.bits, columns)
     return QuantizedWeight(values, tensors[SCALE], zero, scheme, tensors.get(INPUT_SCALE))
+
+
+def read(state: Mapping[str, Tensor], scheme: Scheme, transposed: bool) -> QuantizedWeight:
+    """A weight [out, in] as this layout holds it, or any of compressed-tensors' for integers.
+
+    Args:
+        state: by name within the module.
+        transposed: the module holds [in, out] (Conv1D), which compressed-tensors packs as it is.
+
+    Raises:
+        BadCheckpoint: tensors that are missing, or of the wrong shape or dtype.
+    """
+    if absent := [name for name in (SCALE, *(() if scheme.symmetric else (ZERO_POINT,))) if name not in state]:
+        raise BadCheckpoint(f"{absent[0]} is missing")
+    scale, zero = state[SCALE], None if scheme.symmetric else state[ZERO_POINT]
+    packs_zeros = zero is None or (zero.dtype == torch.int32 and zero.shape != scale.shape)
+    turned = transposed and len(scale) != int(state[SHAPE][0]) if SHAPE in state else transposed
+    if PACKED in state and not turned and scale.numel() > 1 and packs_zeros:
+        return from_tensors(state, scheme)
+    if PACKED in state and SHAPE in state:
+        values = packing.unpack(state[PACKED], scheme.bits, int(state[SHAPE][1]))
+    elif state.get("weight", scale).dtype == torch.int8:
+        values = state["weight"]
+    else:
+        raise BadCheckpoint(f"{PACKED} is missing")
+    if turned:
+        values, scale, zero = values.t(), scale.t(), None if zero is None else zero.t()
+    shape = (len(values), scheme.groups(values.shape[1]))
+    if zero is not None:
+        zero = packing.unpack(zero, scheme.bits, shape[0], 0) if packs_zeros else zero.to(torch.int8)
+        zero = zero.expand(shape).contiguous()
+    return QuantizedWeight(
+        values.contiguous(), scale.expand(shape).contiguous(), zero, scheme, state.get(INPUT_SCALE)
+    )
 
 
 def shapes_of(shape: Any, scheme: Scheme) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from llmcomp import native
 from llmcomp.calibration.data import Texts
 from llmcomp.calibration.media import Media
 from llmcomp.devices import CPU, choose, describe, forget_peak, peak_bytes
@@ -360,6 +361,12 @@ def _labels(plan: Plan, report: Report) -> list[str]:
         return [
             "Smaller on disk and in memory: plain transformers with bitsandbytes computes with the packed weights. "
             "Made for CUDA GPUs; on a CPU the kernels are there, fast ones for nf4 only with AVX512-BF16."
+        ]
+    if report.format == native.METHOD:
+        return [
+            "Smaller on disk and in memory: llmcomp (`import llmcomp.hf`, `llmcomp.load`) computes with the packed "
+            "weights on a CPU; `llmcomp bench` measures how fast that is here. Other readers cannot open it; "
+            "`llmcomp export` writes what they can."
         ]
     labels = [
         "Smaller on disk and to download. Plain transformers decompresses it to dense weights on a CPU at load or "

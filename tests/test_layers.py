@@ -22,9 +22,11 @@ ROWS = [
     "report hub",
     "pipeline exports",
     "formats measure adapters checkpoint calibration.capture calibration.lint",
+    "hf",
+    "packed",
     "calibration.data calibration.batching calibration.media calibration.pairs calibration.processors",
     "recipe",
-    "methods",
+    "methods kernels",
     "native",
     "progress weights losses calibration.stats calibration.files calibration.hub_data calibration.parking sentences",
     "report.schema",
@@ -39,7 +41,7 @@ SHARED = {
     "formats": {"base", "reading", "opening", "save", "witness"},
     "methods": {"_grid", "_scale", "_solve", "solution", "rtn", "gptq"},
 }
-COLLECTORS = {"cli.main", "formats", "methods"}  # the three that name every file of their package
+COLLECTORS = {"cli.main", "exports", "formats", "kernels", "methods"}  # the five that name every file of their package
 
 # Rows below, and yet none of its business.
 NEVER = {package: {"methods", "recipe"} for package in ("formats", "adapters", "measure")}

@@ -26,6 +26,7 @@ from transformers.core_model_loading import build_glob_alternation
 from transformers.modeling_utils import str_to_torch_dtype
 from transformers.pytorch_utils import Conv1D
 
+from llmcomp import native
 from llmcomp.adapters.base import Adapter, Block, LinearRef
 from llmcomp.adapters.chains import chains_of, ends, ref_of
 from llmcomp.adapters.trace import Trace, linears, trace
@@ -33,6 +34,7 @@ from llmcomp.errors import BadCheckpoint, UnknownArchitecture
 from llmcomp.experts import expert_shares, fused_parameters, gates, split_experts, why_fused
 from llmcomp.feeds import IDS, main_input, task_beyond_text, unknown_feed
 from llmcomp.sentences import is_sentence_encoder
+from llmcomp.shards import read_json_object
 
 _ROUTER = "router: it decides which experts a token goes to"
 # The first suffix of the class name that fits tells the task; a class without one is a bare encoder.
@@ -128,6 +130,7 @@ def _task(architecture: str) -> str:
 
 def _config(path: Path, trust_remote_code: bool) -> Any:
     try:
+        native.register(read_json_object(Path(path) / "config.json"))
         return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())

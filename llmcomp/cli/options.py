@@ -86,7 +86,11 @@ SequenceLength = Annotated[
 Seed = Annotated[int | None, typer.Option("--seed", help="Which windows.", show_default="0")]
 Format = Annotated[
     str | None,
-    typer.Option("--format", help="compressed-tensors, dense, bnb-nf4 or bnb-int8.", show_default="compressed-tensors"),
+    typer.Option(
+        "--format",
+        help="compressed-tensors, llmcomp, dense, bnb-nf4 or bnb-int8.",
+        show_default="compressed-tensors",
+    ),
 ]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="Take all of the above from a YAML file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]

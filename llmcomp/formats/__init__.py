@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from llmcomp.formats import bitsandbytes, compressed_tensors, dense
+from llmcomp.formats import bitsandbytes, compressed_tensors, dense, packed
 from llmcomp.formats.base import Entry, Format, Layout, Ref, broken_ties, dense_tensors
 
 FORMATS: dict[str, Format] = {
     "compressed-tensors": compressed_tensors.layout,
+    "llmcomp": packed.layout,
     "dense": dense.layout,
     "bnb-nf4": bitsandbytes.nf4,
     "bnb-int8": bitsandbytes.int8,

@@ -13,10 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from llmcomp import bnb, native, packing
+from llmcomp import bnb, native
 from llmcomp.errors import BadCheckpoint, BadRecipe, VerificationFailed
 from llmcomp.formats.reading import (
     Packed,
@@ -29,9 +28,7 @@ from llmcomp.formats.reading import (
     stored_tensors,
 )
 from llmcomp.schemes import GROUP_SIZES, Scheme
-from llmcomp.weights import INPUT_SCALE, QuantizedWeight
-
-_PARTS = ("weight", *native.TENSORS, "weight_g_idx")
+from llmcomp.weights import QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ class Opened:
     @cached_property
     def plain(self) -> list[str]:
         """Names of the tensors that belong to no packed weight: norms, biases, dense weights."""
-        packed = {f"{module}.{part}" for module in self.schemes for part in _PARTS}
+        packed = {f"{module}.{part}" for module in self.schemes for part in native.PARTS}
         return [name for name in self.tensors if name not in packed]
 
     def ref(self, module: str) -> PackedRef:
@@ -87,12 +84,11 @@ class Opened:
         Raises:
             BadCheckpoint: tensors that are missing or of wrong shapes.
         """
-        state = {
-            part: stored_tensor(self.tensors[name]) for part in _PARTS if (name := f"{module}.{part}") in self.tensors
-        }
+        names = {part: f"{module}.{part}" for part in native.PARTS}
+        state = {part: stored_tensor(self.tensors[name]) for part, name in names.items() if name in self.tensors}
         ref, scheme = self.ref(module), self.schemes[module]
         try:
-            weight = _weight(state, scheme, ref)
+            weight = native.read(state, scheme, ref.transposed)
         except (BadCheckpoint, RuntimeError, ValueError) as error:
             raise BadCheckpoint(f"{self.directory} holds a weight that cannot be read: {module}: {error}.") from error
         if tuple(weight.shape) != (ref.out_features, ref.in_features):
@@ -187,30 +183,3 @@ def _group(args: Any, columns: int) -> int | None:
     strategy = getattr(args.strategy, "value", args.strategy)
     size = {"group": args.group_size, "block": max(args.block_structure or (columns,))}.get(strategy, columns)
     return None if size == columns else int(size)
-
-
-def _weight(state: Mapping[str, Tensor], scheme: Scheme, ref: PackedRef) -> QuantizedWeight:
-    """What compressed-tensors' formats hold, of which llmcomp's own layout is one."""
-    if native.PACKED in state and not ref.transposed and state[native.SCALE].numel() > 1:
-        zero = state.get(native.ZERO_POINT)
-        if zero is None or zero.dtype == torch.int32:
-            return native.from_tensors(state, scheme)
-    scale = state[native.SCALE]
-    if native.PACKED in state:
-        values = packing.unpack(state[native.PACKED], scheme.bits, int(state[native.SHAPE][1]))
-    else:
-        values = state["weight"]
-    zero = state.get(native.ZERO_POINT)
-    if ref.transposed:
-        values, scale, zero = values.t(), scale.t(), None if zero is None else zero.t()
-    groups = scheme.groups(values.shape[1])
-    scale = scale.expand(values.shape[0], groups) if scale.numel() == 1 else scale
-    if zero is not None:
-        if scheme.symmetric:
-            zero = None
-        elif zero.dtype == torch.int32 and zero.shape != scale.shape:
-            zero = packing.unpack(zero, scheme.bits, values.shape[0], 0)
-        else:
-            zero = zero.to(torch.int8).expand(values.shape[0], groups)
-    zero = None if zero is None else zero.contiguous()
-    return QuantizedWeight(values.contiguous(), scale.contiguous(), zero, scheme, state.get(INPUT_SCALE))

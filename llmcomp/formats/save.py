@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llmcomp import native
 from llmcomp.errors import OutputExists, RunError, UserError
 
 CHECKPOINT = "checkpoint"
@@ -199,9 +200,11 @@ def checkpoint_config(
     config["dtype"] = dtype
     if untied:
         config["tie_word_embeddings"] = False
-    if quantization is not None:
-        config["quantization_config"] = dict(quantization)
-    return config
+    if quantization is None:
+        return config
+    if quantization["quant_method"] == native.METHOD:
+        return native.wrap(config, quantization)
+    return {**config, "quantization_config": dict(quantization)}
 
 
 def partial_of(output: Path) -> Path:

@@ -23,7 +23,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from llmcomp import bnb
+from llmcomp import bnb, native
 from llmcomp.errors import LlmcompError, VerificationFailed
 from llmcomp.experts import split_experts
 from llmcomp.formats import witness as witnesses
@@ -42,6 +42,7 @@ from llmcomp.formats.reading import (
 )
 from llmcomp.formats.witness import Digest, Witness, digest, dtype_name, model_output
 from llmcomp.matmul import WideProducts
+from llmcomp.packed import Packed
 from llmcomp.report.schema import Verification
 from llmcomp.schemes import ACTIVATIONS
 from llmcomp.weights import INPUT_SCALE
@@ -136,7 +137,8 @@ def check(directory: Path, witness: Path, stream: bool | None = None) -> Verific
 
 def _same_dtype(directory: Path, known: Witness) -> None:
     """transformers casts what it loads to config.json's dtype."""
-    said, dtypes = config_of(directory).get("dtype"), sorted({dtype for _, dtype in known.source.values()})
+    said = native.unwrap(config_of(directory)).get("dtype")
+    dtypes = sorted({dtype for _, dtype in known.source.values()})
     if said not in dtypes:
         raise VerificationFailed(f"config.json says {said}, the source's tensors are {', '.join(dtypes)}.")
 
@@ -146,6 +148,7 @@ def _load(directory: Path) -> nn.Module:
     from transformers import AutoConfig
 
     try:
+        native.register(config_of(directory))
         auto = auto_class(AutoConfig.from_pretrained(directory))
         place = bnb.placement(config_of(directory))
         model, info = auto.from_pretrained(directory, dtype="auto", output_loading_info=True, **place)
@@ -179,6 +182,7 @@ def _compare_model(model: nn.Module, stored: Mapping[str, Stored], known: Witnes
         for part in one.names(owner):
             if part != f"{owner}.weight":
                 state.pop(part, None)
+        state.setdefault(f"{owner}.weight", torch.empty(0))  # of one that stays packed, decoded when its turn comes
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     loaded = {name for name in state if name in parameters or name in known.digests}
     require_same(loaded, set(known.digests), "in the loaded model", "in the compressed one")
@@ -187,6 +191,8 @@ def _compare_model(model: nn.Module, stored: Mapping[str, Stored], known: Witnes
         tensor, module = state[name], model.get_submodule(name.rpartition(".")[0])
         if name.endswith(".weight") and bnb.holds(module):
             tensor = bnb.dense_of(module, getattr(torch, expected.dtype))
+        if name.endswith(".weight") and isinstance(module, Packed):
+            tensor = module.weight
         _compare_tensor(name, tensor, expected, known)
 
 

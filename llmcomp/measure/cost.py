@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from llmcomp import bnb
+from llmcomp import bnb, native
 from llmcomp.errors import BadCheckpoint, RunError
 from llmcomp.feeds import around, vocabulary
 from llmcomp.measure.load import first_forward, load, prepare
+from llmcomp.packed import Packed
 from llmcomp.report.schema import Size
 from llmcomp.shards import TensorInfo, read_json_object, read_shard, weight_files
 
@@ -67,13 +69,13 @@ def loaded_bytes(directory: str | Path, *, allow_pickle: bool = False) -> int:
     """Bytes of the model in memory once it has run: every parameter dense, in the dtype the config names.
 
     compressed-tensors models are decompressed by their first forward (measured on transformers 5.23, CPU);
-    those of bitsandbytes stay packed.
+    those of bitsandbytes and in llmcomp's own layout stay packed.
 
     Raises:
         BadCheckpoint: as `size_of`.
     """
     settings = read_json_object(Path(directory) / "config.json")
-    if bnb.is_bnb(settings):
+    if bnb.is_bnb(settings) or native.is_native(settings):
         return size_of(directory).bytes_on_disk
     dtype = str(settings.get("dtype") or settings.get("torch_dtype") or "float32")
     itemsize = 2 if dtype.endswith("16") else 8 if dtype == "float64" else 4
@@ -90,7 +92,8 @@ def weights_of(model: nn.Module, directory: str | Path | None = None) -> Iterato
     if directory is not None and bnb.is_bnb(read_json_object(Path(directory) / "config.json")):
         return _decoded(Path(directory))
     first_forward(model)
-    return (value for name, value in model.named_parameters() if not name.endswith(_BESIDE))
+    packed = (module.weight for module in model.modules() if isinstance(module, Packed))
+    return chain(packed, (value for name, value in model.named_parameters() if not name.endswith(_BESIDE)))
 
 
 def _decoded(directory: Path) -> Iterator[Tensor]:

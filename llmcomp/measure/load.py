@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from llmcomp import bnb
+from llmcomp import bnb, native
 from llmcomp.errors import BadCheckpoint, BadData
 from llmcomp.feeds import around, task_beyond_text
 from llmcomp.sentences import is_sentence_encoder
@@ -76,6 +76,7 @@ def load(directory: str | Path, task: str | None = None) -> nn.Module:
     config = read_json_object(Path(directory) / "config.json")
     if bnb.is_bnb(config):
         bnb.silence()
+    native.register(config)
     try:
         with _quiet():
             model, info = auto.from_pretrained(
@@ -122,6 +123,7 @@ def load_tokenizer(directory: str | Path) -> Any:
 
 def prepare(directory: str | Path, task: str | None = None) -> None:
     """Import what loading will need, the model's own module included, and nothing of its weights."""
+    native.register(read_json_object(Path(directory) / "config.json"))
     config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True)
     auto = getattr(transformers, AUTO[task or task_of(directory)])
     with contextlib.suppress(KeyError):  # remote code has no class here; its import then counts as memory

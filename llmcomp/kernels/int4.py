@@ -1,0 +1,165 @@
+"""Integers of 2, 3 or 4 bits in groups, kept as nibbles in the order of torch's CPU operator for them.
+
+`aten::_weight_int4pack_mm_for_cpu` wants the rows of a weight interleaved in a way that depends on the instruction
+set; `order` finds out by packing row numbers, so that tiles can be decoded from, and checkpoints written of, what the
+operator reads. Weights of 2 and 3 bits are widened to nibbles: they take 4 bits in memory, and no more time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmcomp.kernels.tiles import Grid, few_rows, product_dtype, tile_rows
+from llmcomp.schemes import Scheme
+from llmcomp.weights import QuantizedWeight
+
+_GROUPS = (256, 128, 64, 32)  # that the operator knows
+_PAD = 64  # rows are filled up to this, which every instruction set's block divides
+_LANE = 16  # bytes that move together when a block is turned, as one complex128
+_OFFSET = 8  # a nibble holds the integer plus this
+
+
+class Order(NamedTuple):
+    """Of `block` rows, byte j of a column holds row `low[j]` in its low nibble and `high[j]` in its high one."""
+
+    block: int
+    low: slice
+    high: slice
+
+
+@functools.cache
+def order() -> Order | None:
+    """How this machine's operator lays rows out; None if it is no order that `hold` can make."""
+    numbers = torch.arange(2 * _PAD, dtype=torch.int32).view(-1, 1)
+    low, high = torch.zeros((2, 2 * _PAD), dtype=torch.int64)
+    for shift in (0, 4):
+        nibbles = (numbers >> shift & 15).expand(-1, 2).contiguous()
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles, 1).view(-1)
+        low += (packed & 15).long() << shift
+        high += (packed >> 4).long() << shift
+    half = int((low[1:] == low[0]).nonzero()[0]) + 1  # where the second column begins
+    rows = [_progression(part[:half].tolist()) for part in (low, high)]
+    if rows[0] is None or rows[1] is None or _PAD % (2 * half) or half % _LANE:
+        return None
+    return Order(2 * half, rows[0], rows[1])
+
+
+def fits(scheme: Scheme, rows: int, columns: int, device: str) -> bool:
+    return (
+        device == "cpu"
+        and scheme.bits <= 4
+        and scheme.activations is None
+        and columns % _GROUPS[-1] == 0
+        and order() is not None
+    )
+
+
+def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """`packed` uint8 [rows / block, columns, block / 2], and the operator's `scales` bf16 [groups, rows, 2]."""
+    found = order()
+    assert found is not None
+    rows, columns = weight.values.shape
+    padded = -(-rows // _PAD) * _PAD
+    nibbles = torch.full((padded, columns), _OFFSET, dtype=torch.uint8)
+    torch.add(weight.values, _OFFSET, out=nibbles[:rows].view(torch.int8))
+    blocks = nibbles.view(-1, found.block, columns)
+    packed = (blocks[:, found.high] << 4).bitwise_or_(blocks[:, found.low]).transpose(1, 2).contiguous()
+    return {"packed": packed, "scales": _operator_scales(weight.scale, weight.zero_point, padded, columns)}
+
+
+def product(x: Tensor, held: Mapping[str, Tensor], grid: Grid) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    packed, scales = held["packed"], held["scales"]
+    if len(rows) <= few_rows():
+        columns, padded = x.shape[-1], scales.shape[1]
+        flat = packed.view(padded, columns // 2)
+        out = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            rows.to(torch.bfloat16), flat, columns // len(scales), scales
+        )
+    else:
+        out = _by_tiles(rows.to(product_dtype()), packed, scales)
+    return out[:, : len(grid.scale)].to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def values(held: Mapping[str, Tensor], grid: Grid) -> Tensor:
+    found = order()
+    assert found is not None
+    turned = held["packed"].transpose(1, 2)
+    nibbles = torch.empty(len(turned), found.block, grid.columns, dtype=torch.uint8)
+    nibbles[:, found.low] = turned & 15
+    nibbles[:, found.high] = turned >> 4
+    return nibbles.view(-1, grid.columns)[: len(grid.scale)].view(torch.int8) - _OFFSET
+
+
+def _operator_scales(scale: Tensor, zero: Tensor | None, padded: int, columns: int) -> Tensor:
+    """Per group and row the scale and what a nibble of 8 stands for: `w = (nibble - 8) * scale + offset`."""
+    group = next(size for size in _GROUPS if (columns // scale.shape[1]) % size == 0)
+    repeats = columns // scale.shape[1] // group
+    pairs = torch.zeros(columns // group, padded, 2, dtype=torch.bfloat16)
+    pairs[:, : len(scale), 0] = scale.repeat_interleave(repeats, 1).t()
+    if zero is not None:
+        offset = -zero.to(torch.float32) * scale.to(torch.float32)
+        pairs[:, : len(scale), 1] = offset.repeat_interleave(repeats, 1).t()
+    return pairs
+
+
+class _Buffers(NamedTuple):
+    """What a tile passes through: lanes turned, nibbles, the decoded tile [columns, its rows / 2], its product."""
+
+    turned: Tensor
+    nibbles: Tensor
+    decoded: Tensor
+    result: Tensor
+
+    @classmethod
+    def make(cls, x: Tensor, blocks: int, half: int) -> _Buffers:
+        columns = x.shape[1]
+        return cls(
+            torch.empty(columns, blocks, half // _LANE, dtype=torch.complex128),
+            torch.empty(columns, blocks * half, dtype=torch.uint8),
+            torch.empty(columns, blocks * half, dtype=x.dtype),
+            torch.empty(len(x), blocks * half, dtype=x.dtype),
+        )
+
+
+def _by_tiles(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    """x [rows, columns] times the weight's transpose, in x's dtype."""
+    found = order()
+    assert found is not None
+    blocks, columns, half = packed.shape
+    groups = len(scales)
+    # Lanes of 16 bytes: turning [blocks, columns, half] into [columns, blocks * half] moves them whole.
+    lanes = packed.view(torch.complex128)
+    factors = scales.view(groups, blocks, found.block, 2)
+    out = torch.empty(len(x), blocks, found.block, dtype=x.dtype)
+    some = tile_rows(columns, found.block) // found.block
+    for tile in torch.arange(blocks).split(some):
+        part = slice(int(tile[0]), int(tile[-1]) + 1)
+        if part.start == 0 or len(tile) < some:
+            turned, nibbles, decoded, result = _Buffers.make(x, len(tile), half)
+        turned.copy_(lanes[part].transpose(0, 1))
+        pairs = turned.view(columns, -1).view(torch.uint8)
+        for which in (found.low, found.high):
+            if which is found.low:
+                torch.bitwise_and(pairs, 15, out=nibbles)
+            else:
+                torch.bitwise_right_shift(pairs, 4, out=nibbles)
+            decoded.copy_(nibbles)
+            factor = factors[:, part, which].reshape(groups, 1, -1, 2).float()
+            scale, offset = factor[..., 0], factor[..., 1] - _OFFSET * factor[..., 0]
+            grouped = decoded.view(groups, columns // groups, -1)
+            torch.addcmul(offset.to(x.dtype), grouped, scale.to(x.dtype), out=grouped)
+            torch.mm(x, decoded, out=result)
+            out[:, part, which] = result.view(len(x), len(tile), half)
+    return out.view(len(x), -1)
+
+
+def _progression(numbers: list[int]) -> slice | None:
+    step = numbers[1] - numbers[0]
+    stop = numbers[0] + step * len(numbers)
+    return slice(numbers[0], stop, step) if step > 0 and numbers == list(range(numbers[0], stop, step)) else None

@@ -1,0 +1,51 @@
+"""Symmetric integers of 8 bits, one scale a row: torch's operator for few rows, tiles for many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from llmcomp.kernels.tiles import Grid, few_rows, product_dtype, tile_rows
+from llmcomp.schemes import Scheme
+from llmcomp.weights import QuantizedWeight
+
+# `aten::_weight_int8pack_mm` reads whole vectors: where they do not divide a row, two rows of inputs and more give
+# wrong numbers, or a segmentation fault (torch 2.13, columns 12, 20 and 33).
+VECTOR = 32
+
+
+def fits(scheme: Scheme, rows: int, columns: int, device: str) -> bool:
+    alone = scheme.bits == 8 and scheme.symmetric and scheme.groups(columns) == 1 and scheme.activations is None
+    return device == "cpu" and alone and columns % VECTOR == 0
+
+
+def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """`integers` int8 [rows, columns], and the operator's `factors` bf16 [rows]."""
+    return {"integers": weight.values, "factors": weight.scale.view(-1).to(torch.bfloat16)}
+
+
+def product(x: Tensor, held: Mapping[str, Tensor], grid: Grid) -> Tensor:
+    rows, integers = x.reshape(-1, x.shape[-1]), held["integers"]
+    if len(rows) <= few_rows():
+        out = torch.ops.aten._weight_int8pack_mm(rows.to(torch.bfloat16).contiguous(), integers, held["factors"])
+    else:
+        out = by_tiles(rows.to(product_dtype()), integers).mul_(grid.scale.view(-1))
+    return out.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def values(held: Mapping[str, Tensor], grid: Grid) -> Tensor:
+    return held["integers"]
+
+
+def by_tiles(x: Tensor, integers: Tensor) -> Tensor:
+    """x [rows, columns] times the transpose of integers [out, columns], in x's dtype."""
+    out = torch.empty(len(x), len(integers), dtype=x.dtype)
+    step = min(tile_rows(x.shape[1], 1), len(integers))
+    decoded = torch.empty(step, x.shape[1], dtype=x.dtype)
+    for start in range(0, len(integers), step):
+        tile = integers[start : start + step]
+        part = decoded[: len(tile)].copy_(tile)
+        out[:, start : start + step] = x @ part.t()
+    return out

@@ -1,0 +1,53 @@
+"""W8A8: inputs rounded to 8 bits as `llmcomp.activations` says, times integers of 8 bits, one scale a row.
+
+Where the machine multiplies int8 (VNNI, AMX) many rows are products of integers; elsewhere `torch._int_mm` is forty
+times slower than float32 (544 ms against 15 for 128 rows and a weight [2048, 2048], AVX2), and the rounded inputs are
+multiplied as floating numbers, which hold such integers exactly.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from llmcomp.activations import integers_of
+from llmcomp.kernels.int8 import VECTOR, by_tiles
+from llmcomp.kernels.tiles import Grid, few_rows, product_dtype
+from llmcomp.schemes import Scheme
+from llmcomp.weights import QuantizedWeight
+
+
+@functools.cache
+def multiplies_int8() -> bool:
+    """Whether this CPU has units for products of int8."""
+    return bool(torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def fits(scheme: Scheme, rows: int, columns: int, device: str) -> bool:
+    return device == "cpu" and scheme.activations is not None and columns % VECTOR == 0
+
+
+def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """`integers` int8 [rows, columns], and ones bf16 [rows] for the operator."""
+    ones = torch.ones(len(weight.values), dtype=torch.bfloat16)
+    return {"integers": weight.values, "ones": ones}
+
+
+def product(x: Tensor, held: Mapping[str, Tensor], grid: Grid) -> Tensor:
+    rounded, input_scales = integers_of(x, grid.input_scale)
+    rows, integers = rounded.reshape(-1, x.shape[-1]), held["integers"]
+    if multiplies_int8():
+        out = torch._int_mm(rows.to(torch.int8), integers.t()).float()
+    elif len(rows) <= few_rows():
+        out = torch.ops.aten._weight_int8pack_mm(rows.to(torch.bfloat16).contiguous(), integers, held["ones"]).float()
+    else:
+        out = by_tiles(rows.to(product_dtype()), integers).float()
+    out.mul_(grid.scale.view(-1).float())
+    return (out.view(*x.shape[:-1], -1) * input_scales.float()).to(x.dtype)
+
+
+def values(held: Mapping[str, Tensor], grid: Grid) -> Tensor:
+    return held["integers"]
