@@ -10,6 +10,7 @@ from typing import Any
 
 __all__ = [
     "Calibration",
+    "ExportResult",
     "LlmcompError",
     "Override",
     "QuantizeResult",
@@ -20,12 +21,13 @@ __all__ = [
     "RunOptions",
     "UserError",
     "evaluate",
+    "export",
     "load",
     "quantize",
 ]
 
 _HOMES = {
-    "llmcomp.api": ("QuantizeResult", "RunOptions", "evaluate", "load", "quantize"),
+    "llmcomp.api": ("ExportResult", "QuantizeResult", "RunOptions", "evaluate", "export", "load", "quantize"),
     "llmcomp.errors": ("LlmcompError", "RunError", "UserError"),
     "llmcomp.recipe": ("Calibration", "Override", "QuantizeStep", "Recipe"),
     "llmcomp.report.schema": ("Report",),

@@ -33,6 +33,14 @@ class QuantizeResult:
 
 
 @dataclass(frozen=True)
+class ExportResult:
+    """Where the export lies, and sentences on what is in it."""
+
+    output: Path
+    notes: list[str]
+
+
+@dataclass(frozen=True)
 class RunOptions:
     """How to run, as opposed to what to do: none of it changes a bit of the result, but for the device, whose products
     are summed in another order.
@@ -150,7 +158,9 @@ def evaluate(
 
 
 def load(directory: str | Path, *, progress: Progress | None = None) -> Any:
-    """The transformers model in a directory (or behind a name), in eval mode; whatever plain transformers opens.
+    """The transformers model in a directory (or behind a name), in eval mode, its weights packed where they lie so:
+    in llmcomp's own layout, and in compressed-tensors' for integers, whichever tool wrote it. What else plain
+    transformers opens is loaded as it does.
 
     Raises:
         ModelNotFound: nothing there.
@@ -159,6 +169,44 @@ def load(directory: str | Path, *, progress: Progress | None = None) -> Any:
     from llmcomp import hub
 
     path = hub.resolve(str(directory), progress=progress).path
+    from llmcomp.errors import BadCheckpoint
+    from llmcomp.formats.opening import open_checkpoint
     from llmcomp.measure.load import load as load_model
 
-    return load_model(path)
+    try:
+        opened = open_checkpoint(path)
+    except BadCheckpoint as error:  # no integers in groups, or not whole: transformers opens it or says why not
+        (progress or Silent()).note(f"Loaded as plain transformers does: {error}")
+        return load_model(path)
+    if not opened.schemes:
+        return load_model(path)
+    from llmcomp import hf, native
+
+    return load_model(path, config=hf.config_of(native.wrap(opened.config, native.describe(opened.schemes))))
+
+
+def export(
+    directory: str | Path,
+    output: str | Path,
+    format: str,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Write a checkpoint anew in another format, from its integers and scales, without the model it was made of.
+
+    Args:
+        directory: a local directory, Hub id, alias or 'sample:' name.
+        output: the directory to be made.
+        format: one of `llmcomp.exports.EXPORTS`.
+
+    Raises:
+        UserError: a format that there is not or that cannot represent something; an output that is there already.
+        RunError: what was written is not what was read; nothing appears.
+    """
+    from llmcomp import hub
+
+    path = hub.resolve(str(directory), progress=progress).path
+    from llmcomp.exports.run import export_to
+
+    return ExportResult(Path(output), export_to(path, Path(output), format, overwrite, progress or Silent()))

@@ -136,6 +136,8 @@ class PackedLinear(Packed):
         self.bias: Any = replaced.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.numel():  # an expert that no token goes to
+            return x.new_empty(*x.shape[:-1], self.out_features)
         out = KERNELS[self.kernel].product(x, self.held, self.grid)
         return out if self.bias is None else out + self.bias
 

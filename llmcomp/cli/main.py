@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from llmcomp.cli.evaluate import evaluate
+from llmcomp.cli.export import export
 from llmcomp.cli.inspect import inspect
 from llmcomp.cli.models import models
 from llmcomp.cli.plan import plan
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for _verb in (quantize, inspect, plan, evaluate, report, models):
+for _verb in (quantize, inspect, plan, evaluate, export, report, models):
     app.command(no_args_is_help=_verb is not models)(_verb)
 
 

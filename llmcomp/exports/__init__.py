@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from llmcomp.exports import checkpoint
 from llmcomp.formats.opening import Opened
 
 # (the opened checkpoint, an empty directory that gets the files) → sentences for the user. The caller copies the
 # tokenizer's files and makes the directory appear. What a format cannot represent is a UserError that names it.
 Export = Callable[[Opened, Path], list[str]]
 
-EXPORTS: dict[str, Export] = {}
+EXPORTS: dict[str, Export] = {
+    "compressed-tensors": checkpoint.compressed_tensors,
+    "llmcomp": checkpoint.own,
+    "dense": checkpoint.dense,
+}

@@ -83,7 +83,7 @@ def product(x: Tensor, held: Mapping[str, Tensor], grid: Grid) -> Tensor:
         )
     else:
         out = _by_tiles(rows.to(product_dtype()), packed, scales)
-    return out[:, : len(grid.scale)].to(x.dtype).view(*x.shape[:-1], -1)
+    return out[:, : len(grid.scale)].to(x.dtype).view(*x.shape[:-1], len(grid.scale))
 
 
 def values(held: Mapping[str, Tensor], grid: Grid) -> Tensor:

@@ -32,7 +32,7 @@ def product(x: Tensor, held: Mapping[str, Tensor], grid: Grid) -> Tensor:
         out = torch.ops.aten._weight_int8pack_mm(rows.to(torch.bfloat16).contiguous(), integers, held["factors"])
     else:
         out = by_tiles(rows.to(product_dtype()), integers).mul_(grid.scale.view(-1))
-    return out.to(x.dtype).view(*x.shape[:-1], -1)
+    return out.to(x.dtype).view(*x.shape[:-1], len(grid.scale))
 
 
 def values(held: Mapping[str, Tensor], grid: Grid) -> Tensor:

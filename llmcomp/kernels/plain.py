@@ -38,7 +38,7 @@ def product(x: Tensor, held: Mapping[str, Tensor], grid: Grid) -> Tensor:
         zero = None if grid.zero_point is None else grid.zero_point[part]
         integers = packing.unpack(held["words"][part], grid.scheme.bits, grid.columns)
         tiles.append(F.linear(rows, dequantize(integers, grid.scale[part].to(dtype), zero)))
-    return torch.cat(tiles, -1).to(x.dtype).view(*x.shape[:-1], -1)
+    return torch.cat(tiles, -1).to(x.dtype).view(*x.shape[:-1], len(grid.scale))
 
 
 def values(held: Mapping[str, Tensor], grid: Grid) -> Tensor:

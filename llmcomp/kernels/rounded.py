@@ -46,7 +46,7 @@ def product(x: Tensor, held: Mapping[str, Tensor], grid: Grid) -> Tensor:
     else:
         out = by_tiles(rows.to(product_dtype()), integers).float()
     out.mul_(grid.scale.view(-1).float())
-    return (out.view(*x.shape[:-1], -1) * input_scales.float()).to(x.dtype)
+    return (out.view(*x.shape[:-1], len(grid.scale)) * input_scales.float()).to(x.dtype)
 
 
 def values(held: Mapping[str, Tensor], grid: Grid) -> Tensor:

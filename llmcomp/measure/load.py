@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 
 from llmcomp import bnb, native
-from llmcomp.errors import BadCheckpoint, BadData
+from llmcomp.errors import BadCheckpoint, BadData, LlmcompError
 from llmcomp.feeds import around, task_beyond_text
 from llmcomp.sentences import is_sentence_encoder
 from llmcomp.shards import read_json_object
@@ -66,23 +66,29 @@ def task_of(directory: str | Path) -> str:
     )
 
 
-def load(directory: str | Path, task: str | None = None) -> nn.Module:
+def load(directory: str | Path, task: str | None = None, config: Any = None) -> nn.Module:
     """The model in eval mode, in the dtype it is stored in, on the CPU, after its `first_forward`.
+
+    Args:
+        config: a transformers config to load it by, None for its own.
 
     Raises:
         BadCheckpoint: transformers cannot load it, or had to make up weights that the files lack.
     """
     auto = getattr(transformers, AUTO[task or task_of(directory)])
-    config = read_json_object(Path(directory) / "config.json")
-    if bnb.is_bnb(config):
+    stored = read_json_object(Path(directory) / "config.json")
+    if bnb.is_bnb(stored):
         bnb.silence()
-    native.register(config)
+    native.register(stored)
+    given = {} if config is None else {"config": config}
     try:
         with _quiet():
             model, info = auto.from_pretrained(
-                str(directory), output_loading_info=True, local_files_only=True, **bnb.placement(config)
+                str(directory), output_loading_info=True, local_files_only=True, **bnb.placement(stored), **given
             )
             first_forward(model.eval())
+    except LlmcompError:
+        raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise BadCheckpoint(f"transformers cannot load {directory}: {reason[:300]}") from error

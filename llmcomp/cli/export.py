@@ -1,0 +1,41 @@
+"""`llmcomp export`: a checkpoint in another format, without the model it was made of."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export(
+    directory: Annotated[str, typer.Argument(help="A checkpoint: directory, sample, alias or Hub id.")],
+    output: Annotated[Path, typer.Argument(help="The directory to make.", show_default=False)],
+    format: Annotated[
+        str,
+        typer.Option("--format", help="compressed-tensors, dense or llmcomp.", show_default=False),
+    ],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+) -> None:
+    """Write a checkpoint in another format, from its own integers.
+
+    Examples:
+
+        llmcomp export tinyllama-gptq-w4 tinyllama-packed --format llmcomp
+
+        llmcomp export tinyllama-gptq-w4 tinyllama-dense --format dense
+    """
+    from llmcomp.cli.progress import listener
+
+    with listener(json) as progress:
+        from llmcomp import api
+
+        result = api.export(directory, output, format, overwrite=overwrite, progress=progress)
+    if json:
+        typer.echo(json_module.dumps({"output": str(result.output), "notes": result.notes}, indent=1))
+        return
+    for note in result.notes:
+        typer.echo(f"note: {note}", err=True)
+    typer.echo(result.output)

@@ -1,0 +1,96 @@
+"""Exports that are transformers checkpoints again: compressed-tensors, llmcomp's own layout, dense."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from llmcomp.errors import BadRecipe, VerificationFailed
+from llmcomp.formats import FORMATS, Layout
+from llmcomp.formats.opening import Opened
+from llmcomp.formats.reading import decoded, stored_modules, stored_tensors
+from llmcomp.formats.save import ShardWriter, checkpoint_config
+from llmcomp.measure.cost import loaded_bytes
+from llmcomp.measure.load import load
+
+_SHARD = 1 << 30  # bytes of a file, about: what is held while one is put together
+
+
+def compressed_tensors(opened: Opened, target: Path) -> list[str]:
+    return _write("compressed-tensors", opened, target)
+
+
+def own(opened: Opened, target: Path) -> list[str]:
+    return _write("llmcomp", opened, target)
+
+
+def dense(opened: Opened, target: Path) -> list[str]:
+    return _write("dense", opened, target)
+
+
+def _write(form: str, opened: Opened, target: Path) -> list[str]:
+    """Write one of `FORMATS`, then read every weight back by the format's own library and compare.
+
+    Raises:
+        BadRecipe: the format cannot hold these schemes, or there are none.
+        VerificationFailed: what was written decodes to something else, or transformers cannot load it.
+    """
+    if form != "dense" and not opened.schemes:
+        raise BadRecipe(f"{opened.directory} holds no packed weights; `llmcomp quantize` makes some.")
+    entries = [(opened.ref(module), scheme) for module, scheme in opened.schemes.items()]
+    layout = FORMATS[form](entries, opened.skeleton)
+    writer, order = ShardWriter(target.parent), list[str]()
+    for tensors in _shards(opened, layout):
+        order.append(f"part-{len(order):05d}")
+        writer.write(order[-1], tensors)
+    architecture = str((opened.config.get("architectures") or [type(opened.skeleton).__name__])[0])
+    dtype = str(opened.config.get("dtype") or "float32")
+    writer.finish(order, checkpoint_config(opened.config, architecture, dtype, layout.config(opened.skeleton)))
+    notes = [*layout.notes, *(f"{name} is stored dense: {reason}." for name, reason in layout.dense.items())]
+    return [*notes, _compare(opened, target)]
+
+
+def _shards(opened: Opened, layout: Layout) -> Iterator[dict[str, Tensor]]:
+    """All tensors of the checkpoint, in files of about `_SHARD` bytes."""
+    held: dict[str, Tensor] = {}
+    for tensors in _tensors(opened, layout):
+        held |= tensors
+        if sum(tensor.nbytes for tensor in held.values()) >= _SHARD:
+            yield held
+            held = {}
+    if held:
+        yield held
+
+
+def _tensors(opened: Opened, layout: Layout) -> Iterator[dict[str, Tensor]]:
+    for module in opened.schemes:
+        yield layout.tensors(opened.ref(module), opened.weight(module))
+    for name in opened.plain:
+        yield {name: opened.tensor(name)}
+
+
+def _compare(opened: Opened, target: Path) -> str:
+    tensors = stored_tensors(target)
+    source = {f"{module}.weight": module for module in opened.schemes}
+    missing = {*source, *opened.plain}
+    for name, tensor in decoded(tensors, stored_modules(target, tensors)):
+        expected = _dense(opened, source[name]) if name in source else opened.tensor(name)
+        if expected.dtype != tensor.dtype or not torch.equal(tensor, expected):
+            raise VerificationFailed(f"{name} has other values in the export than in {opened.directory}.")
+        missing.remove(name)
+    if missing:
+        raise VerificationFailed(f"{min(missing)} of {opened.directory} is not in the export ({len(missing)} such).")
+    count = len(source) + len(opened.plain)
+    if loaded_bytes(target) > 0.8 * psutil.virtual_memory().available:
+        return f"{count} tensors read back equal to the bit; the model does not fit into memory to be loaded."
+    load(target)
+    return f"{count} tensors read back equal to the bit, and transformers loads it with nothing missing."
+
+
+def _dense(opened: Opened, module: str) -> Tensor:
+    weight = opened.weight(module).dense()
+    return weight.t() if opened.ref(module).transposed else weight

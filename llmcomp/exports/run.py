@@ -1,0 +1,48 @@
+"""One export, from a directory to a directory that appears whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from llmcomp.checkpoint import Checkpoint
+from llmcomp.errors import BadRecipe
+from llmcomp.exports import EXPORTS
+from llmcomp.formats.opening import open_checkpoint
+from llmcomp.formats.save import CHECKPOINT, partial_of, preflight, publish, writing
+from llmcomp.progress import Progress
+
+
+def export_to(directory: Path, output: Path, form: str, overwrite: bool, progress: Progress) -> list[str]:
+    """Write `directory` anew as `output`; returns the notes.
+
+    Raises:
+        UserError: no such format, what it cannot represent, or an output that may not be replaced.
+        RunError: the disk, or an export that is not what it was made of.
+    """
+    if form not in EXPORTS:
+        raise BadRecipe(f"--format {form} cannot be: choose one of {', '.join(EXPORTS)}.")
+    checkpoint = Checkpoint.open(directory)
+    preflight(output, overwrite, checkpoint.nbytes)
+    progress.phase("open")
+    opened = open_checkpoint(directory)
+    partial = partial_of(output)
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed; none is resumed
+    target = partial / CHECKPOINT
+    try:
+        with writing(target):
+            target.mkdir(parents=True)
+        progress.phase(f"write {form}")
+        notes = EXPORTS[form](opened, target)
+        with writing(target):
+            for file in checkpoint.copied_files():
+                copy = target / file.relative_to(directory)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                if file.is_dir():
+                    copy.mkdir(exist_ok=True)
+                elif not copy.exists():
+                    shutil.copyfile(file, copy)
+        publish(partial, output, overwrite)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return notes

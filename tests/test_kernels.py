@@ -1,0 +1,174 @@
+"""Every kernel against float64, by whatever route it takes: few rows, many rows, odd widths, padding, no rows."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llmcomp.activations import quantized
+from llmcomp.kernels import KERNELS, int4, kernel_for, rounded, tiles
+from llmcomp.kernels.tiles import Grid
+from llmcomp.schemes import Scheme
+from llmcomp.weights import QuantizedWeight
+
+# Relative error of a product: factors rounded to bf16 (2^-9 each) and a result in bf16.
+BF16 = 6e-3
+
+
+def made(
+    scheme: Scheme, rows: int, columns: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> QuantizedWeight:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (rows, scheme.groups(columns))
+    values = torch.randint(scheme.qmin, scheme.qmax + 1, (rows, columns), generator=generator, dtype=torch.int8)
+    scale = (torch.rand(shape, generator=generator) + 0.5).mul(0.02).to(dtype)
+    zero = None
+    if not scheme.symmetric:
+        zero = torch.randint(scheme.qmin, scheme.qmax + 1, shape, generator=generator, dtype=torch.int8)
+    static = torch.tensor([0.03], dtype=dtype) if scheme.activations == "int8-static" else None
+    return QuantizedWeight(values, scale, zero, scheme, static)
+
+
+def reference(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """x W' in float64, from integers, scales and zero points one by one."""
+    columns = weight.values.shape[1]
+    group = columns // weight.scale.shape[1]
+    dense = weight.values.double()
+    if weight.zero_point is not None:
+        dense -= weight.zero_point.double().repeat_interleave(group, 1)
+    dense *= weight.scale.double().repeat_interleave(group, 1)
+    if weight.scheme.activations:
+        x = quantized(x, weight.input_scale)
+    return x.double() @ dense.t()
+
+
+def product(x: Tensor, weight: QuantizedWeight, kernel: str | None = None) -> tuple[Tensor, str]:
+    rows, columns = weight.values.shape
+    name = kernel or kernel_for(weight.scheme, rows, columns, "cpu")
+    grid = Grid(weight.scheme, columns, weight.scale, weight.zero_point, weight.input_scale)
+    held = KERNELS[name].hold(weight)
+    assert torch.equal(KERNELS[name].values(held, grid), weight.values)
+    return KERNELS[name].product(x, held, grid), name
+
+
+def close(found: Tensor, expected: Tensor, allowed: float = BF16) -> None:
+    assert found.shape == expected.shape
+    assert float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30)) < allowed
+
+
+SCHEMES = {
+    "int4": [Scheme(4, 128), Scheme(4, 32), Scheme(4), Scheme(4, 64, False), Scheme(3, 128), Scheme(2, 64, False)],
+    "int8": [Scheme(8)],
+    "a8": [Scheme(8, activations="int8-dynamic"), Scheme(8, activations="int8-static")],
+    "plain": [Scheme(8, 128), Scheme(8, symmetric=False)],
+}
+
+
+@pytest.mark.parametrize("rows", [1, 3, tiles.few_rows(), tiles.few_rows() + 1, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kernel", "scheme"), [(name, one) for name, some in SCHEMES.items() for one in some])
+def test_a_product_is_that_of_the_decoded_weight(
+    kernel: str, scheme: Scheme, dtype: torch.dtype, rows: int
+) -> None:
+    weight = made(scheme, 96, 256, dtype)
+    x = torch.randn(2, rows, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found, name = product(x, weight)
+    assert name == kernel
+    assert found.dtype == dtype
+    close(found, reference(x, weight))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (7, 64), (65, 96), (130, 288), (64, 1056)])
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("scheme", [Scheme(4), Scheme(4, 32), Scheme(8), Scheme(8, activations="int8-dynamic")])
+def test_widths_that_no_block_divides(scheme: Scheme, tokens: int, rows: int, columns: int) -> None:
+    weight = made(scheme, rows, columns)
+    x = torch.randn(1, tokens, columns, generator=torch.Generator().manual_seed(2)).bfloat16()
+    found, name = product(x, weight)
+    assert name != "plain"
+    close(found, reference(x, weight), 2 * BF16)
+
+
+@pytest.mark.parametrize("columns", [12, 20, 33])
+@pytest.mark.parametrize(
+    "scheme", [Scheme(4), Scheme(8), Scheme(3, symmetric=False), Scheme(8, activations="int8-dynamic")]
+)
+def test_widths_that_operators_read_past_go_the_plain_way(scheme: Scheme, columns: int) -> None:
+    weight = made(scheme, 5, columns, torch.float32)
+    x = torch.randn(1, 3, columns, generator=torch.Generator().manual_seed(3))
+    found, name = product(x, weight)
+    assert name == "plain"
+    close(found, reference(x, weight))
+
+
+def test_int4_tiles_are_what_the_operator_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = made(Scheme(4, 64, False), 160, 512)
+    x = torch.randn(16, 512, generator=torch.Generator().manual_seed(4)).bfloat16()
+    operator, _ = product(x, weight, "int4")
+    monkeypatch.setattr(int4, "few_rows", lambda: 0)
+    monkeypatch.setattr(int4, "tile_rows", lambda columns, step: 2 * step)  # three tiles, the last one smaller
+    tiled, _ = product(x, weight, "int4")
+    close(tiled, operator.double(), 2e-2 if tiles.product_dtype() == torch.bfloat16 else BF16)
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_rounded_inputs_with_and_without_units_for_int8(monkeypatch: pytest.MonkeyPatch, units: bool) -> None:
+    monkeypatch.setattr(rounded, "multiplies_int8", lambda: units)
+    weight = made(Scheme(8, activations="int8-dynamic"), 48, 1024, torch.float32)
+    for tokens in (1, 40):
+        x = torch.randn(1, tokens, 1024, generator=torch.Generator().manual_seed(5))
+        found, _ = product(x, weight, "a8")
+        exact = units or (tokens > tiles.few_rows() and tiles.product_dtype() == torch.float32)
+        close(found, reference(x, weight), 1e-6 if exact else BF16)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    bits=st.sampled_from([2, 3, 4]), symmetric=st.booleans(), rows=st.integers(1, 140), words=st.integers(1, 9),
+    tokens=st.integers(1, 60), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_int4_shape(bits: int, symmetric: bool, rows: int, words: int, tokens: int, seed: int) -> None:
+    weight = made(Scheme(bits, 32, symmetric), rows, 32 * words, torch.float32, seed)
+    x = torch.randn(1, tokens, 32 * words, generator=torch.Generator().manual_seed(seed))
+    found, name = product(x, weight)
+    assert name == "int4"
+    # Each of input, scale, offset and result is rounded to bf16, 2^-9 of itself; sums may cancel, so each term counts.
+    terms = weight.values.abs().double() + 8
+    if weight.zero_point is not None:
+        terms += weight.zero_point.abs().double().repeat_interleave(32, 1)
+    bound = x.abs().double() @ (terms * weight.scale.double().repeat_interleave(32, 1)).t()
+    assert bool(((found.double() - reference(x, weight)).abs() <= 2**-7 * bound).all())
+
+
+def test_order_covers_every_row_of_a_block() -> None:
+    order = int4.order()
+    assert order is not None
+    rows = list(range(order.block))
+    assert sorted(rows[order.low] + rows[order.high]) == rows
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_the_order_of_lesser_machines_is_found_too(capability: str) -> None:
+    """What torch lays out depends on the instruction set, which an environment variable lowers."""
+    code = (
+        "import torch, test_kernels as t\n"
+        "from llmcomp.schemes import Scheme\n"
+        "w = t.made(Scheme(4, 64, False), 80, 256)\n"
+        "for n in (2, 50):\n"
+        "    x = torch.randn(n, 256).bfloat16()\n"
+        "    t.close(t.product(x, w, 'int4')[0], t.reference(x, w), 2e-2)\n"
+    )
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)}
+    folder = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
