@@ -175,6 +175,20 @@ def from_tensors(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeig
     Raises:
         BadCheckpoint: a tensor that is missing, or of another shape or dtype than the scheme asks for.
     """
+    rows, columns = check(tensors, scheme)
+    zero = None
+    if not scheme.symmetric:
+        zero = packing.unpack(tensors[ZERO_POINT], scheme.bits, rows, 0)
+    values = packing.unpack(tensors[PACKED], scheme.bits, columns)
+    return QuantizedWeight(values, tensors[SCALE], zero, scheme, tensors.get(INPUT_SCALE))
+
+
+def check(tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[int, int]:
+    """The shape [out, in] of a weight in this layout.
+
+    Raises:
+        BadCheckpoint: a tensor that is missing, or of another shape or dtype than the scheme asks for.
+    """
     shapes = shapes_of(tensors[SHAPE].tolist() if SHAPE in tensors else (), scheme)
     for name, (dtype, shape) in shapes.items():
         if name not in tensors:
@@ -184,11 +198,7 @@ def from_tensors(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeig
             wanted = f"{dtype or 'a floating type'} {list(shape)}".removeprefix("torch.")
             raise BadCheckpoint(f"{name} is {found}, expected {wanted}")
     rows, columns = tensors[SHAPE].tolist()
-    zero = None
-    if not scheme.symmetric:
-        zero = packing.unpack(tensors[ZERO_POINT], scheme.bits, rows, 0)
-    values = packing.unpack(tensors[PACKED], scheme.bits, columns)
-    return QuantizedWeight(values, tensors[SCALE], zero, scheme, tensors.get(INPUT_SCALE))
+    return rows, columns
 
 
 def read(state: Mapping[str, Tensor], scheme: Scheme, transposed: bool) -> QuantizedWeight:
@@ -203,11 +213,11 @@ def read(state: Mapping[str, Tensor], scheme: Scheme, transposed: bool) -> Quant
     """
     if absent := [name for name in (SCALE, *(() if scheme.symmetric else (ZERO_POINT,))) if name not in state]:
         raise BadCheckpoint(f"{absent[0]} is missing")
-    scale, zero = state[SCALE], None if scheme.symmetric else state[ZERO_POINT]
-    packs_zeros = zero is None or (zero.dtype == torch.int32 and zero.shape != scale.shape)
-    turned = transposed and len(scale) != int(state[SHAPE][0]) if SHAPE in state else transposed
-    if PACKED in state and not turned and scale.numel() > 1 and packs_zeros:
+    if is_own(state, scheme, transposed):
         return from_tensors(state, scheme)
+    scale, zero = state[SCALE], None if scheme.symmetric else state[ZERO_POINT]
+    packs_zeros = zero is None or _packs_zeros(zero, scale)
+    turned = _turned(state, transposed)
     if PACKED in state and SHAPE in state:
         values = packing.unpack(state[PACKED], scheme.bits, int(state[SHAPE][1]))
     elif state.get("weight", scale).dtype == torch.int8:
@@ -223,6 +233,22 @@ def read(state: Mapping[str, Tensor], scheme: Scheme, transposed: bool) -> Quant
     return QuantizedWeight(
         values.contiguous(), scale.expand(shape).contiguous(), zero, scheme, state.get(INPUT_SCALE)
     )
+
+
+def is_own(state: Mapping[str, Tensor], scheme: Scheme, transposed: bool) -> bool:
+    """Whether the tensors of a module are those of this layout, rather than another of compressed-tensors'."""
+    if PACKED not in state or _turned(state, transposed) or state[SCALE].numel() <= 1 < state[PACKED].shape[0]:
+        return False
+    return scheme.symmetric or _packs_zeros(state[ZERO_POINT], state[SCALE])
+
+
+def _turned(state: Mapping[str, Tensor], transposed: bool) -> bool:
+    """Whether a Conv1D's weight lies as the module holds it, [in, out]."""
+    return transposed and (SHAPE not in state or len(state[SCALE]) != int(state[SHAPE][0]))
+
+
+def _packs_zeros(zero: Tensor, scale: Tensor) -> bool:
+    return zero.dtype == torch.int32 and zero.shape != scale.shape
 
 
 def shapes_of(shape: Any, scheme: Scheme) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +19,7 @@ from llmcomp.kernels.tiles import Grid
 from llmcomp.schemes import Scheme
 from llmcomp.weights import QuantizedWeight, dequantize
 
+_MADV_PAGEOUT = 21  # Linux 5.4; elsewhere in the numbering there is nothing, and the call does nothing
 _HELD = "held_"  # what a kernel keeps, as buffers that no checkpoint has
 
 
@@ -50,24 +54,38 @@ class Packed(nn.Module):
         Raises:
             BadCheckpoint: a tensor of another shape than the module's.
         """
-        state = {name: self._buffers.pop(name) for name in native.PARTS if name in self._buffers}
-        loaded = {name: one for name, one in state.items() if one is not None}
-        weight = native.read(loaded, self.scheme, self.transposed)
-        if tuple(weight.shape) != (self.out_features, self.in_features):
-            raise BadCheckpoint(
-                f"it is {list(weight.shape)}, and the model wants {[self.out_features, self.in_features]}"
-            )
-        self.hold(weight)
+        loaded = {name: self.get_buffer(name) for name in native.PARTS if self._buffers.get(name) is not None}
+        if native.is_own(loaded, self.scheme, self.transposed):  # words as they are: unpacking takes most of the time
+            shape = native.check(loaded, self.scheme)
+            zero = None if self.scheme.symmetric else loaded[native.ZERO_POINT]
+            zero = None if zero is None else packing.unpack(zero, self.scheme.bits, shape[0], 0)
+            words, scale, input_scale = loaded[native.PACKED], loaded[native.SCALE], loaded.get(native.INPUT_SCALE)
+        else:
+            weight = native.read(loaded, self.scheme, self.transposed)
+            shape = (weight.shape[0], weight.shape[1])
+            words, scale, zero = packing.pack(weight.values, self.scheme.bits), weight.scale, weight.zero_point
+            input_scale = weight.input_scale
+        if shape != (self.out_features, self.in_features):
+            raise BadCheckpoint(f"it is {list(shape)}, and the model wants {[self.out_features, self.in_features]}")
+        for name in loaded:
+            del self._buffers[name]
+        self.hold(words, Grid(self.scheme, self.in_features, scale, zero, input_scale))
+        for tensor in loaded.values():
+            page_out(tensor)
 
-    def hold(self, weight: QuantizedWeight) -> None:
-        """Keep a weight, laid out for products on the device where it is."""
+    def hold(self, words: Tensor, grid: Grid) -> None:
+        """Keep a weight, laid out for products on the device where it is.
+
+        Args:
+            words: its integers, int32 [out_features, words] (`llmcomp.packing`).
+        """
         for name in [name for name in self._buffers if name.startswith(_HELD)]:
             del self._buffers[name]
-        self.kernel = self._kernel(weight)
-        kept = {"scale": weight.scale, "zero_point": weight.zero_point, native.INPUT_SCALE: weight.input_scale}
+        self.kernel = self._kernel(words.device.type)
+        kept = {"scale": grid.scale, "zero_point": grid.zero_point, native.INPUT_SCALE: grid.input_scale}
         for name, tensor in kept.items():
             self.register_buffer(name, tensor, persistent=False)
-        for name, tensor in KERNELS[self.kernel].hold(weight).items():
+        for name, tensor in KERNELS[self.kernel].hold(words, grid).items():
             self.register_buffer(_HELD + name, tensor, persistent=False)
 
     @property
@@ -99,8 +117,8 @@ class Packed(nn.Module):
             dense = self.quantized().dense()
         return dense.t() if self.transposed else dense
 
-    def _kernel(self, weight: QuantizedWeight) -> str:
-        return kernel_for(self.scheme, self.out_features, self.in_features, weight.values.device.type)
+    def _kernel(self, device: str) -> str:
+        return kernel_for(self.scheme, self.out_features, self.in_features, device)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -113,19 +131,30 @@ class Packed(nn.Module):
         if not self.kernel:
             super()._apply(fn, recurse)
             return self
-        weight = self.quantized()
-        device = fn(weight.scale).device
-        moved: dict[str, Any] = {
-            name: None if getattr(weight, name) is None else getattr(weight, name).to(device)
-            for name in ("values", "zero_point", native.INPUT_SCALE)
-        }
+        grid, weight = self.grid, self.quantized()
+        scale = fn(grid.scale)
+        zero, rounded = (None if one is None else one.to(scale.device) for one in (grid.zero_point, grid.input_scale))
         for parameter in self.parameters():
             parameter.data = fn(parameter.data)
-        self.hold(QuantizedWeight(scheme=self.scheme, scale=fn(weight.scale), **moved))
+        words = packing.pack(weight.values, self.scheme.bits).to(scale.device)
+        self.hold(words, grid._replace(scale=scale, zero_point=zero, input_scale=rounded))
         return self
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme.label}, kernel={self.kernel or None}"
+
+
+def page_out(tensor: Tensor) -> None:
+    """Take a tensor that has been read out of resident memory, where Linux can: what a file maps is read again if it is
+    ever asked for. Files stay mapped while any of their tensors lives, so a layout that was read once would stay with
+    the one that was made of it."""
+    if tensor.device.type != "cpu" or not sys.platform.startswith("linux"):
+        return
+    page = mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // page) * page
+    length = (tensor.data_ptr() + tensor.nbytes) // page * page - start
+    if length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_PAGEOUT)
 
 
 class PackedLinear(Packed):
@@ -160,5 +189,5 @@ class PackedEmbedding(Packed):
         rows = dequantize(integers, F.embedding(flat, grid.scale), zero).view(*ids.shape, self.in_features)
         return rows if self.embed_scale is None else rows * torch.as_tensor(self.embed_scale).to(rows)
 
-    def _kernel(self, weight: QuantizedWeight) -> str:
+    def _kernel(self, device: str) -> str:
         return "plain"

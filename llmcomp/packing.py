@@ -53,9 +53,13 @@ def unpack(packed: Tensor, bits: int, count: int, dim: int = 1) -> Tensor:
     """
     if dim == 0:
         return unpack(packed.t(), bits, count).t().contiguous()
-    padded = F.pad(packed, (0, -packed.shape[1] % bits)).contiguous()
+    spare = -packed.shape[1] % bits
+    padded = F.pad(packed, (0, spare)) if spare else packed.contiguous()  # a padding of nothing is a copy
     values = _values_from_bytes(padded.view(-1).view(torch.uint8), bits).view(packed.shape[0], -1)
-    return values[:, :count].view(torch.int8).sub(1 << (bits - 1)).contiguous()
+    signed = values[:, :count].view(torch.int8)
+    if bits == 8 or signed.numel() < values.numel():  # bits of 8 are the words' own memory
+        return signed.sub(1 << (bits - 1)).contiguous()
+    return signed.sub_(1 << (bits - 1))
 
 
 def _bytes_from_values(unsigned: Tensor, bits: int) -> Tensor:
@@ -84,4 +88,7 @@ def _values_from_bytes(packed: Tensor, bits: int) -> Tensor:
     if bits == 3:
         three = F.pad(packed.view(-1, 3), (0, 1)).view(torch.int32)  # [n / 8, 1]: 24 bits each
         return torch.cat([(three >> (3 * place) & mask).to(torch.uint8) for place in range(8)], -1)
-    return torch.stack([packed >> (bits * place) & mask for place in range(8 // bits)], -1)
+    values = torch.empty(len(packed), 8 // bits, dtype=torch.uint8, device=packed.device)
+    for place in range(8 // bits):
+        torch.bitwise_and(packed if place == 0 else packed >> (bits * place), mask, out=values[:, place])
+    return values

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llmcomp import packing
 from llmcomp.activations import quantized
 from llmcomp.kernels import KERNELS, int4, kernel_for, rounded, tiles
 from llmcomp.kernels.tiles import Grid
@@ -54,7 +55,7 @@ def product(x: Tensor, weight: QuantizedWeight, kernel: str | None = None) -> tu
     rows, columns = weight.values.shape
     name = kernel or kernel_for(weight.scheme, rows, columns, "cpu")
     grid = Grid(weight.scheme, columns, weight.scale, weight.zero_point, weight.input_scale)
-    held = KERNELS[name].hold(weight)
+    held = KERNELS[name].hold(packing.pack(weight.values, weight.scheme.bits), grid)
     assert torch.equal(KERNELS[name].values(held, grid), weight.values)
     return KERNELS[name].product(x, held, grid), name
 

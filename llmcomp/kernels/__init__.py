@@ -25,7 +25,6 @@ from torch import Tensor
 from llmcomp.kernels import int4, int8, plain, rounded
 from llmcomp.kernels.tiles import Grid
 from llmcomp.schemes import Scheme
-from llmcomp.weights import QuantizedWeight
 
 Held = Mapping[str, Tensor]
 
@@ -36,13 +35,14 @@ class Kernel:
 
     Attributes:
         fits: (scheme, rows, columns, device type) → whether it takes such a weight [rows, columns].
-        hold: what is kept of a weight, besides its `Grid`; on the weight's device.
+        hold: (integers as a file holds them, int32 [rows, words], `llmcomp.packing`; grid) → what is kept of a weight
+            besides its grid, on the same device.
         product: (inputs [..., columns], what is held, grid) → [..., rows] in the inputs' dtype.
         values: (what is held, grid) → the integers int8 [rows, columns] that `hold` was given.
     """
 
     fits: Callable[[Scheme, int, int, str], bool]
-    hold: Callable[[QuantizedWeight], dict[str, Tensor]]
+    hold: Callable[[Tensor, Grid], dict[str, Tensor]]
     product: Callable[[Tensor, Held, Grid], Tensor]
     values: Callable[[Held, Grid], Tensor]
 

@@ -12,16 +12,20 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from llmcomp import packing
 from llmcomp.kernels.tiles import Grid, few_rows, product_dtype, tile_rows
 from llmcomp.schemes import Scheme
-from llmcomp.weights import QuantizedWeight
 
 _GROUPS = (256, 128, 64, 32)  # that the operator knows
 _PAD = 64  # rows are filled up to this, which every instruction set's block divides
 _LANE = 16  # bytes that move together when a block is turned, as one complex128
 _OFFSET = 8  # a nibble holds the integer plus this
+_LOW = 0x0F0F0F0F  # the low nibbles of a word
+_ZEROS = -0x77777778  # a word of eight nibbles of 8
+_SLAB = 1 << 17  # words that are laid out at a time, so that what is made on the way stays in the cache
 
 
 class Order(NamedTuple):
@@ -59,17 +63,21 @@ def fits(scheme: Scheme, rows: int, columns: int, device: str) -> bool:
     )
 
 
-def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
+def hold(words: Tensor, grid: Grid) -> dict[str, Tensor]:
     """`packed` uint8 [rows / block, columns, block / 2], and the operator's `scales` bf16 [groups, rows, 2]."""
     found = order()
     assert found is not None
-    rows, columns = weight.values.shape
-    padded = -(-rows // _PAD) * _PAD
-    nibbles = torch.full((padded, columns), _OFFSET, dtype=torch.uint8)
-    torch.add(weight.values, _OFFSET, out=nibbles[:rows].view(torch.int8))
-    blocks = nibbles.view(-1, found.block, columns)
-    packed = (blocks[:, found.high] << 4).bitwise_or_(blocks[:, found.low]).transpose(1, 2).contiguous()
-    return {"packed": packed, "scales": _operator_scales(weight.scale, weight.zero_point, padded, columns)}
+    if grid.scheme.bits < 4:
+        words = packing.pack(packing.unpack(words, grid.scheme.bits, grid.columns), 4)
+    padded = -(-len(words) // _PAD) * _PAD
+    if padded > len(words):
+        words = F.pad(words, (0, 0, 0, padded - len(words)), value=_ZEROS)
+    packed = torch.empty(padded // found.block, grid.columns, found.block // 2, dtype=torch.uint8)
+    slab = max(1, _SLAB // (words.shape[1] * _PAD)) * _PAD
+    for start in range(0, padded, slab):
+        stop = min(start + slab, padded)
+        packed[start // found.block : stop // found.block] = _interleaved(words[start:stop], found)
+    return {"packed": packed, "scales": _operator_scales(grid, padded)}
 
 
 def product(x: Tensor, held: Mapping[str, Tensor], grid: Grid) -> Tensor:
@@ -96,8 +104,30 @@ def values(held: Mapping[str, Tensor], grid: Grid) -> Tensor:
     return nibbles.view(-1, grid.columns)[: len(grid.scale)].view(torch.int8) - _OFFSET
 
 
-def _operator_scales(scale: Tensor, zero: Tensor | None, padded: int, columns: int) -> Tensor:
+def _interleaved(words: Tensor, found: Order) -> Tensor:
+    """Words [rows, columns / 8], eight columns of a row each, as the operator's uint8 [blocks, columns, block / 2].
+
+    Two rows meet in a byte by shifts of whole words; then words change places with rows, and their four bytes are
+    taken apart. Bytes never move one by one, which would take ten times as long.
+    """
+    blocks = words.view(-1, found.block, words.shape[1])
+    count, rows, width = blocks.shape
+    low, high = blocks[:, found.low], blocks[:, found.high]
+    even = (low & _LOW).bitwise_or_((high & _LOW) << 4)
+    odd = ((low >> 4) & _LOW).bitwise_or_(high & ~_LOW)
+    out = torch.empty(count, width, 4, 2, rows // 2 // _LANE, dtype=torch.complex128)
+    for parity, pairs in enumerate((even, odd)):
+        turned = pairs.transpose(1, 2).contiguous()
+        lane = torch.empty(turned.shape, dtype=torch.uint8)
+        for byte in range(4):
+            lane.copy_(turned >> (8 * byte))
+            out[:, :, byte, parity] = lane.view(torch.complex128)
+    return out.view(torch.uint8).view(count, 8 * width, rows // 2)
+
+
+def _operator_scales(grid: Grid, padded: int) -> Tensor:
     """Per group and row the scale and what a nibble of 8 stands for: `w = (nibble - 8) * scale + offset`."""
+    scale, zero, columns = grid.scale, grid.zero_point, grid.columns
     group = next(size for size in _GROUPS if (columns // scale.shape[1]) % size == 0)
     repeats = columns // scale.shape[1] // group
     pairs = torch.zeros(columns // group, padded, 2, dtype=torch.bfloat16)

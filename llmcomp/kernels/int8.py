@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from llmcomp import packing
 from llmcomp.kernels.tiles import Grid, few_rows, product_dtype, tile_rows
 from llmcomp.schemes import Scheme
-from llmcomp.weights import QuantizedWeight
 
 # `aten::_weight_int8pack_mm` reads whole vectors: where they do not divide a row, two rows of inputs and more give
 # wrong numbers, or a segmentation fault (torch 2.13, columns 12, 20 and 33).
@@ -21,9 +21,10 @@ def fits(scheme: Scheme, rows: int, columns: int, device: str) -> bool:
     return device == "cpu" and alone and columns % VECTOR == 0
 
 
-def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
+def hold(words: Tensor, grid: Grid) -> dict[str, Tensor]:
     """`integers` int8 [rows, columns], and the operator's `factors` bf16 [rows]."""
-    return {"integers": weight.values, "factors": weight.scale.view(-1).to(torch.bfloat16)}
+    integers = packing.unpack(words, 8, grid.columns)
+    return {"integers": integers, "factors": grid.scale.view(-1).to(torch.bfloat16)}
 
 
 def product(x: Tensor, held: Mapping[str, Tensor], grid: Grid) -> Tensor:

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from llmcomp import packing
 from llmcomp.activations import integers_of
 from llmcomp.kernels.int8 import VECTOR, by_tiles
 from llmcomp.kernels.tiles import Grid, few_rows, product_dtype
 from llmcomp.schemes import Scheme
-from llmcomp.weights import QuantizedWeight
 
 
 @functools.cache
@@ -30,10 +30,10 @@ def fits(scheme: Scheme, rows: int, columns: int, device: str) -> bool:
     return device == "cpu" and scheme.activations is not None and columns % VECTOR == 0
 
 
-def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
+def hold(words: Tensor, grid: Grid) -> dict[str, Tensor]:
     """`integers` int8 [rows, columns], and ones bf16 [rows] for the operator."""
-    ones = torch.ones(len(weight.values), dtype=torch.bfloat16)
-    return {"integers": weight.values, "ones": ones}
+    integers = packing.unpack(words, 8, grid.columns)
+    return {"integers": integers, "ones": torch.ones(len(integers), dtype=torch.bfloat16)}
 
 
 def product(x: Tensor, held: Mapping[str, Tensor], grid: Grid) -> Tensor:
