@@ -6,11 +6,12 @@ import ctypes
 import mmap
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from llmcomp import native, packing
 from llmcomp.errors import BadCheckpoint
@@ -107,15 +108,19 @@ class Packed(nn.Module):
         _, _, scale, zero, input_scale = self.grid
         return QuantizedWeight(KERNELS[self.kernel].values(self.held, self.grid), scale, zero, self.scheme, input_scale)
 
+    def dense(self) -> Tensor:
+        """The dense weight as the replaced module held it."""
+        weight = self.quantized().dense()
+        return weight.t() if self.transposed else weight
+
     @property
     def weight(self) -> Tensor:
-        """The dense weight as the replaced module held it, decoded at each look; for code that goes past `forward`."""
-        if not self.kernel:  # before it is loaded: for initializations, which are lost on it
-            shape = (self.out_features, self.in_features)
-            dense = torch.empty(shape, dtype=self.get_buffer(native.SCALE).dtype, device="meta")
-        else:
-            dense = self.quantized().dense()
-        return dense.t() if self.transposed else dense
+        """The dense weight for code that goes past `forward`, decoded when something is computed with it."""
+        if self.kernel:
+            return DecodedWhenUsed(self)
+        shape = (self.out_features, self.in_features)  # not loaded yet: for initializations, which are lost on it
+        empty = torch.empty(shape, dtype=self.get_buffer(native.SCALE).dtype, device="meta")
+        return empty.t() if self.transposed else empty
 
     def _kernel(self, device: str) -> str:
         return kernel_for(self.scheme, self.out_features, self.in_features, device)
@@ -155,6 +160,29 @@ def page_out(tensor: Tensor) -> None:
     length = (tensor.data_ptr() + tensor.nbytes) // page * page - start
     if length > 0:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_PAGEOUT)
+
+
+class DecodedWhenUsed(Tensor):
+    """A packed module's dense weight, decoded by each operation on it and not before: models ask linears for the dtype
+    of their weight at each call (T5)."""
+
+    module: Packed
+
+    @staticmethod
+    def __new__(cls, module: Packed) -> DecodedWhenUsed:
+        shape = (module.out_features, module.in_features)
+        made: Any = torch.Tensor._make_wrapper_subclass(
+            cls, shape[::-1] if module.transposed else shape, dtype=module.scale.dtype, device=module.scale.device
+        )
+        made.module = module
+        return cast(DecodedWhenUsed, made)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        args, kwargs = tree_map_only(cls, lambda one: one.module.dense(), (args, kwargs or {}))
+        return func(*args, **kwargs)
 
 
 class PackedLinear(Packed):

@@ -145,8 +145,9 @@ def test_generation_and_casts(small: Path) -> None:
     assert written.shape == (1, 8)
     expected = output(model)
     assert float((output(model.to(torch.bfloat16)) - expected).norm() / expected.norm()) < 0.03
-    weight = model.get_submodule("model.layers.0.mlp.up_proj").weight
-    assert weight.dtype == torch.bfloat16
+    module = model.get_submodule("model.layers.0.mlp.up_proj")
+    assert (module.weight.dtype, module.weight.shape) == (torch.bfloat16, (256, 128))
+    assert torch.equal(module.weight * 1, module.dense())
 
 
 def test_checkpoints_of_compressed_tensors_stay_packed(llama: Path, tmp_path: Path) -> None:

@@ -119,7 +119,9 @@ def check(directory: Path, witness: Path, stream: bool | None = None) -> Verific
         checks.append("outputs not compared: the dense model does not fit into memory")
         return Verification(True, checks, None, len(stored), streamed=True)
     model = _load(directory)
-    checks.append("plain from_pretrained: nothing missing, unexpected or mismatched")
+    own = native.is_native(config_of(directory))
+    opener = "from_pretrained after import llmcomp.hf" if own else "plain from_pretrained"
+    checks.append(f"{opener}: nothing missing, unexpected or mismatched")
     kernels = max((one.tolerance for one in stored.values()), default=0.0)
     if kernels:  # what stays packed may be laid out anew by a forward, what does not is decoded by one
         _compare_model(model, stored, known)
@@ -192,7 +194,7 @@ def _compare_model(model: nn.Module, stored: Mapping[str, Stored], known: Witnes
         if name.endswith(".weight") and bnb.holds(module):
             tensor = bnb.dense_of(module, getattr(torch, expected.dtype))
         if name.endswith(".weight") and isinstance(module, Packed):
-            tensor = module.weight
+            tensor = module.dense()
         _compare_tensor(name, tensor, expected, known)
 
 

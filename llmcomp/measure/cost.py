@@ -92,7 +92,7 @@ def weights_of(model: nn.Module, directory: str | Path | None = None) -> Iterato
     if directory is not None and bnb.is_bnb(read_json_object(Path(directory) / "config.json")):
         return _decoded(Path(directory))
     first_forward(model)
-    packed = (module.weight for module in model.modules() if isinstance(module, Packed))
+    packed = (module.dense() for module in model.modules() if isinstance(module, Packed))
     return chain(packed, (value for name, value in model.named_parameters() if not name.endswith(_BESIDE)))
 
 
