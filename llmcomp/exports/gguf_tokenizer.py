@@ -138,7 +138,12 @@ def _byte_level(structure: Mapping[str, Any], merges: list[tuple[str, ...]], row
 def _sentencepiece(structure: Mapping[str, Any], merges: list[tuple[str, ...]], rows: int) -> Vocabulary:
     found = _tokens(structure, rows, spaces=True)
     found.model, found.splits = "llama", "default"
-    found.space_prefix = _space_prefix(structure)
+    found.space_prefix, beginning = _space_prefix(structure)
+    if beginning:
+        found.notes.append(
+            "llama.cpp puts a space before text that begins with one, and before text behind a special token; this "
+            "tokenizer does not."
+        )
     rank: dict[str, int] = {}
     for place, merge in enumerate(merges):
         rank.setdefault("".join(merge), place)
@@ -147,7 +152,8 @@ def _sentencepiece(structure: Mapping[str, Any], merges: list[tuple[str, ...]], 
 
 
 def _tokens(structure: Mapping[str, Any], rows: int, *, spaces: bool) -> Vocabulary:
-    """All tokens with their types; with `spaces`, added ones with a space where the vocabulary has U+2581."""
+    """All tokens with their types. With `spaces`, added ones that are looked for behind the normalizer get a space
+    for each U+2581, as llama.cpp looks for them before."""
     import gguf
 
     kinds = gguf.TokenType
@@ -158,7 +164,7 @@ def _tokens(structure: Mapping[str, Any], rows: int, *, spaces: bool) -> Vocabul
         if one["special"] or _looks_special(text):
             by_id[one["id"]] = (text, kinds.CONTROL)
         else:
-            by_id[one["id"]] = (text.replace(_SPACE, " ") if spaces else text, kinds.USER_DEFINED)
+            by_id[one["id"]] = (text.replace(_SPACE, " ") if spaces and one["normalized"] else text, kinds.USER_DEFINED)
     if spaces:
         for identifier, (token, kind) in by_id.items():
             if _BYTE.fullmatch(token) and kind == kinds.NORMAL:
@@ -220,23 +226,28 @@ def _step(step: Mapping[str, Any]) -> str:
     return json.dumps(step, ensure_ascii=False, sort_keys=True)
 
 
-def _space_prefix(structure: Mapping[str, Any]) -> bool:
-    """Whether text gets a space before its first word; spaces must be U+2581 then, and nothing else may happen."""
+def _space_prefix(structure: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether text gets a space before its first word, and whether only where it has none.
+
+    Raises:
+        ValueError: spaces do not become U+2581, or more is done to a text.
+    """
     steps = _flat(structure.get("normalizer"), "normalizers")
     steps += _flat(structure.get("pre_tokenizer"), "pretokenizers")
-    prefix = marked = False
+    prefix = beginning = marked = False
     for step in steps:
         if step == {"type": "Prepend", "prepend": _SPACE}:
             prefix = True
         elif step == {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}:
             marked = True
         elif step["type"] == "Metaspace" and not step.get("split", True) and step["replacement"] == _SPACE:
-            prefix, marked = prefix or step.get("prepend_scheme", "always") != "never", True
+            beginning = not prefix and step.get("prepend_scheme", "always") != "never"
+            prefix, marked = prefix or beginning, True
         elif step["type"] != "Split" or step["pattern"] != {"String": " "} or not marked:
             raise ValueError(f"it changes text by {json.dumps(step, ensure_ascii=False)}")
     if not marked:
         raise ValueError(f"it does not write spaces as {_SPACE}")
-    return prefix
+    return prefix, beginning
 
 
 # --- what comes around a text ---
