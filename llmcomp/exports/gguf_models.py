@@ -1,7 +1,7 @@
 """What llama.cpp wants to know of a model: its architecture there, the names of its tensors, the numbers of its config.
 
-Each family that is listed has been run in llama.cpp and compared with transformers (`evals/gguf_check.py`). Whatever a
-config can say that llama.cpp's graph for the family does not compute is refused.
+Each family that is listed is run in llama.cpp and compared with transformers by `tests/evals/test_gguf_llama_cpp.py`.
+Whatever a config can say that llama.cpp's graph for the family does not compute is refused.
 """
 
 from __future__ import annotations
