@@ -51,11 +51,11 @@ def packed(
     tokenizer: bool = True,
     **overrides: Any,
 ) -> Path:
-    """The tiny model `name` with the modules that `scheme_of` gives a scheme packed, in llmcomp's layout or another.
+    """The tiny model `name` with the modules packed that `scheme_of` gives a scheme; without any, a plain checkpoint.
 
     Args:
         scheme_of: from the name of a linear or embedding.
-        form: 'llmcomp', or one of FORMATS.
+        form: one of FORMATS.
         overrides: config values that differ.
     """
     model = build(name, dtype=dtype, **overrides)
@@ -67,19 +67,13 @@ def packed(
     for key in tied:
         tensors.pop(key)
     refs = {key: PackedRef(key, "linear", *modules[key].weight.shape, False) for key in schemes}
-    layout = FORMATS[form]([(refs[key], schemes[key]) for key in schemes], model) if form in FORMATS else None
+    layout = FORMATS[form]([(refs[key], schemes[key]) for key in schemes], model)
     for seed, (key, scheme) in enumerate(schemes.items()):
         weight = random_weight(tuple(modules[key].weight.shape), scheme, dtype, seed)
         del tensors[f"{key}.weight"]
-        if layout is None:
-            tensors |= {f"{key}.{part}": value for part, value in native.to_tensors(weight).items()}
-        else:
-            tensors |= layout.tensors(refs[key], weight)
+        tensors |= layout.tensors(refs[key], weight)
     own, dtype_name = model.config.to_dict(), str(dtype).removeprefix("torch.")
-    quantization = layout.config(model) if layout is not None else None
-    config = checkpoint_config(own, type(model).__name__, dtype_name, quantization)
-    if layout is None:
-        config = native.wrap(config, native.describe(schemes))
+    config = checkpoint_config(own, type(model).__name__, dtype_name, layout.config(model) if schemes else None)
     directory.mkdir(parents=True)
     save_file({key: value.contiguous() for key, value in tensors.items()}, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -7,6 +7,7 @@ a time, when the file has come to them.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,17 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import safe_open
 
-from llmcomp.errors import BadCheckpoint, UserError
+from llmcomp.errors import BadCheckpoint, UserError, VerificationFailed
 from llmcomp.exports import gguf_blocks, gguf_models
 from llmcomp.exports.gguf_blocks import Rounding
 from llmcomp.exports.gguf_models import Family
 from llmcomp.exports.gguf_tokenizer import add_tokenizer
 from llmcomp.formats.opening import Opened
-from llmcomp.formats.reading import Place
+from llmcomp.formats.reading import Place, require_same
+from llmcomp.formats.save import writing
+from llmcomp.weights import dequantize
 
 FILE = "model.gguf"
+_ROWS = 4096  # of a matrix that are decoded at a time when the file is read back
+_FLOAT32 = 2.0**-22  # what float32 products and sums may differ by
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -67,6 +73,7 @@ def export(opened: Opened, directory: Path) -> list[str]:
     Raises:
         UserError: gguf is not installed; or an architecture, a tokenizer or a number that the file has no place for.
         BadCheckpoint: tensors that are missing or of other shapes than config.json says.
+        VerificationFailed: what was written decodes to something else.
     """
     try:
         import gguf
@@ -78,14 +85,14 @@ def export(opened: Opened, directory: Path) -> list[str]:
     written = plan(opened, family)
     said = Said()
     writer = gguf.GGUFWriter(directory / FILE, family.arch)
-    try:
-        extra = _write_metadata(writer, opened, family, written, said)
-        for name, values in extra.items():
-            writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
-        for one in written:
-            kind = gguf.GGMLQuantizationType[one.kind]
-            # 16 bits of no type that numpy knows, so that only `kind` is looked at, and the shape counts weights.
-            writer.add_tensor_info(one.name, one.shape, np.dtype(np.uint16), one.nbytes, kind)
+    extra = _write_metadata(writer, opened, family, written, said)
+    for name, values in extra.items():
+        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
+    for one in written:
+        kind = gguf.GGMLQuantizationType[one.kind]
+        # 16 bits of no type that gguf knows, so that only `kind` is looked at, and the shape counts weights.
+        writer.add_tensor_info(one.name, one.shape, np.dtype(np.uint16), one.nbytes, kind)
+    with writing(directory), contextlib.closing(writer):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -93,8 +100,7 @@ def export(opened: Opened, directory: Path) -> list[str]:
             writer.write_tensor_data(values)
         for one in written:
             writer.write_tensor_data(_data(opened, family, one, said))
-    finally:
-        writer.close()
+    _compare(opened, family, written, said.rounding, directory / FILE)
     return [*_told(opened, family, config, written, said), *said.notes]
 
 
@@ -190,6 +196,37 @@ def _data(opened: Opened, family: Family, one: Written, said: Said) -> np.ndarra
     return data if order is None else data[order]
 
 
+def _compare(opened: Opened, family: Family, written: list[Written], rounding: Rounding, path: Path) -> None:
+    """Read the file back with gguf's own reader and decoders and compare every packed weight with the checkpoint's.
+
+    Raises:
+        VerificationFailed: a tensor that is missing, or that differs by more than scales were rounded.
+    """
+    import gguf
+
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    require_same({one.name for one in written}, set(found) - {gguf_models.ROPE_FREQS}, "meant for the file", "in it")
+    for one in written:
+        tensor = found[one.name]
+        if tuple(reversed(tensor.shape.tolist())) != one.shape or tensor.tensor_type.name != one.kind:
+            raise VerificationFailed(f"{path.name} holds {one.name} as {tensor.tensor_type.name}{tensor.shape}.")
+        if one.kind not in gguf_blocks.BLOCK_BYTES:
+            continue
+        weight = opened.weight(one.source)
+        order = gguf_models.row_order(one.source, family, opened.skeleton.config)
+        rows = np.arange(one.shape[0]) if order is None else order
+        for start in range(0, len(rows), _ROWS):
+            part = torch.from_numpy(rows[start : start + _ROWS])
+            scale = weight.scale[part].float()
+            zero = None if weight.zero_point is None else weight.zero_point[part]
+            wanted = dequantize(weight.values[part], scale, zero)
+            steps = scale.abs().repeat_interleave(one.shape[1] // scale.shape[1], dim=1)
+            decoded = gguf.dequantize(tensor.data[start : start + _ROWS], tensor.tensor_type)
+            allowed = (rounding.largest + _FLOAT32) * wanted.abs() + (rounding.offset + 32 * _FLOAT32) * steps
+            if ((torch.from_numpy(decoded) - wanted).abs() > allowed).any():
+                raise VerificationFailed(f"{path.name} holds {one.name}, which is not {one.source} as it was read.")
+
+
 # --- what the user is told ---
 
 
@@ -208,6 +245,8 @@ def _kinds(written: list[Written]) -> Iterator[str]:
     counts = Counter(one.kind for one in written if len(one.shape) == 2)
     listed = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
     yield f"Matrices in {FILE}: {listed}."
+    if any(one.kind in gguf_blocks.BLOCK_BYTES for one in written):
+        yield "Quantized ones read back as they are in the checkpoint, but for what scales lose as float16."
 
 
 def _rounded(rounding: Rounding) -> Iterator[str]:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, tiny
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from llmcomp.errors import BadCheckpoint, UnknownArchitecture, UserError
+from llmcomp.errors import BadCheckpoint, UnknownArchitecture, UserError, VerificationFailed
 from llmcomp.exports import EXPORTS, gguf_blocks
 from llmcomp.exports.gguf_models import FAMILIES
 from llmcomp.formats.opening import Opened, open_checkpoint
@@ -224,6 +224,24 @@ def test_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     checkpoint = packed("llama", tmp_path / "m", lambda name: Scheme(4, 32) if "proj" in name else None)
     Exported(checkpoint, tmp_path / "out")
     assert len(alive) == 2
+
+
+@pytest.mark.parametrize(("kind", "byte"), [(Scheme(4, 32), 5), (Scheme(8), 7), (Scheme(4, 32, False), 0)], ids=str)
+def test_a_byte_that_is_not_what_was_meant_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Scheme, byte: int
+) -> None:
+    """Whatever wrote it: here, the last block of a matrix."""
+    pack = gguf_blocks.pack
+
+    def wrong(weight: Any) -> Any:
+        blocks, rounding = pack(weight)
+        blocks[-1, byte - gguf_blocks.BLOCK_BYTES[gguf_blocks.kind_of(kind, 128) or ""]] ^= 16
+        return blocks, rounding
+
+    monkeypatch.setattr(gguf_blocks, "pack", wrong)
+    checkpoint = packed("llama", tmp_path / "m", lambda name: kind if name.endswith("1.self_attn.k_proj") else None)
+    with pytest.raises(VerificationFailed, match=r"blk.1.attn_k.weight, which is not model.layers.1.self_attn.k_proj"):
+        Exported(checkpoint, tmp_path / "out")
 
 
 # --- rotary positions ---
