@@ -10,6 +10,7 @@ from typing import Any
 
 import gguf
 import pytest
+import transformers
 from reference.sentencepiece_merges import merge
 from tiny import VOCABULARY, write_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, normalizers, processors, trainers
@@ -249,3 +250,22 @@ def test_a_tokenizer_that_ends_no_text_is_told(byte_level: Any, tmp_path: Path) 
     found, notes = written(endless, VOCABULARY + 1, tmp_path)
     assert "tokenizer.ggml.eos_token_id" not in found
     assert any("names no token that ends a text" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "splits", "prefix"),
+    [
+        ("LlamaTokenizer", "llama", "default", True),
+        ("GemmaTokenizer", "llama", "default", False),
+        ("Qwen2Tokenizer", "gpt2", "qwen2", None),
+        ("GPT2Tokenizer", "gpt2", "gpt-2", None),
+    ],
+)
+def test_classes_of_transformers_have_these_structures(
+    byte_level: Any, fallback: Tokenizer, kind: str, model: str, splits: str, prefix: bool | None
+) -> None:
+    core = fallback if model == "llama" else byte_level.backend_tokenizer
+    tokens = json.loads(core.to_str())["model"]
+    made = getattr(transformers, kind)(vocab=tokens["vocab"], merges=[tuple(merge) for merge in tokens["merges"]])
+    found = read_vocabulary(json.loads(made.backend_tokenizer.to_str()), len(made))
+    assert (found.model, found.splits, found.space_prefix) == (model, splits, prefix)
