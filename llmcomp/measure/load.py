@@ -112,14 +112,14 @@ def first_forward(model: Any) -> None:
     model(**around(model, torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)))
 
 
-def load_tokenizer(directory: str | Path) -> Any:
-    """Its tokenizer.
+def load_tokenizer(directory: str | Path, config: Any = None) -> Any:
+    """Its tokenizer; `config` is the model's, where config.json does not hold it as transformers has it.
 
     Raises:
         BadCheckpoint: there is none that transformers can load.
     """
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(str(directory), config=config, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise BadCheckpoint(
