@@ -162,6 +162,21 @@ def test_checkpoints_of_compressed_tensors_stay_packed(llama: Path, tmp_path: Pa
     assert torch.equal(output(opened(tmp_path / "saved")), output(model))
 
 
+def test_the_tokenizer_is_the_sources(tmp_path: Path) -> None:
+    """transformers chooses a tokenizer's class by the model type where tokenizer_config.json names none."""
+    from llmcomp.measure.load import load_tokenizer
+
+    source = tiny("qwen2", tmp_path / "source", tokenizer=True)
+    file = source / "tokenizer_config.json"
+    content = json.loads(file.read_text())
+    content.pop("tokenizer_class")
+    file.write_text(json.dumps(content))
+    directory = packed(source, tmp_path / "packed")
+    before, after = load_tokenizer(source), load_tokenizer(directory)
+    assert type(after) is type(before)
+    assert after("Return the sine of x.").input_ids == before("Return the sine of x.").input_ids
+
+
 def test_what_is_not_packed_is_loaded_as_transformers_does(llama: Path) -> None:
     assert not any(isinstance(module, Packed) for module in llmcomp.load(llama).modules())
 

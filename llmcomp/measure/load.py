@@ -118,6 +118,7 @@ def load_tokenizer(directory: str | Path, config: Any = None) -> Any:
     Raises:
         BadCheckpoint: there is none that transformers can load.
     """
+    native.register(read_json_object(Path(directory) / "config.json"))
     try:
         return transformers.AutoTokenizer.from_pretrained(str(directory), config=config, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
