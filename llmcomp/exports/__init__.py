@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from llmcomp.exports import checkpoint
+from llmcomp.exports import checkpoint, onnx, openvino
 from llmcomp.formats.opening import Opened
 
 # (the opened checkpoint, an empty directory that gets the files) → sentences for the user. The caller copies the
@@ -16,4 +16,6 @@ EXPORTS: dict[str, Export] = {
     "compressed-tensors": checkpoint.compressed_tensors,
     "llmcomp": checkpoint.own,
     "dense": checkpoint.dense,
+    "onnx": onnx.export,
+    "openvino": openvino.export,
 }
