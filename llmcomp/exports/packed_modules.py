@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +107,7 @@ class NBitsLinear(nn.Module):
         weight = [self.weight_packed, self.weight_scale]
         if self.blocks.zeros is not None:
             weight.append(self.weight_zero_point)
-        attributes = {
+        attributes: dict[str, Any] = {
             "K": self.columns,
             "N": self.rows,
             "bits": self.blocks.bits,
