@@ -14,7 +14,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from packed_checkpoints import BY_ROW, GROUPED, in_turn, packed
+from checkpoints import gpt2, linears, write
+from packed_checkpoints import BY_ROW, GROUPED, dense_model, in_turn, logits_by_steps, packed, relative
 from tiny import tiny
 from torch import Tensor
 
@@ -22,7 +23,6 @@ from llmcomp.errors import UnknownArchitecture, VerificationFailed
 from llmcomp.exports import onnx as onnx_export
 from llmcomp.exports.packed_modules import MIDDLE
 from llmcomp.formats.opening import Opened, open_checkpoint
-from llmcomp.formats.reading import auto_class, model_config
 from llmcomp.schemes import Scheme
 
 
@@ -39,16 +39,6 @@ class Exported:
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         session = onnxruntime.InferenceSession(self.out / "model.onnx", providers=["CPUExecutionProvider"])
         return dict(zip((o.name for o in session.get_outputs()), session.run(None, dict(inputs)), strict=True))
-
-    def dense(self) -> Any:
-        """The model as transformers has it, with the decoded weights in float32."""
-        config = model_config(self.opened.directory)
-        model = auto_class(config).from_config(config, dtype=torch.float32).eval()
-        state = {name: value.float() for name, value in self.opened.dense()}
-        missing, unexpected = model.load_state_dict(state, strict=False)
-        model.tie_weights()
-        assert not unexpected and set(missing) <= {"lm_head.weight"}
-        return model
 
 
 def export(opened: Opened, out: Path) -> Exported:
@@ -67,40 +57,21 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """One block of a BERT classifier in bfloat16, one scale a row."""
+    """One block of a BERT classifier in bfloat16, one scale a row, written as if it were large."""
     folder = tmp_path_factory.mktemp("encoder")
     source = tiny("bert-classifier", folder / "source", num_hidden_layers=1, dtype=torch.bfloat16)
-    return export(packed(source, folder / "packed", in_turn(source, BY_ROW)), folder / "out")
-
-
-def relative(found: np.ndarray, wanted: Tensor) -> float:
-    gap = found.astype(np.float64) - wanted.double().numpy()
-    return float(np.sqrt(np.square(gap).mean()) / wanted.double().std())
-
-
-def empty_past(exported: Exported, rows: int) -> dict[str, np.ndarray]:
-    config = exported.opened.config
-    shape = (rows, config["num_key_value_heads"], 0, config["head_dim"])
-    layers = range(config["num_hidden_layers"])
-    return {f"past_key_values.{n}.{k}": np.zeros(shape, np.float32) for n in layers for k in ("key", "value")}
+    opened = packed(source, folder / "packed", in_turn(source, BY_ROW))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_export, "ONE_FILE", 1000)
+        return export(opened, folder / "out")
 
 
 def test_prompt_and_cached_steps_are_one_pass_of_transformers(decoder: Exported) -> None:
     ids = torch.randint(5, 500, (3, 13), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        wanted = decoder.dense()(ids).logits
-    past, logits = empty_past(decoder, 3), []
-    for start, end in ((0, 6), (6, 10), (10, 11), (11, 12), (12, 13)):  # a prompt, more of it, tokens one by one
-        inputs = {
-            "input_ids": ids[:, start:end].numpy(),
-            "attention_mask": np.ones((3, end), np.int64),
-            "position_ids": np.tile(np.arange(start, end), (3, 1)),
-        }
-        found = decoder.run({**inputs, **past})
-        logits.append(found.pop("logits"))
-        past = {name.replace("present", "past_key_values"): value for name, value in found.items()}
-    assert relative(np.concatenate(logits, 1), wanted) < 0.05  # onnxruntime rounds inputs to 8 bits
-    assert past["past_key_values.0.key"].shape == (3, 2, 13, 32)
+        wanted = dense_model(decoder.opened)(ids).logits
+    found = logits_by_steps(decoder.run, decoder.opened, ids)
+    assert relative(found, wanted) < 0.05  # onnxruntime rounds inputs to 8 bits
 
 
 def test_what_a_decoder_is_called_with(decoder: Exported) -> None:
@@ -154,7 +125,7 @@ def test_notes_say_what_was_made_and_how_far_it_is(decoder: Exported, encoder: E
 
 def test_a_classifier_answers_as_transformers(encoder: Exported) -> None:
     generator = torch.Generator().manual_seed(3)
-    model = encoder.dense()
+    model = dense_model(encoder.opened)
     found, wanted = [], []
     for rows, tokens in ((4, 9), (1, 33), (5, 2)):
         ids = torch.randint(5, 500, (rows, tokens), generator=generator)
@@ -174,10 +145,11 @@ def test_a_row_does_not_depend_on_what_else_is_in_the_batch(encoder: Exported) -
     assert np.abs(together - np.concatenate(alone)).max() < 1e-5
 
 
-def test_the_config_lies_beside_it_and_nothing_else(decoder: Exported) -> None:
+def test_the_config_lies_beside_it_and_nothing_else(decoder: Exported, encoder: Exported) -> None:
     assert sorted(path.name for path in decoder.out.iterdir()) == ["config.json", "model.onnx"]
     config = json.loads((decoder.out / "config.json").read_text(encoding="utf-8"))
     assert config["model_type"] == "llama" and "quantization_config" not in config
+    assert sorted(path.name for path in encoder.out.iterdir()) == ["config.json", "model.onnx", "model.onnx.data"]
 
 
 def test_a_file_that_computes_something_else_is_an_error(decoder: Exported, tmp_path: Path) -> None:
@@ -195,14 +167,6 @@ def test_a_file_that_computes_something_else_is_an_error(decoder: Exported, tmp_
 def traced_model(opened: Opened) -> tuple[Any, Any]:
     signature = onnx_export.signature_of(opened, "causal-lm")
     return onnx_export.build(opened, signature, "causal-lm", onnx_export.choose_fastest(False))[0], signature
-
-
-def test_a_large_bare_encoder_keeps_its_weights_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_export, "ONE_FILE", 1000)
-    source = tiny("bert", tmp_path / "source", num_hidden_layers=1, bare=True)
-    exported = export(packed(source, tmp_path / "packed", in_turn(source, [Scheme(8)])), tmp_path / "out")
-    assert sorted(p.name for p in exported.out.iterdir()) == ["config.json", "model.onnx", "model.onnx.data"]
-    assert [one.name for one in exported.graph.output] == ["last_hidden_state"]
 
 
 @pytest.mark.parametrize(
@@ -244,3 +208,37 @@ def test_what_torch_cannot_trace_is_one_sentence(
     with pytest.raises(UnknownArchitecture, match="LlamaForCausalLM cannot be written as ONNX; torch's exporter says"):
         onnx_export.write(traced, signature, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+SLOW = [
+    ("bert", {"bare": True}), ("bert", {}), ("roberta-classifier", {}), ("distilbert", {}), ("electra-classifier", {}),
+    ("mpnet", {"bare": True}), ("modernbert-classifier", {}), ("llama-untied", {}), ("mistral", {}), ("qwen3", {}),
+    ("gemma2", {}), ("phi3", {}), ("gptj", {}), ("opt", {}),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "settings"), SLOW, ids=lambda value: value if isinstance(value, str) else "")
+def test_families(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """What `export` itself compares is what is asked for here; it raises otherwise."""
+    source = tiny(name, tmp_path / "source", **settings)
+    exported = export(packed(source, tmp_path / "packed", in_turn(source, [*GROUPED, *BY_ROW])), tmp_path / "out")
+    wanted = "last_hidden_state" if settings else "logits"
+    assert exported.graph.output[0].name == wanted
+
+
+@pytest.mark.slow
+def test_conv1d_is_a_linear(tmp_path: Path) -> None:
+    model = gpt2()
+    written = write(tmp_path, model, {name: Scheme(4, 32) for name in linears(model)})
+    exported = export(open_checkpoint(written.directory), tmp_path / "onnx")
+    assert Counter(node.op_type for node in exported.graph.node)["MatMulNBits"] == len(linears(model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["lm", "minilm-sst2"])
+def test_trained_models(model: str, assets: Path, tmp_path: Path) -> None:
+    source = assets / "models" / model
+    opened = packed(source, tmp_path / "packed", in_turn(source, [Scheme(4, 32), Scheme(8)]))
+    exported = export(opened, tmp_path / "out")
+    assert "As it is, the file differs by" in exported.notes[-1]
