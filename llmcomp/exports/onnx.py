@@ -123,7 +123,8 @@ def kinds(model: nn.Module) -> list[str]:
 def _kind(module: NBitsLinear | RoundedLinear | NBitsEmbedding) -> str:
     if isinstance(module, RoundedLinear):
         by = "token" if module.input_scale is None else "the checkpoint's scales"
-        return f"Linears as products of 8-bit integers, inputs rounded by {by}"
+        unasked = "" if module.scheme.activations else ", which the checkpoint leaves open"
+        return f"Linears as products of 8-bit integers, inputs rounded by {by}{unasked}"
     if isinstance(module, NBitsEmbedding):
         return f"Embeddings packed in {module.blocks.bits} bits"
     return f"Linears as MatMulNBits of {module.blocks.bits} bits (onnxruntime rounds their inputs to 8 bits)"
@@ -194,7 +195,12 @@ def _without_rounding(onnx: Any, graph: Any) -> None:
 def _runner(ort: Any, path: Path) -> Run:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its classes have no other base
+        raise UnknownArchitecture(
+            f"onnxruntime {ort.__version__} cannot run what torch's exporter has made of this model: {first_line(error)}"
+        ) from error
     names = [output.name for output in session.get_outputs()]
 
     def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -135,8 +135,8 @@ def choose_nbits(_: Scheme) -> Callable[[Read, Tensor | None], nn.Module]:
 
 
 def choose_fastest(encoder: bool) -> Choose:
-    """Products of integers for 8-bit weights of one scale a row where inputs are rounded anyway or come in many rows
-    (encoders): twice as fast as MatMulNBits at 128 rows, which is twice as fast at one."""
+    """Products of integers for 8-bit weights of one scale a row, where inputs are rounded anyway or come in many rows
+    (encoders); there they are faster than MatMulNBits, which is faster for one token (evals/onnx_check.py)."""
 
     def choose(scheme: Scheme) -> Callable[[Read, Tensor | None], nn.Module]:
         rows = scheme.bits == 8 and scheme.group_size is None
