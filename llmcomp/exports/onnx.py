@@ -54,11 +54,12 @@ from llmcomp.measure.load import task_of
 
 FILE, EXACT, LAST_AXIS = "model.onnx", "exact.onnx", "llmcomp_last_axis"
 OPSET = 20  # the oldest with Gelu and LayerNormalization in one operator each: onnxruntime 1.17 and later
-ONE_FILE = 1 << 30  # bytes of weights that go into the file itself; protobuf ends at 2 GiB
+# Bytes of weights that go into the file itself. protobuf ends at 2 GiB; what lies outside is mapped, not copied.
+ONE_FILE = 1 << 27
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-# Root mean square over the outputs' standard deviation. Without rounded inputs what is left is that a bfloat16
-# checkpoint's weights are rounded as they are decoded, and here not.
-CLOSE, ROUNDED = 1e-2, 2e-1
+# Root mean square over the outputs' standard deviation: of products in float32, and of the file as it is beside what
+# readers of the checkpoint compute, who round decoded weights to bfloat16 where it is in that.
+CLOSE, ROUNDED = 1e-3, 2e-1
 
 
 def export(opened: Opened, out: Path) -> list[str]:
@@ -141,12 +142,11 @@ def left_dense(names: list[str]) -> list[str]:
 def _compared(model: nn.Module, signature: Signature, out: Path) -> list[str]:
     """Compare without the rounding of inputs, and as it is."""
     onnx, ort = import_or_explain(("onnx", "onnxruntime"), "onnx")
-    decoded = stored = expected(model, signature, DECODED)
-    if any(isinstance(module, RoundedLinear) and module.scheme.activations for module in model.modules()):
-        stored = expected(model, signature, AS_STORED)
+    decoded, stored = expected(model, signature, DECODED), expected(model, signature, AS_STORED)
     exact = onnx.load(out / FILE, load_external_data=False)
     _without_rounding(onnx, exact.graph)
     onnx.save(exact, out / EXACT)
+    del exact
     try:
         closely = difference(answers(_runner(ort, out / EXACT), signature), decoded, signature)
     finally:
@@ -199,7 +199,7 @@ def _runner(ort: Any, path: Path) -> Run:
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its classes have no other base
         raise UnknownArchitecture(
-            f"onnxruntime {ort.__version__} cannot run what torch's exporter has made of this model: {first_line(error)}"
+            f"onnxruntime {ort.__version__} cannot run what torch's exporter makes of this model: {first_line(error)}"
         ) from error
     names = [output.name for output in session.get_outputs()]
 

@@ -7,8 +7,9 @@ zero points, so nothing is looked for and nothing is rounded again; and no dense
 `mode` says what a forward computes:
 
     TRACE      the nodes; in torch the result has the right shape and no meaning
-    DECODED    products with the decoded weight
-    AS_STORED  the same, inputs rounded where the checkpoint's scheme says so
+    DECODED    products with the weight, decoded in float32 as the nodes do
+    AS_STORED  as readers of the checkpoint compute: the weight decoded in its own dtype, and inputs rounded where its
+               scheme says so
 
 The last two read the weight anew for each forward, one at a time.
 
@@ -18,7 +19,7 @@ MatMulNBits, com.microsoft: https://github.com/microsoft/onnxruntime/blob/main/d
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,6 +78,13 @@ def blocks_of(weight: QuantizedWeight) -> Blocks:
     return Blocks(packed, scales, zeros, bits, block)
 
 
+def decoded(weight: QuantizedWeight, mode: str) -> Tensor:
+    """float32 [out, in], in AS_STORED with the rounding of the checkpoint's own dtype."""
+    if mode == AS_STORED:
+        return weight.dense().float()
+    return dequantize(weight.values, weight.scale.float(), weight.zero_point)
+
+
 class NBitsLinear(nn.Module):
     """A linear as one MatMulNBits."""
 
@@ -101,7 +109,7 @@ class NBitsLinear(nn.Module):
         if self.mode == TRACE:
             found = self._nodes(inputs)
             return found if self.bias is None else found + self.bias
-        return F.linear(inputs, self.read().dense().float(), self.bias)
+        return F.linear(inputs, decoded(self.read(), self.mode), self.bias)
 
     def _nodes(self, inputs: Tensor) -> Tensor:
         weight = [self.weight_packed, self.weight_scale]
@@ -160,7 +168,7 @@ class RoundedLinear(nn.Module):
             tokens = inputs.reshape(1, -1, self.columns)  # always by token, as the nodes do
             scale = None if self.input_scale is None else torch.tensor([self.input_scale])
             inputs = quantized(tokens, scale).reshape(inputs.shape)
-        return F.linear(inputs, self.read().dense().float(), self.bias)
+        return F.linear(inputs, decoded(self.read(), self.mode), self.bias)
 
     def _nodes(self, tokens: Tensor) -> Tensor:
         """[tokens, in] → [tokens, out]"""
@@ -203,7 +211,8 @@ class NBitsEmbedding(nn.Module):
             return self._decoded(ids)
         weight, rows = self.read(), ids.reshape(-1)
         zero = None if weight.zero_point is None else weight.zero_point[rows]
-        return dequantize(weight.values[rows], weight.scale[rows], zero).float().view(*ids.shape, -1)
+        found = replace(weight, values=weight.values[rows], scale=weight.scale[rows], zero_point=zero)
+        return decoded(found, self.mode).view(*ids.shape, -1)
 
     def _decoded(self, ids: Tensor) -> Tensor:
         bits, step, rows = self.blocks.bits, float(1 << self.blocks.bits), ids.reshape(-1)

@@ -228,6 +228,13 @@ def test_families(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_what_onnxruntime_cannot_run_is_one_sentence(tmp_path: Path) -> None:
+    source = tiny("falcon-alibi", tmp_path / "source")
+    with pytest.raises(UnknownArchitecture, match=r"onnxruntime .* cannot run what torch's exporter makes of this model"):
+        export(open_checkpoint(source), tmp_path / "out")
+
+
+@pytest.mark.slow
 def test_conv1d_is_a_linear(tmp_path: Path) -> None:
     model = gpt2()
     written = write(tmp_path, model, {name: Scheme(4, 32) for name in linears(model)})
