@@ -14,7 +14,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from checkpoints import gpt2, linears, write
+import transformers
+from checkpoints import bert, gpt2, linears, write
 from packed_checkpoints import BY_ROW, GROUPED, dense_model, in_turn, logits_by_steps, packed, relative
 from tiny import tiny
 from torch import Tensor
@@ -233,6 +234,20 @@ def test_what_onnxruntime_cannot_run_is_one_sentence(tmp_path: Path) -> None:
     source = tiny("falcon-alibi", tmp_path / "source")
     with pytest.raises(UnknownArchitecture, match=r"onnxruntime .* cannot run what torch's exporter makes of"):
         export(open_checkpoint(source), tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "outputs"),
+    [("QuestionAnswering", ["start_logits", "end_logits"]), ("TokenClassification", ["logits"])],
+)
+def test_answers_for_each_token(kind: str, outputs: list[str], tmp_path: Path) -> None:
+    bert(kind=getattr(transformers, f"BertFor{kind}")).save_pretrained(tmp_path / "source")
+    opened = packed(tmp_path / "source", tmp_path / "packed", in_turn(tmp_path / "source", [Scheme(8)]))
+    graph = export(opened, tmp_path / "out").graph
+    assert [one.name for one in graph.output] == outputs
+    sizes = [dim.dim_param for dim in graph.output[0].type.tensor_type.shape.dim]
+    assert sizes[:2] == ["batch_size", "sequence_length"]
 
 
 @pytest.mark.slow
