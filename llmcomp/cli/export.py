@@ -14,7 +14,7 @@ def export(
     output: Annotated[Path, typer.Argument(help="The directory to make.", show_default=False)],
     format: Annotated[
         str,
-        typer.Option("--format", help="compressed-tensors, dense, llmcomp or gguf.", show_default=False),
+        typer.Option("--format", help="compressed-tensors, dense, llmcomp, gguf, onnx, openvino.", show_default=False),
     ],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,

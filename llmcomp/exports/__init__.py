@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from llmcomp.exports import checkpoint, gguf
+from llmcomp.exports import checkpoint, gguf, onnx, openvino
 from llmcomp.formats.opening import Opened
 
 # (the opened checkpoint, an empty directory that gets the files) → sentences for the user. The caller copies the
@@ -17,4 +17,6 @@ EXPORTS: dict[str, Export] = {
     "llmcomp": checkpoint.own,
     "dense": checkpoint.dense,
     "gguf": gguf.export,
+    "onnx": onnx.export,
+    "openvino": openvino.export,
 }

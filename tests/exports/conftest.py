@@ -1,0 +1,8 @@
+"""Exports are tried on checkpoints that tests/formats can write."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "formats"))
