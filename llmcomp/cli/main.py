@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llmcomp.cli.bench import bench
 from llmcomp.cli.evaluate import evaluate
 from llmcomp.cli.export import export
 from llmcomp.cli.inspect import inspect
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for _verb in (quantize, inspect, plan, evaluate, export, report, models):
+for _verb in (quantize, inspect, plan, evaluate, export, bench, report, models):
     app.command(no_args_is_help=_verb is not models)(_verb)
 
 
