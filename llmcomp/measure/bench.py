@@ -23,7 +23,7 @@ from llmcomp.measure.load import task_of
 from llmcomp.native import is_native, unwrap
 from llmcomp.progress import Progress, Silent
 from llmcomp.report.schema import Machine
-from llmcomp.shards import read_json_object, weight_files
+from llmcomp.shards import read_json_object, read_shard, weight_files
 
 WRITES = "causal-lm"
 LENGTHS = {True: (128, 512), False: (128,)}  # tokens of prompts by default, and of an encoder's forwards
@@ -167,9 +167,10 @@ def read_into_cache(directory: Path) -> None:
     """Read the weight files, so that the first load is as warm as the others.
 
     Raises:
-        BadCheckpoint: there are none.
+        BadCheckpoint: there are none, or one is truncated.
     """
     for file in weight_files(directory, False)[1]:
+        read_shard(file)
         with file.open("rb", buffering=0) as stream:
             while stream.read(1 << 24):
                 pass

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_DEPTH = 4  # module → parameter → quant_state → nested quant_state → tensor
+_DEPTH = 6  # the parameters → one → its quant_state → a nested one → tensor, and some more
 # Config fields that tell of experts, of which a token reads only some.
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
