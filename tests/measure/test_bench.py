@@ -56,17 +56,17 @@ def test_or_takes_no_further_part_where_others_go_on(calls: list) -> None:
 
 
 def test_progress_counts_the_processes(calls: list) -> None:
-    class Heard(Silent):
-        said: list = []
+    said: list = []
 
+    class Heard(Silent):
         def phase(self, name: str, total: int | None = None) -> None:
-            self.said.append((name, total))
+            said.append((name, total))
 
         def step(self, done: int = 1) -> None:
-            self.said.append(done)
+            said.append(done)
 
     list(take_turns([A, B], (1,), 2, Heard()))
-    assert Heard.said == [("round 1 of 2", 2), 1, 1, ("round 2 of 2", 2), 1, 1]
+    assert said == [("round 1 of 2", 2), 1, 1, ("round 2 of 2", 2), 1, 1]
 
 
 @pytest.mark.parametrize(

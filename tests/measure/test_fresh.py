@@ -10,6 +10,8 @@ import pytest
 from llmcomp.errors import RunError, UserError
 from llmcomp.measure import fresh
 
+KILLED = "ended by SIGKILL, as a process is that takes more memory than there is"
+
 
 def python(folder: Path, *lines: str) -> Path:
     """Something that is called like an interpreter."""
@@ -37,7 +39,7 @@ def test_it_is_offline_and_finds_this_package(tmp_path: Path) -> None:
         (["echo 'No such model.' >&2", "exit 2"], UserError, "No such model."),
         (["echo first >&2", "echo 'OSError: gone' >&2", "exit 1"], RunError, "Asking failed: OSError: gone"),
         (["exit 3"], RunError, "Asking failed: exit status 3"),
-        (["kill -9 $$"], RunError, "Asking failed: ended by SIGKILL, as a process is that takes more memory than there is"),
+        (["kill -9 $$"], RunError, f"Asking failed: {KILLED}"),
         (["exit 0"], RunError, "Asking failed: the process ended without a result."),
     ],
     ids=["a user's mistake", "an error", "silent", "out of memory", "nothing said"],
