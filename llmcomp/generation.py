@@ -111,8 +111,11 @@ def check_prompt(prompt: str) -> None:
         raise BadData("The prompt is empty; give some text that the model is to go on from.")
 
 
-def open_writer(directory: Path) -> tuple[Any, Any]:
+def open_writer(directory: Path, load_model: Callable[[Path], Any] = load) -> tuple[Any, Any]:
     """A model that writes text, with its tokenizer.
+
+    Args:
+        load_model: opens the weights, once it is clear that they can be used.
 
     Raises:
         BadData: a model without a head for that.
@@ -125,7 +128,7 @@ def open_writer(directory: Path) -> tuple[Any, Any]:
             f"{directory} has no head that writes text: it is {architecture} ({task}); give a language model."
         )
     tokenizer = load_tokenizer(directory)
-    return load(directory, task), tokenizer
+    return load_model(directory), tokenizer
 
 
 def encode(model: Any, tokenizer: Any, prompt: str, chat: bool | None = None) -> Tensor:

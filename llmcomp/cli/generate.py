@@ -82,12 +82,13 @@ def generate(
 
     import torch
 
+    from llmcomp import api
     from llmcomp.generation import Sampling, Stream, check_prompt, encode, open_writer
 
     check_prompt(text)
     if threads is not None:
         torch.set_num_threads(threads)
-    model, tokenizer = open_writer(path)
+    model, tokenizer = open_writer(path, api.load)
     ids = encode(model, tokenizer, text, chat)
     drawn = time.time_ns() % 2**32 if seed is None else seed
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, greedy, drawn)

@@ -1,6 +1,6 @@
 """How fast a checkpoint runs and what it takes in memory, alone or beside another one.
 
-Every figure comes from a fresh process (`llmcomp.measure.bench_process`), since threads, caches and memory that one
+Every figure comes from a fresh process (`llmcomp.measure.engines`), since threads, caches and memory that one
 model leaves behind would be the next one's. Checkpoints take turns round by round, each second round in the
 opposite order, so that what else the machine does falls on all; a ratio is of two runs of the same round, and its
 interval resamples rounds. Weight files are read once before, so that all load from the page cache.
@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from llmcomp.errors import BadData, LlmcompError
-from llmcomp.measure.bench_process import Sample
-from llmcomp.measure.engines import Job
+from llmcomp.measure.bench_process import Job, Sample
 from llmcomp.measure.figures import Result, figures, ratios
 from llmcomp.measure.fresh import ask, pools
 from llmcomp.measure.load import task_of
@@ -63,7 +62,7 @@ class Subject:
 
     name: str
     job: Job
-    module: str = "llmcomp.measure.bench_process"
+    module: str = "llmcomp.measure.engines"
     python: Path | None = None
 
 

@@ -1,34 +1,79 @@
-"""What one fresh process measures of one checkpoint: `python -m llmcomp.measure.bench_process JOB`.
+"""What one fresh process measures of one checkpoint, whatever computes it.
 
-JOB is a `Job` as JSON; the last line printed is a `Sample` as JSON. Other runtimes measure themselves with the
-same `sample`, given another `Engine` (evals/peers/), so that all figures come from one loop.
+A process gets a `Job` as JSON and prints a `Sample` as JSON. What it measures is an `Engine`: a transformers model
+(`llmcomp.measure.engines`, which is the module that runs), or another runtime's (evals/peers/), so that all figures
+come from one loop. Nothing here imports transformers, which other runtimes need not have.
 """
 
 from __future__ import annotations
 
 import gc
-import importlib
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
-import psutil
 import torch
 
 from llmcomp.errors import LlmcompError
 from llmcomp.measure.bandwidth import last_level_cache, read_bandwidth
-from llmcomp.measure.cost import resident_peak
-from llmcomp.measure.engines import Engine, Job, open_transformers
 from llmcomp.measure.holding import Holding
-from llmcomp.measure.load import prepare
 from llmcomp.measure.machine import this_machine
+from llmcomp.measure.resident import resident_now, resident_peak
 from llmcomp.report.schema import Machine
 
 PREFILL, DECODE, FORWARD = "prefill", "decode", "forward"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one fresh process measures.
+
+    Attributes:
+        directory: the checkpoint; task: one of `llmcomp.measure.load.AUTO`, None as config.json says.
+        threads: of torch and of every pool.
+        shapes: (batch, tokens) of the prompts, or of the forwards where `new_tokens` is 0.
+        new_tokens: written after the first prompt of each batch size.
+        repeats: of each, after one that is not counted.
+        compile: through torch.compile, for these shapes.
+        imports: modules that loading will need, so that they count as imports.
+        bandwidth: measure how fast this process reads memory, too.
+    """
+
+    directory: str
+    threads: int
+    shapes: tuple[tuple[int, int], ...]
+    new_tokens: int
+    repeats: int
+    task: str | None = None
+    compile: bool = False
+    imports: tuple[str, ...] = ()
+    bandwidth: bool = True
+
+
+class Engine(Protocol):
+    """A model after its first forward.
+
+    Attributes:
+        load_seconds: of opening it, without the first forward; ready_seconds: with it.
+    """
+
+    load_seconds: float
+    ready_seconds: float
+
+    def prompt(self, batch: int, tokens: int) -> Any:
+        """What `read` takes: tokens from a fixed seed."""
+
+    def read(self, prompt: Any) -> None:
+        """Compute a whole prompt afresh; of a language model, up to the choice of the first new token."""
+
+    def step(self) -> None:
+        """Write one more token after what was read."""
+
+    def holding(self) -> Holding | None:
+        """Bytes of its tensors; None where the runtime does not show them."""
 
 
 @dataclass(frozen=True)
@@ -101,15 +146,14 @@ def sample(job: Job, open_engine: Callable[[Job], Engine], prepare_engine: Calla
     """
     torch.set_num_threads(job.threads)
     prepare_engine(job)
-    process = psutil.Process()
     gc.collect()
-    imported = process.memory_info().rss
+    imported = resident_now()
     engine = open_engine(job)
     gc.collect()
-    loaded = process.memory_info().rss - imported
+    loaded = resident_now() - imported
     compiling, timings = time_engine(engine, job)
     gc.collect()
-    resident, peak = process.memory_info().rss - imported, resident_peak() - imported
+    resident, peak = resident_now() - imported, resident_peak() - imported
     held, loading, ready = engine.holding(), engine.load_seconds, engine.ready_seconds
     del engine  # the buffer that is read next is large
     gc.collect()
@@ -162,13 +206,6 @@ def serve(
         return str(error), error.exit_code
 
 
-def prepare_transformers(job: Job) -> None:
-    """Import what transformers will need to open the job's checkpoint."""
-    for name in (*job.imports, *(("torch._dynamo", "torch._inductor.compile_fx") if job.compile else ())):
-        importlib.import_module(name)
-    prepare(job.directory, job.task)
-
-
 def _seconds(call: Callable[[], None]) -> float:
     start = time.perf_counter()
     call()
@@ -182,13 +219,3 @@ def _writing(engine: Engine, prompt: Any, tokens: int) -> float:
     for _ in range(tokens):
         engine.step()
     return time.perf_counter() - start
-
-
-def _main() -> int:
-    said, status = serve(sys.argv[1], open_transformers, prepare_transformers)
-    print(said, file=sys.stderr if status else sys.stdout)
-    return status
-
-
-if __name__ == "__main__":
-    sys.exit(_main())

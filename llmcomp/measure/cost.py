@@ -17,7 +17,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from llmcomp.errors import BadCheckpoint
 from llmcomp.feeds import around, vocabulary
 from llmcomp.measure.fresh import ask
 from llmcomp.measure.load import first_forward, load, prepare
+from llmcomp.measure.resident import resident_now, resident_peak
 from llmcomp.packed import Packed
 from llmcomp.report.schema import Size
 from llmcomp.shards import TensorInfo, read_json_object, read_shard, weight_files
@@ -212,25 +212,10 @@ def _summary(seconds: list[float]) -> Latency:
     return Latency(median, low, high)
 
 
-def resident_peak() -> int:
-    """The most bytes this process has had resident. Linux counts from exec on."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def _main(directory: str, task: str, batch: int, sequence: int) -> None:
     """Load, run once, print {"peak_memory": bytes}; the fresh process behind `peak_memory`."""
     prepare(directory, task or None)
-    before = psutil.Process().memory_info().rss
+    before = resident_now()
     model = load(directory, task or None)
     with torch.inference_mode():
         model(**around(model, random_tokens(model, batch, sequence)))

@@ -1,4 +1,4 @@
-"""Something loaded that can be timed: the same few calls for every kind of model and runtime.
+"""Models of transformers that can be timed: `python -m llmcomp.measure.engines JOB` measures one (`bench_process`).
 
 A language model reads a prompt and then writes token by token, keeping its keys and values; anything else computes
 whole forwards. The loop is ours and not `generate`, whose bookkeeping is the same for all and no part of a model.
@@ -6,68 +6,21 @@ whole forwards. The loop is ours and not `generate`, whose bookkeeping is the sa
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import sys
 import time
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from llmcomp.feeds import around
+from llmcomp.measure.bench_process import Engine, Job, serve
 from llmcomp.measure.cost import random_tokens
 from llmcomp.measure.holding import Holding, holding
-from llmcomp.measure.load import load
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one fresh process measures.
-
-    Attributes:
-        directory: the checkpoint; task: one of `llmcomp.measure.load.AUTO`, None as config.json says.
-        threads: of torch and of every pool.
-        shapes: (batch, tokens) of the prompts, or of the forwards where `new_tokens` is 0.
-        new_tokens: written after the first prompt of each batch size.
-        repeats: of each, after one that is not counted.
-        compile: through torch.compile, for these shapes.
-        imports: modules that loading will need, so that they count as imports.
-        bandwidth: measure how fast this process reads memory, too.
-    """
-
-    directory: str
-    threads: int
-    shapes: tuple[tuple[int, int], ...]
-    new_tokens: int
-    repeats: int
-    task: str | None = None
-    compile: bool = False
-    imports: tuple[str, ...] = ()
-    bandwidth: bool = True
-
-
-class Engine(Protocol):
-    """A model after its first forward.
-
-    Attributes:
-        load_seconds: of opening it, without the first forward; ready_seconds: with it.
-    """
-
-    load_seconds: float
-    ready_seconds: float
-
-    def prompt(self, batch: int, tokens: int) -> Any:
-        """What `read` takes: tokens from a fixed seed."""
-
-    def read(self, prompt: Any) -> None:
-        """Compute a whole prompt afresh; of a language model, up to the choice of the first new token."""
-
-    def step(self) -> None:
-        """Write one more token after what was read."""
-
-    def holding(self) -> Holding | None:
-        """Bytes of its tensors; None where the runtime does not show them."""
+from llmcomp.measure.load import load, prepare
 
 
 def open_transformers(job: Job) -> Engine:
@@ -163,3 +116,20 @@ class Writer:
         out = self.call(input_ids=ids, past_key_values=self.cache, use_cache=True, **self.last)
         self.cache = out.past_key_values
         self.newest = out.logits[:, -1:].argmax(-1)
+
+
+def prepare_transformers(job: Job) -> None:
+    """Import what transformers will need to open the job's checkpoint."""
+    for name in (*job.imports, *(("torch._dynamo", "torch._inductor.compile_fx") if job.compile else ())):
+        importlib.import_module(name)
+    prepare(job.directory, job.task)
+
+
+def _main() -> int:
+    said, status = serve(sys.argv[1], open_transformers, prepare_transformers)
+    print(said, file=sys.stderr if status else sys.stdout)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

@@ -100,7 +100,8 @@ def _values(sample: Sample) -> Iterator[tuple[tuple[str, str], float]]:
     yield ("peak memory", "bytes"), sample.peak
     if sample.holding is not None:
         yield ("parameters and buffers", "bytes"), sample.holding.tensors
-        yield ("those of the blocks", "bytes"), sample.holding.blocks
+        if sample.holding.blocks is not None:
+            yield ("those of the blocks", "bytes"), sample.holding.blocks
     if sample.bandwidth is not None:
         yield (BANDWIDTH, "bytes/s"), sample.bandwidth
 

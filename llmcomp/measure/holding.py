@@ -26,12 +26,12 @@ class Holding:
 
     Attributes:
         tensors: of all parameters and buffers, and of what modules keep beside them.
-        blocks: of those in the model's blocks.
+        blocks: of those in the model's blocks; None where a runtime does not tell.
         read: of the weights that one new token of a language model reads; None where that cannot be told.
     """
 
     tensors: int
-    blocks: int
+    blocks: int | None
     read: int | None
 
 

@@ -11,7 +11,7 @@ from tiny import tiny
 from llmcomp.errors import BadCheckpoint, BadData, RunError
 from llmcomp.measure import bench as benching
 from llmcomp.measure.bench import Settings, Subject, bench, shapes_of, take_turns
-from llmcomp.measure.engines import Job
+from llmcomp.measure.bench_process import Job
 from llmcomp.progress import Silent
 
 JOB = Job("m", 1, ((1, 8),), 2, 1)

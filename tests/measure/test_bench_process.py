@@ -13,8 +13,8 @@ from tiny import tiny
 
 from llmcomp.errors import BadCheckpoint
 from llmcomp.measure import bench_process
-from llmcomp.measure.bench_process import Sample, job_from_json, serve, time_engine
-from llmcomp.measure.engines import Job, open_transformers
+from llmcomp.measure.bench_process import Job, Sample, job_from_json, serve, time_engine
+from llmcomp.measure.engines import open_transformers
 from llmcomp.measure.holding import Holding
 
 

@@ -10,7 +10,8 @@ import torch
 from tiny import build, tiny
 
 from llmcomp.measure import engines
-from llmcomp.measure.engines import Forwards, Job, Writer, open_transformers
+from llmcomp.measure.bench_process import Job
+from llmcomp.measure.engines import Forwards, Writer, open_transformers
 
 NEW = 5
 
