@@ -26,7 +26,7 @@ from evals.packed_models import BASE, OURS, PEERS, SHAPES, Shape, contenders, su
 from evals.process import machine, versions
 from evals.setup_peers import peer_python
 from llmcomp.errors import LlmcompError
-from llmcomp.measure.bench import Subject, take_turns
+from llmcomp.measure.bench import Subject, read_into_cache, take_turns
 from llmcomp.measure.bench_process import Job, Sample
 from llmcomp.measure.figures import LIMIT, Figure, figures, ratios
 from llmcomp.progress import Silent
@@ -130,6 +130,7 @@ def gathered(
         refused[one.name] = str(error)
         say(f"{one.name}: {error}")
 
+    read_into_cache(file for one in subjects for file in Path(one.job.directory).iterdir())
     for one, count, sample in take_turns(subjects, threads, rounds, Silent(), note):
         samples.setdefault((count, one.name), []).append(sample)
         say(f"{count} threads, {one.name}: ready after {sample.ready_seconds:.1f} s")

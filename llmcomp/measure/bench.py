@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -115,8 +115,7 @@ def bench(
     job = Job(str(directory), 1, shapes, new_tokens, settings.repeats, compile=settings.compile)
     names = (str(directory), f"{against} (against)" if against == directory else str(against))
     subjects = [Subject(name, replace(job, directory=str(one))) for name, one in zip(names, directories, strict=False)]
-    for one in directories:
-        read_into_cache(one)
+    read_into_cache(file for one in directories for file in _weights(one))
     samples: dict[tuple[str, int], list[Sample]] = {}
     threads = settings.threads or (cores(),)
     for subject, count, sample in take_turns(subjects, threads, settings.rounds, progress or Silent()):
@@ -162,17 +161,24 @@ def _positions(directory: Path) -> int | None:
     return next((value for value in found if isinstance(value, int)), None)
 
 
-def read_into_cache(directory: Path) -> None:
-    """Read the weight files, so that the first load is as warm as the others.
+def read_into_cache(files: Iterable[Path]) -> None:
+    """Read files to their end, so that the first load is as warm as the others."""
+    for file in files:
+        with file.open("rb", buffering=0) as stream:
+            while stream.read(1 << 24):
+                pass
+
+
+def _weights(directory: Path) -> list[Path]:
+    """The weight files, whose headers are whole.
 
     Raises:
         BadCheckpoint: there are none, or one is truncated.
     """
-    for file in weight_files(directory, False)[1]:
+    _, files = weight_files(directory, False)
+    for file in files:
         read_shard(file)
-        with file.open("rb", buffering=0) as stream:
-            while stream.read(1 << 24):
-                pass
+    return files
 
 
 def take_turns(

@@ -72,14 +72,15 @@ def test_who_takes_part():
     assert set(packed_models.PEERS) <= set(llama) and set(OURS.values()) <= set(bert)
 
 
-def test_one_that_fails_is_left_out_of_all_tables(monkeypatch):
+def test_one_that_fails_is_left_out_of_all_tables(tmp_path, monkeypatch):
     def measure(one: Subject, threads: int) -> Sample:
         if one.name == "b" and threads == 2:
             raise RunError("Measuring b failed: gone")
         return replace(sample(float(threads)), load_seconds=1.0)
 
     monkeypatch.setattr("llmcomp.measure.bench.measure", measure)
-    job = Job("m", 1, ((1, 128),), 32, 1)
+    (tmp_path / "model.safetensors").write_bytes(b"read before")
+    job = Job(str(tmp_path), 1, ((1, 128),), 32, 1)
     found, refused = packed.gathered([Subject("a", job), Subject("b", job)], (1, 2), 2)
     assert {count: list(names) for count, names in found.items()} == {1: ["a"], 2: ["a"]}
     assert refused == {"b": "Measuring b failed: gone"}
