@@ -28,7 +28,7 @@ from evals.setup_peers import peer_python
 from llmcomp.errors import LlmcompError
 from llmcomp.measure.bench import Subject, read_into_cache, take_turns
 from llmcomp.measure.bench_process import Job, Sample
-from llmcomp.measure.figures import LIMIT, Figure, figures, ratios
+from llmcomp.measure.figures import LIMIT, Figure, Ratio, figures, ratios
 from llmcomp.progress import Silent
 
 PACKAGES = ["llmcomp", "torch", "transformers", "bitsandbytes", "onnxruntime"]
@@ -74,9 +74,13 @@ def cell(own: Figures, base: Figures, column: Column) -> str:
         return "–"
     value = found.median / column.scale
     text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-    for ratio in ratios([found], base):
-        text += f" ({ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}])"
-    return text
+    return " ".join([text, *(f"({quotient(ratio)})" for ratio in ratios([found], base))])
+
+
+def quotient(ratio: Ratio) -> str:
+    """'2.90 [2.81, 3.02]'; a single round has no interval."""
+    spread = f" [{ratio.low:.2f}, {ratio.high:.2f}]" if len(ratio.rounds) > 1 else ""
+    return f"{ratio.median:.2f}{spread}"
 
 
 def against_base(found: Mapping[str, Figures], shown: Sequence[Column]) -> str:
@@ -113,7 +117,7 @@ def against_peers(found: Mapping[str, Figures], shown: Sequence[Column]) -> str:
             base = found.get(best[column.title] or "", ())
             wanted = [one for one in found[name] if (one.name, one.unit) == (column.figure, column.unit)]
             ratio = next(iter(ratios(wanted, base)), None)
-            cells.append(f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]" if ratio else "–")
+            cells.append(quotient(ratio) if ratio else "–")
         rows.append([name, *cells])
     rows.append(["the best peer", *(best[column.title] or "–" for column in shown)])
     return markdown(["", *(column.title for column in shown)], rows)
@@ -133,7 +137,7 @@ def gathered(
     read_into_cache(file for one in subjects for file in Path(one.job.directory).iterdir())
     for one, count, sample in take_turns(subjects, threads, rounds, Silent(), note):
         samples.setdefault((count, one.name), []).append(sample)
-        say(f"{count} threads, {one.name}: ready after {sample.ready_seconds:.1f} s")
+        say(f"{one.name}, threads {count}: ready after {sample.ready_seconds:.1f} s")
     whole = [one.name for one in subjects if one.name not in refused]
     return {count: {name: figures(samples[count, name]) for name in whole} for count in threads}, refused
 
@@ -195,9 +199,9 @@ def main(argv: list[str] | None = None) -> int:
         how = "torch.compile" if args.compile else "eager"
         for count, by_name in found.items():
             layers = args.layers or shape.layers
-            print(f"\n{shape.name}, {layers} layers, {count} threads, {how}, {args.rounds} rounds\n")
+            print(f"\n{shape.name}, {layers} layers; threads: {count}; {how}; rounds: {args.rounds}\n")
             print(against_base(by_name, shown))
-            print(f"\nOver the best Python peer, {count} threads\n")
+            print(f"\nOver the best Python peer; threads: {count}\n")
             print(against_peers(by_name, shown), flush=True)
         for one, why in {**unmade, **refused}.items():
             print(f"\n{one} was not measured: {why}", flush=True)
