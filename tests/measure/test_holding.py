@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import build
+from tiny import build, tiny
 from torch import nn
 
+import llmcomp
 from llmcomp.measure.holding import holding
+from llmcomp.measure.load import load
+from llmcomp.recipe import QuantizeStep, Recipe
 
 
 def stored(module: nn.Module) -> int:
@@ -58,6 +62,16 @@ def test_what_lies_beside_parameters_counts() -> None:
     assert found.tensors == before.tensors + 4 * (5 + 3) + 7
     # The block refers to the other module's weight, so it holds that, too, and what hangs on it.
     assert found.blocks == before.blocks + 7 + 4 * 16 + 4 * (5 + 3)
+
+
+def test_packed_weights_count_as_they_lie(tmp_path: Path) -> None:
+    source = tiny("llama-untied", tmp_path / "source", dtype=torch.bfloat16, tokenizer=True)
+    step = QuantizeStep(method="rtn", bits=4, group_size=128, targets=("attention", "mlp", "embeddings", "head"))
+    options = llmcomp.RunOptions(output=tmp_path / "packed", verify=False, evaluate=False)
+    packed = load(llmcomp.quantize(str(source), recipe=Recipe((step,), format="llmcomp"), options=options).output)
+    found, dense = holding(packed), holding(load(source))
+    assert found.tensors == stored(packed) and found.blocks <= 0.30 * dense.blocks
+    assert found.read == found.tensors - stored(packed.get_input_embeddings())
 
 
 def test_lists_in_lists_are_one_block() -> None:
