@@ -20,6 +20,7 @@ __all__ = [
     "RunError",
     "RunOptions",
     "UserError",
+    "bench",
     "evaluate",
     "export",
     "load",
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "llmcomp.api": ("ExportResult", "QuantizeResult", "RunOptions", "evaluate", "export", "load", "quantize"),
+    "llmcomp.api": ("ExportResult", "QuantizeResult", "RunOptions", "bench", "evaluate", "export", "load", "quantize"),
     "llmcomp.errors": ("LlmcompError", "RunError", "UserError"),
     "llmcomp.recipe": ("Calibration", "Override", "QuantizeStep", "Recipe"),
     "llmcomp.report.schema": ("Report",),

@@ -19,6 +19,8 @@ from llmcomp.recipe import Calibration, Recipe, check, step_of
 from llmcomp.report.schema import Report
 
 if TYPE_CHECKING:
+    from llmcomp.measure.bench import Benchmark
+    from llmcomp.measure.bench import Settings as BenchSettings
     from llmcomp.measure.run import Evaluation, Settings
 
 ACTIVATION_MEMORY = 8 * 2**20
@@ -155,6 +157,31 @@ def evaluate(
     return evaluate_model(
         path, against=other, data=data, settings=settings, progress=progress, streamer=open_streamed
     )
+
+
+def bench(
+    directory: str | Path,
+    *,
+    against: str | Path | None = None,
+    settings: BenchSettings | None = None,
+    progress: Progress | None = None,
+) -> Benchmark:
+    """Measure how fast a checkpoint runs and what it takes in memory, round by round beside `against` where given.
+
+    Args:
+        directory, against: local directories, Hub ids, aliases or 'sample:' names.
+        settings: `llmcomp.measure.bench.Settings`; None measures with all cores.
+
+    Raises:
+        UserError, RunError: as `llmcomp.measure.bench.bench`.
+    """
+    from llmcomp import hub
+
+    path = hub.resolve(str(directory), progress=progress).path
+    other = None if against is None else hub.resolve(str(against), progress=progress).path
+    from llmcomp.measure.bench import Settings, bench
+
+    return bench(path, against=other, settings=settings or Settings(), progress=progress)
 
 
 def load(directory: str | Path, *, progress: Progress | None = None) -> Any:

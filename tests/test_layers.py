@@ -20,7 +20,7 @@ ROWS = [
     "api",
     "session",
     "report hub",
-    "pipeline exports",
+    "pipeline exports generation",
     "formats measure adapters checkpoint calibration.capture calibration.lint",
     "hf",
     "packed",

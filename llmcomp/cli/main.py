@@ -15,8 +15,10 @@ from typing import Annotated, Any
 
 import typer
 
+from llmcomp.cli.bench import bench
 from llmcomp.cli.evaluate import evaluate
 from llmcomp.cli.export import export
+from llmcomp.cli.generate import generate
 from llmcomp.cli.inspect import inspect
 from llmcomp.cli.models import models
 from llmcomp.cli.plan import plan
@@ -33,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for _verb in (quantize, inspect, plan, evaluate, export, report, models):
+for _verb in (quantize, inspect, plan, evaluate, export, bench, generate, report, models):
     app.command(no_args_is_help=_verb is not models)(_verb)
 
 
@@ -93,24 +95,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except BaseException as error:
-        return _ended_by(error, received, debug)
+        return _ended_by(error, received, debug, resumes=arguments[:1] == ["quantize"])
     finally:
         signal.signal(signal.SIGINT, before)
         signal.signal(signal.SIGTERM, terminated or signal.SIG_DFL)
     return 0
 
 
-def _ended_by(error: BaseException, received: Sequence[int], debug: bool) -> int:
+def _ended_by(error: BaseException, received: Sequence[int], debug: bool, *, resumes: bool) -> int:
     """Say why the command ends; its exit status.
 
     Args:
         received: signals that asked it to stop. Where one arrives in code that is not ours, that code may make an error
             of its own of what `_stop` raises.
+        resumes: whether the same command goes on where this one ends.
     """
     if isinstance(error, EndedElsewhere):
         return error.exit_code
     if signal.SIGINT in received:
-        return _say("Interrupted; the same command resumes where it stopped.", INTERRUPTED, debug)
+        again = "; the same command resumes where it stopped." if resumes else "."
+        return _say(f"Interrupted{again}", INTERRUPTED, debug)
     if signal.SIGTERM in received:
         sentence = "Stopped from outside, or because another process has ended; the same command resumes."
         return _say(sentence, TERMINATED, debug)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,15 +17,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from llmcomp import bnb, native
-from llmcomp.errors import BadCheckpoint, RunError
+from llmcomp.errors import BadCheckpoint
 from llmcomp.feeds import around, vocabulary
+from llmcomp.measure.fresh import ask
 from llmcomp.measure.load import first_forward, load, prepare
+from llmcomp.measure.resident import resident_now, resident_peak
 from llmcomp.packed import Packed
 from llmcomp.report.schema import Size
 from llmcomp.shards import TensorInfo, read_json_object, read_shard, weight_files
@@ -144,7 +143,7 @@ def latency(
     Several models take turns, so that what else the machine does falls on all of them.
     """
     seconds: list[list[float]] = [[] for _ in models]
-    inputs = [around(model, _tokens(model, batch, sequence)) for model in models]
+    inputs = [around(model, random_tokens(model, batch, sequence)) for model in models]
     for turn in range(repeats + 2):
         for model, given, taken in zip(models, inputs, seconds, strict=True):
             start = time.perf_counter()
@@ -167,24 +166,9 @@ def peak_memory(
     Raises:
         RunError: the process failed; the message ends with what it said.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "llmcomp.measure.cost",
-        str(directory),
-        task or "",
-        str(batch),
-        str(sequence),
-    ]
-    package = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH", "")) if p)
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-    )
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise RunError(f"Measuring the peak memory of {directory} failed: {said[-1]}")
-    return int(json.loads(done.stdout.splitlines()[-1])["peak_memory"])
+    arguments = [str(directory), task or "", str(batch), str(sequence)]
+    found = ask("llmcomp.measure.cost", arguments, f"Measuring the peak memory of {directory}")
+    return int(found["peak_memory"])
 
 
 def _parameters(name: str, info: TensorInfo, stored: Mapping[str, TensorInfo]) -> int:
@@ -210,7 +194,8 @@ def _read(file: Path, name: str) -> Tensor:
     return tensor
 
 
-def _tokens(model: Any, batch: int, sequence: int) -> Tensor:
+def random_tokens(model: Any, batch: int, sequence: int) -> Tensor:
+    """Token ids [batch, sequence] from a fixed seed, none of them the padding token."""
     config = model.config.get_text_config()
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
@@ -227,28 +212,13 @@ def _summary(seconds: list[float]) -> Latency:
     return Latency(median, low, high)
 
 
-def resident_peak() -> int:
-    """The most bytes this process has had resident. Linux counts from exec on."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def _main(directory: str, task: str, batch: int, sequence: int) -> None:
     """Load, run once, print {"peak_memory": bytes}; the fresh process behind `peak_memory`."""
     prepare(directory, task or None)
-    before = psutil.Process().memory_info().rss
+    before = resident_now()
     model = load(directory, task or None)
     with torch.inference_mode():
-        model(**around(model, _tokens(model, batch, sequence)))
+        model(**around(model, random_tokens(model, batch, sequence)))
     print(json.dumps({"peak_memory": max(0, resident_peak() - before)}))
 
 

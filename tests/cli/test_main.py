@@ -22,7 +22,7 @@ from llmcomp.errors import (
     VerificationFailed,
 )
 
-VERBS = ("quantize", "inspect", "evaluate", "report", "models")
+VERBS = ("quantize", "inspect", "evaluate", "bench", "generate", "report", "models")
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
@@ -88,6 +88,14 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert main(["quantize", "model"]) == 130
     assert capsys.readouterr() == ("", "llmcomp: Interrupted; the same command resumes where it stopped.\n")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_of_a_verb_that_does_not_resume(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(api, "bench", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    assert main(["bench", "sample:lm"]) == 130
+    assert capsys.readouterr() == ("", "llmcomp: Interrupted.\n")
 
 
 @pytest.mark.parametrize("other", [RuntimeError("from C++"), RunError("The loss is NaN.")])
