@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evals.common import markdown
+from evals.common import cache_root, markdown
 from evals.packed_models import BASE, OURS, PEERS, SHAPES, Shape, contenders, subject
 from evals.process import machine, versions
 from evals.setup_peers import peer_python
@@ -175,7 +175,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="of each thing in one process")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--compile", action="store_true", help="all through torch.compile")
-    parser.add_argument("--llama-cpp", type=Path, metavar="PYTHON")
+    parser.add_argument("--llama-cpp", type=lambda path: Path(path).absolute(), metavar="PYTHON")
     parser.add_argument("--onnx", action="store_true")
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"these contenders and {BASE}")
     return parser.parse_args(argv)
@@ -185,6 +185,10 @@ def main(argv: list[str] | None = None) -> int:
     """Print the tables as markdown."""
     args = parse(argv)
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # fewer, and it does not start
+    cache = cache_root().absolute()
+    cache.mkdir(parents=True, exist_ok=True)
+    os.environ["LLMCOMP_EVAL_CACHE"] = str(cache)
+    os.chdir(cache)  # gptqmodel makes a folder for logs where it stands
     print(json.dumps(machine(max(args.threads))))
     print(json.dumps(versions(Path(sys.executable), PACKAGES)))
     if peer_python("gptqmodel").exists():
