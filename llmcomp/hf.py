@@ -155,17 +155,20 @@ def _of_this_model(model: Any, schemes: Mapping[str, Scheme]) -> dict[str, Schem
 def _held(model: Any, files: Sequence[str]) -> dict[str, Tensor]:
     """{tensor: itself on meta} of the files, by names in `model`."""
     found = {key: info for file in files for key, info in read_shard(Path(file)).tensors.items()}
-    rename = file_renaming(model) if any(".experts." in key for key in found) else (lambda key: key)
     modules, prefix = {name for name, _ in model.named_modules()}, f"{model.base_model_prefix}."
-    named = {}
-    for key, info in found.items():
-        name = rename(key)
+    rename = functools.cache(lambda: file_renaming(model))  # takes its time, and most files have the model's names
+
+    def place(name: str) -> str | None:
         module, _, part = name.rpartition(".")
-        for candidate in (module, prefix + module, module.removeprefix(prefix)):
-            if candidate in modules:
-                named[f"{candidate}.{part}"] = torch.empty(info.shape, dtype=info.dtype, device="meta")
-                break
-    return named
+        candidates = (module, prefix + module, module.removeprefix(prefix))
+        return next((f"{candidate}.{part}" for candidate in candidates if candidate in modules), None)
+
+    named = {place(key) or place(rename()(key)): info for key, info in found.items()}
+    return {
+        name: torch.empty(info.shape, dtype=info.dtype, device="meta")
+        for name, info in named.items()
+        if name is not None
+    }
 
 
 def _packed(replaced: Any, name: str, scheme: Scheme, expected: Mapping[str, Tensor]) -> Packed:

@@ -162,6 +162,13 @@ def test_checkpoints_of_compressed_tensors_stay_packed(llama: Path, tmp_path: Pa
     assert torch.equal(output(opened(tmp_path / "saved")), output(model))
 
 
+def test_names_of_older_files_are_the_models(tmp_path: Path) -> None:
+    """GPT-NeoX's files call the head `embed_out`."""
+    source = tiny("gpt-neox", tmp_path / "source", tokenizer=True)
+    opened_one = open_checkpoint(packed(source, tmp_path / "packed"))
+    assert {name for name, _ in opened_one.dense()} == set(opened_one.skeleton.state_dict())
+
+
 def test_the_tokenizer_is_the_sources(tmp_path: Path) -> None:
     """transformers chooses a tokenizer's class by the model type where tokenizer_config.json names none."""
     from llmcomp.measure.load import load_tokenizer

@@ -8,7 +8,7 @@ dense safetensors.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llmcomp import bnb, native
 from llmcomp.errors import BadCheckpoint, BadRecipe, VerificationFailed
+from llmcomp.experts import file_renaming
 from llmcomp.formats.reading import (
     Packed,
     Place,
@@ -138,7 +139,18 @@ def open_checkpoint(directory: Path) -> Opened:
             )
     except VerificationFailed as error:
         raise BadCheckpoint(f"{directory} cannot be opened: {error}") from error
-    return Opened(directory, own, schemes, tensors)
+    return _with_models_names(Opened(directory, own, schemes, tensors))
+
+
+def _with_models_names(opened: Opened) -> Opened:
+    """The same with every tensor by its name in the model: files may hold older ones (GPT-NeoX's `embed_out`)."""
+    modules = {name for name, _ in opened.skeleton.named_modules()}
+    if all(name.rpartition(".")[0] in modules for name in opened.tensors):
+        return opened
+    rename = file_renaming(opened.skeleton)
+    here = {name: name.rpartition(".")[0] in modules for name in opened.tensors}
+    tensors = {name if here[name] else rename(name): place for name, place in opened.tensors.items()}
+    return replace(opened, tensors=tensors)
 
 
 def _foreign_schemes(directory: Path, tensors: Mapping[str, Place]) -> dict[str, Scheme]:

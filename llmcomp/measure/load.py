@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 from llmcomp import bnb, native
@@ -89,7 +90,7 @@ def load(directory: str | Path, task: str | None = None, config: Any = None) -> 
             first_forward(model.eval())
     except LlmcompError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise BadCheckpoint(f"transformers cannot load {directory}: {reason[:300]}") from error
     missing = [*sorted(info["missing_keys"]), *sorted(str(key) for key in info["mismatched_keys"])]
