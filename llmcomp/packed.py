@@ -185,6 +185,20 @@ class DecodedWhenUsed(Tensor):
         return func(*args, **kwargs)
 
 
+class Product(torch.autograd.Function):
+    """`x W'` by the module's kernel. Gradients go to x alone, through the decoded weight; rounded inputs let them pass
+    (straight through)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: Packed) -> Tensor:
+        ctx.module = module
+        return KERNELS[module.kernel].product(x, module.held, module.grid)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        return gradients[0] @ ctx.module.quantized().dense().to(gradients[0].dtype), None
+
+
 class PackedLinear(Packed):
     """In the place of `nn.Linear`, or transformers' Conv1D."""
 
@@ -195,7 +209,7 @@ class PackedLinear(Packed):
     def forward(self, x: Tensor) -> Tensor:
         if not x.numel():  # an expert that no token goes to
             return x.new_empty(*x.shape[:-1], self.out_features)
-        out = KERNELS[self.kernel].product(x, self.held, self.grid)
+        out: Any = Product.apply(x, self)
         return out if self.bias is None else out + self.bias
 
 

@@ -150,6 +150,17 @@ def test_generation_and_casts(small: Path) -> None:
     assert torch.equal(module.weight * 1, module.dense())
 
 
+@pytest.mark.parametrize("tokens", [3, 40])  # few rows, and tiles
+def test_gradients_reach_what_comes_before(llama: Path, small: Path, tokens: int) -> None:
+    model, plain = opened(small), decoded(small, llama)
+    ids = torch.randint(5, 60, (1, tokens), generator=torch.Generator().manual_seed(0))
+    found, expected = (
+        torch.autograd.grad(one(input_ids=ids).logits.logsumexp(-1).sum(), one.get_input_embeddings().weight)[0]
+        for one in (model, plain)
+    )
+    assert float((found - expected).norm() / expected.norm()) < 0.05
+
+
 def test_checkpoints_of_compressed_tensors_stay_packed(llama: Path, tmp_path: Path) -> None:
     options = llmcomp.RunOptions(output=tmp_path / "ct", verify=False, evaluate=False)
     llmcomp.quantize(str(llama), bits=4, method="rtn", symmetric=False, options=options)
