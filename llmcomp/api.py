@@ -198,6 +198,7 @@ def load(directory: str | Path, *, progress: Progress | None = None) -> Any:
     path = hub.resolve(str(directory), progress=progress).path
     from llmcomp.errors import BadCheckpoint
     from llmcomp.formats.opening import open_checkpoint
+    from llmcomp.formats.reading import auto_class
     from llmcomp.measure.load import load as load_model
 
     try:
@@ -205,11 +206,13 @@ def load(directory: str | Path, *, progress: Progress | None = None) -> Any:
     except BadCheckpoint as error:  # no integers in groups, or not whole: transformers opens it or says why not
         (progress or Silent()).note(f"Loaded as plain transformers does: {error}")
         return load_model(path)
+    auto = auto_class(opened.skeleton.config)
     if not opened.schemes:
-        return load_model(path)
+        return load_model(path, auto=auto)
     from llmcomp import hf, native
 
-    return load_model(path, config=hf.config_of(native.wrap(opened.config, native.describe(opened.schemes))))
+    wrapped = native.wrap(opened.config, native.describe(opened.schemes))
+    return load_model(path, config=hf.config_of(wrapped), auto=auto)
 
 
 def export(

@@ -184,6 +184,7 @@ def write(model: Any, tokenizer: Any, ids: Tensor, sampling: Sampling, stream: S
     try:
         model.generate(
             ids, attention_mask=torch.ones_like(ids), streamer=stream, pad_token_id=padding,
+            num_beams=1,  # beams are known only at the end, and this streams
             max_new_tokens=new_tokens(model, tokenizer, ids, sampling), **sampling.arguments(),
         )  # fmt: skip
     except BaseException:

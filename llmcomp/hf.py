@@ -59,8 +59,19 @@ def _packed_class(model_type: str) -> Any:
         wrapped = native.wrap(content, content["quantization_config"])
         Path(json_file_path).write_text(native.to_json(wrapped), encoding="utf-8")
 
+    def reduce(self: Any) -> Any:  # pickle looks classes up by name, and would find the model's own
+        return _restored, (model_type, self.__dict__)
+
     own: Any = CONFIG_MAPPING[model_type]
-    return type(own.__name__, (own,), {"to_json_file": to_json_file, "is_packed": True, "__module__": own.__module__})
+    added = {"to_json_file": to_json_file, "__reduce__": reduce, "is_packed": True, "__module__": own.__module__}
+    return type(own.__name__, (own,), added)
+
+
+def _restored(model_type: str, state: dict[str, Any]) -> Any:
+    kind = _packed_class(model_type)
+    config = kind.__new__(kind)
+    config.__dict__.update(state)
+    return config
 
 
 @register_quantization_config(native.METHOD)

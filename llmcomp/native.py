@@ -45,6 +45,7 @@ from llmcomp.weights import INPUT_SCALE, QuantizedWeight
 
 METHOD, VERSION = "llmcomp", 1
 QUANTIZED = "quantized"
+_FIELDS = {"bits": int, "group_size": int | None, "symmetric": bool, "activations": str | None}  # of a group
 # Without a guard `LlamaForCausalLM.from_pretrained` takes a config of another type with a warning, drops a quantizer
 # that it does not know, and fills in random weights. These two are no text in any config; the first can be overridden
 # by an argument, the second's error says less.
@@ -135,7 +136,10 @@ def schemes_of(quantization: Any) -> dict[str, Scheme]:
         raise BadCheckpoint('quantization_config of a packed checkpoint needs a list of groups under "weights".')
     for group in groups:
         scheme = _scheme(group)
-        for name in group.get("modules") or ():
+        names = group.get("modules")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise BadCheckpoint('A group of quantization_config needs a list of names under "modules".')
+        for name in names:
             if name in found:
                 raise BadCheckpoint(f"quantization_config names {name} twice.")
             found[name] = scheme
@@ -147,9 +151,11 @@ def _scheme(group: Mapping[str, Any]) -> Scheme:
         raise BadCheckpoint(
             f"This checkpoint holds weights of kind '{kind}', and this release reads '{QUANTIZED}'; update llmcomp."
         )
-    fields = ("bits", "group_size", "symmetric", "activations")
     try:
-        return Scheme(**{field: group[field] for field in fields})
+        given = {field: group[field] for field in _FIELDS}
+        if wrong := [field for field, kinds in _FIELDS.items() if not isinstance(given[field], kinds)]:
+            raise BadRecipe(f"{wrong[0]} is {given[wrong[0]]!r}.")
+        return Scheme(**given)
     except (KeyError, BadRecipe) as error:
         raise BadCheckpoint(f"quantization_config holds a group that cannot be read: {error}") from error
 
@@ -189,13 +195,15 @@ def check(tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[int, int]:
     Raises:
         BadCheckpoint: a tensor that is missing, or of another shape or dtype than the scheme asks for.
     """
-    shapes = shapes_of(tensors[SHAPE].tolist() if SHAPE in tensors else (), scheme)
-    for name, (dtype, shape) in shapes.items():
+    shape = tensors[SHAPE].flatten().tolist() if SHAPE in tensors else []
+    shapes = shapes_of(shape, scheme)
+    for name, (dtype, expected) in shapes.items():
         if name not in tensors:
             raise BadCheckpoint(f"{name} is missing")
-        if tuple(tensors[name].shape) != shape or (dtype is not None and tensors[name].dtype != dtype):
+        fits = tensors[name].is_floating_point() if dtype is None else tensors[name].dtype == dtype
+        if tuple(tensors[name].shape) != expected or not fits:
             found = f"{tensors[name].dtype} {list(tensors[name].shape)}".removeprefix("torch.")
-            wanted = f"{dtype or 'a floating type'} {list(shape)}".removeprefix("torch.")
+            wanted = f"{dtype or 'a floating type'} {list(expected)}".removeprefix("torch.")
             raise BadCheckpoint(f"{name} is {found}, expected {wanted}")
     rows, columns = tensors[SHAPE].tolist()
     return rows, columns
@@ -216,7 +224,7 @@ def read(state: Mapping[str, Tensor], scheme: Scheme, transposed: bool) -> Quant
     if is_own(state, scheme, transposed):
         return from_tensors(state, scheme)
     scale, zero = state[SCALE], None if scheme.symmetric else state[ZERO_POINT]
-    packs_zeros = zero is None or _packs_zeros(zero, scale)
+    packs_zeros = zero is None or _packs_zeros(zero)
     turned = _turned(state, transposed)
     if PACKED in state and SHAPE in state:
         values = packing.unpack(state[PACKED], scheme.bits, int(state[SHAPE][1]))
@@ -237,9 +245,11 @@ def read(state: Mapping[str, Tensor], scheme: Scheme, transposed: bool) -> Quant
 
 def is_own(state: Mapping[str, Tensor], scheme: Scheme, transposed: bool) -> bool:
     """Whether the tensors of a module are those of this layout, rather than another of compressed-tensors'."""
-    if PACKED not in state or _turned(state, transposed) or state[SCALE].numel() <= 1 < state[PACKED].shape[0]:
+    if PACKED not in state or SCALE not in state or not (scheme.symmetric or ZERO_POINT in state):
         return False
-    return scheme.symmetric or _packs_zeros(state[ZERO_POINT], state[SCALE])
+    if _turned(state, transposed) or state[SCALE].numel() <= 1 < state[PACKED].shape[0]:  # one for all
+        return False
+    return scheme.symmetric or _packs_zeros(state[ZERO_POINT])
 
 
 def _turned(state: Mapping[str, Tensor], transposed: bool) -> bool:
@@ -247,8 +257,8 @@ def _turned(state: Mapping[str, Tensor], transposed: bool) -> bool:
     return transposed and (SHAPE not in state or len(state[SCALE]) != int(state[SHAPE][0]))
 
 
-def _packs_zeros(zero: Tensor, scale: Tensor) -> bool:
-    return zero.dtype == torch.int32 and zero.shape != scale.shape
+def _packs_zeros(zero: Tensor) -> bool:
+    return zero.dtype == torch.int32  # others are int8, one each
 
 
 def shapes_of(shape: Any, scheme: Scheme) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:

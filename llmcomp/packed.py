@@ -55,7 +55,8 @@ class Packed(nn.Module):
         Raises:
             BadCheckpoint: a tensor of another shape than the module's.
         """
-        loaded = {name: self.get_buffer(name) for name in native.PARTS if self._buffers.get(name) is not None}
+        # Not by attribute: `weight`, as compressed-tensors calls integers of 8 bits, is a property here.
+        loaded = {name: one for name in native.PARTS if (one := self._buffers.get(name)) is not None}
         if native.is_own(loaded, self.scheme, self.transposed):  # words as they are: unpacking takes most of the time
             shape = native.check(loaded, self.scheme)
             zero = None if self.scheme.symmetric else loaded[native.ZERO_POINT]
@@ -130,6 +131,16 @@ class Packed(nn.Module):
         if self.kernel:
             for name, tensor in native.to_tensors(self.quantized()).items():
                 destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """The inverse of `_save_to_state_dict`, once the module has settled."""
+        own = {part: state_dict[prefix + part] for part in native.PARTS if prefix + part in state_dict}
+        if self.kernel and own:
+            for part, tensor in own.items():
+                self.register_buffer(part, tensor)
+            self.settle()
+            state_dict = {key: one for key, one in state_dict.items() if key.removeprefix(prefix) not in own}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
         """Moves between devices lay the weight out anew; casts touch the scales, as they do a dense weight."""
@@ -221,15 +232,19 @@ class PackedEmbedding(Packed):
 
     def __init__(self, replaced: nn.Module, scheme: Scheme, expected: Mapping[str, Tensor]) -> None:
         super().__init__(replaced, scheme, expected)
-        self.embed_scale = getattr(replaced, "embed_scale", None)
+        # Gemma keeps the factor in a buffer, too, which is on meta here, and its number beside it.
+        scale: Any = getattr(replaced, "scalar_embed_scale", getattr(replaced, "embed_scale", None))
+        self.embed_scale = None if scale is None else float(scale)
         self.num_embeddings, self.embedding_dim = self.out_features, self.in_features
 
     def forward(self, ids: Tensor) -> Tensor:
         flat, grid = ids.reshape(-1), self.grid
+        if not len(flat):
+            return grid.scale.new_empty(*ids.shape, self.in_features)
         integers = packing.unpack(self.held["words"][flat], self.scheme.bits, self.in_features)
         zero = None if grid.zero_point is None else grid.zero_point[flat]
         rows = dequantize(integers, F.embedding(flat, grid.scale), zero).view(*ids.shape, self.in_features)
-        return rows if self.embed_scale is None else rows * torch.as_tensor(self.embed_scale).to(rows)
+        return rows if self.embed_scale is None else rows * torch.tensor(self.embed_scale).to(rows)
 
     def _kernel(self, device: str) -> str:
         return "plain"

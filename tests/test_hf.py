@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -130,6 +131,31 @@ def test_a_mixture_with_embeddings_and_head(llama: Path, tmp_path: Path) -> None
     assert float((found - expected).norm() / expected.norm()) < 0.03
 
 
+def test_embeddings_that_are_scaled(tmp_path: Path) -> None:
+    """Gemma's embeddings multiply by a factor that they keep in a buffer."""
+    source = tiny("gemma3", tmp_path / "source", tokenizer=True, tie_word_embeddings=False)
+    directory = packed(source, tmp_path / "packed", targets=("embeddings",), bits=8)
+    model = opened(directory)
+    assert isinstance(model.get_input_embeddings(), PackedEmbedding)
+    found, expected = output(model), output(decoded(directory, source))
+    assert float((found - expected).norm() / expected.norm()) < 1e-3
+    nothing = model.get_input_embeddings()(torch.zeros(1, 0, dtype=torch.long))
+    assert nothing.shape == (1, 0, 128)
+
+
+def test_it_is_pickled_and_its_state_loaded(small: Path) -> None:
+    model, expected = opened(small), output(opened(small))
+    assert torch.equal(output(pickle.loads(pickle.dumps(model))), expected)
+    state = {key: one.clone() for key, one in model.state_dict().items()}
+    scales = "model.layers.0.mlp.up_proj.weight_scale"
+    changed = {**state, scales: state[scales] * 2}
+    model.load_state_dict(changed)
+    assert torch.equal(model.state_dict()[scales], changed[scales])
+    assert not torch.equal(output(model), expected)
+    model.load_state_dict(state)
+    assert torch.equal(output(model), expected)
+
+
 def test_it_takes_a_quarter_of_the_memory(small: Path) -> None:
     model = opened(small)
     block = model.model.layers[0]
@@ -208,13 +234,16 @@ for name in ("AutoModelForCausalLM", "LlamaForCausalLM", "BertModel"):
             print("made a model:", name, given)
         except Exception as error:
             print("refused:", type(error).__name__)
+transformers.AutoModelForCausalLM.from_pretrained(sys.argv[2])
+print("made a model of the source")
 """
 
 
-def test_without_llmcomp_no_class_makes_a_model_of_it(small: Path) -> None:
-    command = [sys.executable, "-c", WITHOUT_US, str(small)]
+def test_without_llmcomp_no_class_makes_a_model_of_it(small: Path, llama: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_US, str(small), str(llama)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    said = done.stdout.splitlines()
+    *said, last = done.stdout.splitlines()
+    assert last == "made a model of the source"
     assert len(said) == 9
     assert all(line.startswith("refused: ") for line in said), said
 
@@ -249,14 +278,20 @@ BAD_CONFIGS: dict[str, tuple[Callable[[dict], object], str]] = {
     "no model": (lambda c: c.pop("model"), "the model's own config"),
     "type": (lambda c: c.update(packed_model_type="lama"), "no model type 'lama'"),
     "group": (lambda c: c["quantization_config"]["weights"][0].update(group_size=64), "expected"),
+    "names": (lambda c: c["quantization_config"]["weights"][0].update(modules="abc"), "a list of names"),
+    "flag": (lambda c: c["quantization_config"]["weights"][0].update(activations={}), "activations is"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_CONFIGS)
 def test_a_config_that_cannot_be_is_one_sentence(name: str, small: Path, tmp_path: Path) -> None:
+    import transformers
+
     change, sentence = BAD_CONFIGS[name]
-    with pytest.raises(BadCheckpoint, match=sentence):
-        llmcomp.load(edited(small, tmp_path / "bad", change))
+    directory = edited(small, tmp_path / "bad", change)
+    for load in (llmcomp.load, transformers.AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(BadCheckpoint, match=sentence):
+            load(directory)
 
 
 NAME = "model.layers.0.mlp.up_proj"
@@ -266,7 +301,8 @@ BAD_TENSORS: dict[str, tuple[Callable[[dict], object], str]] = {
     "shape missing": (lambda t: t.pop(f"{NAME}.weight_shape"), "weight_shape"),
     "scale cut": (lambda t: t.update({f"{NAME}.weight_scale": t[f"{NAME}.weight_scale"][1:].clone()}), "weight_scale"),
     "words cut": (lambda t: t.update({f"{NAME}.weight_packed": t[f"{NAME}.weight_packed"][1:].clone()}), "expected"),
-    "norm missing": (lambda t: t.pop("model.norm.weight"), "model.norm.weight"),
+    "integer scales": (lambda t: t.update({f"{NAME}.weight_scale": t[f"{NAME}.weight_scale"].int()}), "floating"),
+    "shape of it": (lambda t: t.update({f"{NAME}.weight_shape": torch.ones(2, 2, dtype=torch.int64)}), "weight_shape"),
 }
 
 
@@ -279,5 +315,20 @@ def test_tensors_that_are_not_what_config_says_are_one_sentence(name: str, small
         path.unlink()
     change(tensors)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(BadCheckpoint, match=sentence):
+    import transformers
+
+    for load in (llmcomp.load, transformers.AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(BadCheckpoint, match=sentence):
+            load(directory)
+
+
+def test_weights_that_are_missing_are_no_model(small: Path, tmp_path: Path) -> None:
+    """transformers itself only warns."""
+    directory = edited(small, tmp_path / "bad", lambda config: None)
+    tensors = {key: one for file in directory.glob("*.safetensors") for key, one in load_file(file).items()}
+    for path in directory.glob("model*"):
+        path.unlink()
+    del tensors["model.norm.weight"]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadCheckpoint, match=r"model\.norm\.weight"):
         llmcomp.load(directory)

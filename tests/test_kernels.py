@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmcomp import packing
+from llmcomp import native, packing
 from llmcomp.activations import quantized
 from llmcomp.kernels import KERNELS, int4, kernel_for, rounded, tiles
 from llmcomp.kernels.tiles import Grid
@@ -80,7 +80,7 @@ def test_a_product_is_that_of_the_decoded_weight(
     kernel: str, scheme: Scheme, dtype: torch.dtype, rows: int
 ) -> None:
     weight = made(scheme, 96, 256, dtype)
-    x = torch.randn(2, rows, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x = torch.randn(1, rows, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
     found, name = product(x, weight)
     assert name == kernel
     assert found.dtype == dtype
@@ -108,6 +108,25 @@ def test_widths_that_operators_read_past_go_the_plain_way(scheme: Scheme, column
     found, name = product(x, weight)
     assert name == "plain"
     close(found, reference(x, weight))
+
+
+@pytest.mark.parametrize("scheme", [Scheme(4), Scheme(8), Scheme(8, activations="int8-dynamic"), Scheme(8, 128)])
+def test_inputs_that_are_views(scheme: Scheme) -> None:
+    weight = made(scheme, 2, 256)
+    whole = torch.randn(2, 5, 256, generator=torch.Generator().manual_seed(6)).bfloat16()
+    for x in (whole[:, -1:], whole[:, 1:3], whole.transpose(0, 1)):
+        found, _ = product(x, weight)
+        close(found, reference(x, weight), 2 * BF16)
+        assert found.is_contiguous()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_what_is_stored_is_read_back(bits: int, rows: int) -> None:
+    weight = made(Scheme(bits, 32, symmetric=False), rows, 64)
+    again = native.read(native.to_tensors(weight), weight.scheme, transposed=False)
+    assert torch.equal(again.values, weight.values)
+    assert torch.equal(again.zero_point, weight.zero_point)
 
 
 def test_int4_tiles_are_what_the_operator_computes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,9 @@ def generate(
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, help="Of the draws.", show_default="another each time", rich_help_panel=_CHOICE),
+        typer.Option(
+            min=0, max=2**63 - 1, help="Of the draws.", show_default="another each time", rich_help_panel=_CHOICE
+        ),
     ] = None,
     greedy: Annotated[
         bool, typer.Option("--greedy", help="The most probable token each time.", rich_help_panel=_CHOICE)

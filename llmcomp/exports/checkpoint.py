@@ -12,10 +12,11 @@ from torch import Tensor
 from llmcomp.errors import BadRecipe, VerificationFailed
 from llmcomp.formats import FORMATS, Layout
 from llmcomp.formats.opening import Opened
-from llmcomp.formats.reading import decoded, stored_modules, stored_tensors
+from llmcomp.formats.reading import auto_class, decoded, model_config, stored_modules, stored_tensors
 from llmcomp.formats.save import ShardWriter, checkpoint_config
 from llmcomp.measure.cost import loaded_bytes
 from llmcomp.measure.load import load
+from llmcomp.weights import INPUT_SCALE
 
 _SHARD = 1 << 30  # bytes of a file, about: what is held while one is put together
 
@@ -48,7 +49,7 @@ def _write(form: str, opened: Opened, target: Path) -> list[str]:
         order.append(f"part-{len(order):05d}")
         writer.write(order[-1], tensors)
     architecture = str((opened.config.get("architectures") or [type(opened.skeleton).__name__])[0])
-    dtype = str(opened.config.get("dtype") or "float32")
+    dtype = str(opened.config.get("dtype") or opened.config.get("torch_dtype") or "float32")
     writer.finish(order, checkpoint_config(opened.config, architecture, dtype, layout.config(opened.skeleton)))
     notes = [*layout.notes, *(f"{name} is stored dense: {reason}." for name, reason in layout.dense.items())]
     return [*notes, _compare(opened, target)]
@@ -76,18 +77,21 @@ def _tensors(opened: Opened, layout: Layout) -> Iterator[dict[str, Tensor]]:
 def _compare(opened: Opened, target: Path) -> str:
     tensors = stored_tensors(target)
     source = {f"{module}.weight": module for module in opened.schemes}
-    missing = {*source, *opened.plain}
+    scales = {f"{module}.{INPUT_SCALE}" for module in opened.schemes} & opened.tensors.keys()
+    missing = {*source, *opened.plain, *scales}
     for name, tensor in decoded(tensors, stored_modules(target, tensors)):
+        if name not in missing:
+            raise VerificationFailed(f"{name} is in the export, but not in {opened.directory}.")
         expected = _dense(opened, source[name]) if name in source else opened.tensor(name)
         if expected.dtype != tensor.dtype or not torch.equal(tensor, expected):
             raise VerificationFailed(f"{name} has other values in the export than in {opened.directory}.")
-        missing.remove(name)
+        missing.discard(name)
     if missing:
         raise VerificationFailed(f"{min(missing)} of {opened.directory} is not in the export ({len(missing)} such).")
-    count = len(source) + len(opened.plain)
+    count = len(source) + len(opened.plain) + len(scales)
     if loaded_bytes(target) > 0.8 * psutil.virtual_memory().available:
         return f"{count} tensors read back equal to the bit; the model does not fit into memory to be loaded."
-    load(target)
+    load(target, auto=auto_class(model_config(target)))
     return f"{count} tensors read back equal to the bit, and transformers loads it with nothing missing."
 
 

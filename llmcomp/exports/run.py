@@ -6,11 +6,13 @@ import shutil
 from pathlib import Path
 
 from llmcomp.checkpoint import Checkpoint
-from llmcomp.errors import BadRecipe
+from llmcomp.errors import BadRecipe, OutputExists
 from llmcomp.exports import EXPORTS
 from llmcomp.formats.opening import open_checkpoint
 from llmcomp.formats.save import CHECKPOINT, partial_of, preflight, publish, writing
 from llmcomp.progress import Progress
+
+_OF_THE_SOURCE = "llmcomp_report."  # sizes and labels in it are those of the source
 
 
 def export_to(directory: Path, output: Path, form: str, overwrite: bool, progress: Progress) -> list[str]:
@@ -22,6 +24,9 @@ def export_to(directory: Path, output: Path, form: str, overwrite: bool, progres
     """
     if form not in EXPORTS:
         raise BadRecipe(f"--format {form} cannot be: choose one of {', '.join(EXPORTS)}.")
+    target, source = output.resolve(), directory.resolve()
+    if target == source or target in source.parents:
+        raise OutputExists(f"{output} holds what is exported; choose another directory.")
     checkpoint = Checkpoint.open(directory)
     preflight(output, overwrite, checkpoint.nbytes)
     progress.phase("open")
@@ -36,6 +41,8 @@ def export_to(directory: Path, output: Path, form: str, overwrite: bool, progres
         notes = EXPORTS[form](opened, target)
         with writing(target):
             for file in checkpoint.copied_files():
+                if file.name.startswith(_OF_THE_SOURCE):
+                    continue
                 copy = target / file.relative_to(directory)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 if file.is_dir():

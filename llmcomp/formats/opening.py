@@ -73,6 +73,8 @@ class Opened:
     def ref(self, module: str) -> PackedRef:
         """What formats want to know of a packed module."""
         found: Any = self.skeleton.get_submodule(module)
+        if getattr(getattr(found, "weight", None), "ndim", 0) != 2:
+            raise BadCheckpoint(f"{self.directory} names {module} as packed, which has no matrix of weights.")
         transposed = type(found).__name__ == "Conv1D"
         shape = found.weight.shape[::-1] if transposed else found.weight.shape
         role = "embeddings" if isinstance(found, nn.Embedding) else "linear"
@@ -125,11 +127,15 @@ def open_checkpoint(directory: Path) -> Opened:
             )
         tensors = stored_tensors(directory)
         quantization = config.get("quantization_config")
+        if not isinstance(quantization, dict | None):
+            raise BadCheckpoint(f"{directory} has a quantization_config that is no object.")
         method = (quantization or {}).get("quant_method")
         if native.is_native(config):
             schemes = native.schemes_of(quantization)
             own = native.unwrap(config)
         elif method in (None, "compressed-tensors"):
+            if (quantization or {}).get("transform_config"):
+                raise BadCheckpoint(f"{directory} wants its inputs rotated (transform_config), which is not done here.")
             schemes = _foreign_schemes(directory, tensors)
             own = {key: value for key, value in config.items() if key != "quantization_config"}
         else:
@@ -137,9 +143,9 @@ def open_checkpoint(directory: Path) -> Opened:
                 f"{directory} is in the format '{method}'; compressed-tensors, llmcomp's own and dense checkpoints "
                 "can be opened."
             )
+        return _with_models_names(Opened(directory, own, schemes, tensors))
     except VerificationFailed as error:
         raise BadCheckpoint(f"{directory} cannot be opened: {error}") from error
-    return _with_models_names(Opened(directory, own, schemes, tensors))
 
 
 def _with_models_names(opened: Opened) -> Opened:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from llmcomp import bnb, native
-from llmcomp.errors import BadCheckpoint, VerificationFailed
+from llmcomp.errors import BadCheckpoint, LlmcompError, VerificationFailed
 from llmcomp.experts import file_renaming, split_experts
 from llmcomp.formats.save import INDEX
 from llmcomp.schemes import INT8_DYNAMIC, INT8_STATIC, Scheme
@@ -90,7 +90,8 @@ class Native:
         return [f"{module}.{part}" for part in native.TENSORS if part != INPUT_SCALE]
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        dense = native.from_tensors(tensors, self.scheme).dense()
+        scheme = replace(self.scheme, activations=None)  # how inputs are rounded is no part of the weight
+        dense = native.from_tensors(tensors, scheme).dense()
         return dense.t().contiguous() if self.transposed else dense
 
 
@@ -242,10 +243,10 @@ def auto_class(config: Any) -> Any:
         found = auto._model_mapping.get(type(config), None)
         if found is not None and getattr(found, "__name__", "") == architecture:
             return auto
-    try:
-        return getattr(transformers, architecture)
-    except AttributeError as error:
-        raise VerificationFailed(f"transformers has no class for architecture '{architecture}'.") from error
+    found = getattr(transformers, str(architecture), None)
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        raise VerificationFailed(f"transformers has no model class for architecture '{architecture}'.")
+    return found
 
 
 def model_config(directory: Path) -> Any:
@@ -263,10 +264,15 @@ def model_config(directory: Path) -> Any:
 
 def skeleton_of(directory: Path) -> nn.Module:
     """The model without weights, experts apart, as files have them."""
-    config = model_config(directory)
-    auto = auto_class(config)
-    with torch.device("meta"):
-        model = auto.from_config(config) if hasattr(auto, "from_config") else auto(config)
+    try:
+        config = model_config(directory)
+        auto = auto_class(config)
+        with torch.device("meta"):
+            model = auto.from_config(config) if hasattr(auto, "from_config") else auto(config)
+    except LlmcompError:
+        raise
+    except Exception as error:  # a config may hold anything, and its class raise anything
+        raise VerificationFailed(f"config.json makes no model: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise VerificationFailed(f"{auto.__name__} made no model from config.json.")
     split_experts(model)

@@ -341,7 +341,7 @@ def _check_free(output: Path, overwrite: bool) -> None:
         raise OutputExists(f"{output} already exists; choose another --output or add --overwrite.")
     if output.is_symlink() or not output.is_dir():
         raise OutputExists(f"{output} is no directory, so --overwrite leaves it; choose another --output.")
-    if any(output.iterdir()) and not (output / "config.json").is_file():
+    if any(output.iterdir()) and not ((output / "config.json").is_file() or any(output.glob("*.gguf"))):
         raise OutputExists(f"{output} is no checkpoint, so --overwrite leaves it; choose another --output.")
 
 

@@ -87,11 +87,11 @@ def product(x: Tensor, held: Mapping[str, Tensor], grid: Grid) -> Tensor:
         columns, padded = x.shape[-1], scales.shape[1]
         flat = packed.view(padded, columns // 2)
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            rows.to(torch.bfloat16), flat, columns // len(scales), scales
+            rows.to(torch.bfloat16).contiguous(), flat, columns // len(scales), scales
         )
     else:
         out = _by_tiles(rows.to(product_dtype()), packed, scales)
-    return out[:, : len(grid.scale)].to(x.dtype).view(*x.shape[:-1], len(grid.scale))
+    return out[:, : len(grid.scale)].to(x.dtype).contiguous().view(*x.shape[:-1], len(grid.scale))
 
 
 def values(held: Mapping[str, Tensor], grid: Grid) -> Tensor:

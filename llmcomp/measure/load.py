@@ -67,16 +67,19 @@ def task_of(directory: str | Path) -> str:
     )
 
 
-def load(directory: str | Path, task: str | None = None, config: Any = None) -> nn.Module:
+def load(directory: str | Path, task: str | None = None, config: Any = None, auto: Any = None) -> nn.Module:
     """The model in eval mode, in the dtype it is stored in, on the CPU, after its `first_forward`.
 
     Args:
+        auto: the class to load it by, None for that of its task; with one, which may be for a head that wants other
+            inputs than text, there is no first forward.
         config: a transformers config to load it by, None for its own.
 
     Raises:
         BadCheckpoint: transformers cannot load it, or had to make up weights that the files lack.
     """
-    auto = getattr(transformers, AUTO[task or task_of(directory)])
+    forward = auto is None
+    auto = auto or getattr(transformers, AUTO[task or task_of(directory)])
     stored = read_json_object(Path(directory) / "config.json")
     if bnb.is_bnb(stored):
         bnb.silence()
@@ -87,7 +90,9 @@ def load(directory: str | Path, task: str | None = None, config: Any = None) -> 
             model, info = auto.from_pretrained(
                 str(directory), output_loading_info=True, local_files_only=True, **bnb.placement(stored), **given
             )
-            first_forward(model.eval())
+            model.eval()
+            if forward:
+                first_forward(model)
     except LlmcompError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
