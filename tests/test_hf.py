@@ -29,8 +29,7 @@ from llmcomp.recipe import Calibration, Override, QuantizeStep, Recipe
 
 # One of each kind of structure; the others are the same code on other names.
 KINDS = (
-    *("llama", "gemma3", "falcon", "gpt2", "bert-classifier", "modernbert", "albert", "mixtral", "deepseek-v3", "t5"),
-    "llava",
+    *("llama", "gemma3", "gpt2", "bert-classifier", "modernbert", "mixtral", "deepseek-v3", "t5"),
 )
 
 
