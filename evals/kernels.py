@@ -36,7 +36,7 @@ def routes(rows: int, size: int) -> dict[str, Callable[[], Tensor]]:
     half, dense = x.bfloat16(), torch.randn(size, size, generator=generator)
     values = torch.randint(-8, 8, (size, size), generator=generator, dtype=torch.int8)
     grid = Grid(Scheme(4, GROUP), size, torch.full((size, size // GROUP), 0.01).bfloat16(), None, None)
-    held = KERNELS["int4"].hold(packing.pack(values, 4), grid)
+    held = KERNELS["int4"].hold(packing.pack_blocks(values), grid)
     ones, dense16 = torch.ones(size).bfloat16(), dense.bfloat16()
     flat, compute = held["packed"].view(size, size // 2), tiles.product_dtype()
     integers = values.to(torch.int8)

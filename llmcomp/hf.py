@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,17 +145,26 @@ def config_of(content: Mapping[str, Any]) -> Any:
     return PackedConfig.from_dict(dict(content))
 
 
+def _place(model: Any) -> Callable[[str], str | None]:
+    """The name in `model` of a module of the checkpoint, whose model may be the base of this one or have it as base;
+    None for one that `model` does not have."""
+    modules, prefix = {name for name, _ in model.named_modules()}, f"{model.base_model_prefix}."
+
+    def place(name: str) -> str | None:
+        return next((one for one in (name, prefix + name, name.removeprefix(prefix)) if one in modules), None)
+
+    return place
+
+
 def _of_this_model(model: Any, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
-    """The schemes by names in `model`, which may be the base of the one that was saved, or have it as its base.
+    """The schemes by names in `model`.
 
     Raises:
         BadCheckpoint: the very model that was saved lacks one of the modules.
     """
-    modules, prefix = {name for name, _ in model.named_modules()}, f"{model.base_model_prefix}."
-    found = {}
+    place, found = _place(model), {}
     for name, scheme in schemes.items():
-        candidates = (name, prefix + name, name.removeprefix(prefix))
-        here = next((candidate for candidate in candidates if candidate in modules), None)
+        here = place(name)
         if here is not None:
             found[here] = scheme
         elif type(model).__name__ in (model.config.architectures or ()):
@@ -165,29 +174,29 @@ def _of_this_model(model: Any, schemes: Mapping[str, Scheme]) -> dict[str, Schem
 
 def _held(model: Any, files: Sequence[str]) -> dict[str, Tensor]:
     """{tensor: itself on meta} of the files, by names in `model`."""
-    found = {key: info for file in files for key, info in read_shard(Path(file)).tensors.items()}
-    modules, prefix = {name for name, _ in model.named_modules()}, f"{model.base_model_prefix}."
+    place, held = _place(model), {}
     rename = functools.cache(lambda: file_renaming(model))  # takes its time, and most files have the model's names
 
-    def place(name: str) -> str | None:
-        module, _, part = name.rpartition(".")
-        candidates = (module, prefix + module, module.removeprefix(prefix))
-        return next((f"{candidate}.{part}" for candidate in candidates if candidate in modules), None)
+    def here(key: str) -> str | None:
+        module, _, part = key.rpartition(".")
+        found = place(module)
+        return None if found is None else f"{found}.{part}"
 
-    named = {place(key) or place(rename()(key)): info for key, info in found.items()}
-    return {
-        name: torch.empty(info.shape, dtype=info.dtype, device="meta")
-        for name, info in named.items()
-        if name is not None
-    }
+    for file in files:
+        for key, info in read_shard(Path(file)).tensors.items():
+            if (name := here(key) or here(rename()(key))) is not None:
+                held[name] = torch.empty(info.shape, dtype=info.dtype, device="meta")
+    return held
 
 
 def _packed(replaced: Any, name: str, scheme: Scheme, expected: Mapping[str, Tensor]) -> Packed:
-    if isinstance(replaced, nn.Embedding):
+    kind = type(replaced)
+    looks_up = kind.forward is nn.Embedding.forward or hasattr(replaced, "embed_scale")
+    if looks_up and isinstance(replaced, nn.Embedding):
         return PackedEmbedding(replaced, scheme, expected)
-    if isinstance(replaced, nn.Linear) or type(replaced).__name__ == "Conv1D":
+    if kind.forward is nn.Linear.forward or kind.__name__ == "Conv1D":
         return PackedLinear(replaced, scheme, expected)
-    raise BadCheckpoint(f"config.json names {name} as packed, which is a {type(replaced).__name__} and has no weight.")
+    raise BadCheckpoint(f"config.json names {name} as packed, a {kind.__name__}, which no packed module stands in for.")
 
 
 AutoConfig.register(native.METHOD, PackedConfig)

@@ -18,14 +18,18 @@ without a new version. A new version is a change in what is said here.
 
 A quantized weight [out, in] of the module `m`, always as [out, in], whatever the module itself holds (Conv1D):
 
-    m.weight_packed      int32 [out, words(in, bits)], `llmcomp.packing`
+    m.weight_packed      the integers, in one of three forms that its dtype tells (`llmcomp.packing`):
+                         uint8 [out / 32, in, 16]   4 bits in blocks: linears where 64 divides out and 32 divides in
+                         int8  [out, in]            8 bits, as they are
+                         int32 [out, words(in, bits)]  all others
     m.weight_scale       [out, groups], in the dtype of the dense weight
     m.weight_zero_point  int32 [words(out, bits), groups], packed along the output; asymmetric weights only
     m.weight_shape       int64 [2]: out, in
     m.input_scale        [1]; linears that round their inputs by a fixed scale only
 
-which are the tensors of compressed-tensors' `pack-quantized`. Decoding is `(q - zero_point) * scale`, in the scale's
-dtype. docs/layout.md says the same to writers of other readers.
+CPU kernels compute with the first two forms, so files are mapped and not laid out anew; the third is that of
+compressed-tensors' `pack-quantized`, as are the other tensors. Decoding is `(q - zero_point) * scale`, in the
+scale's dtype. docs/layout.md says the same to writers of other readers.
 """
 
 from __future__ import annotations
@@ -160,11 +164,15 @@ def _scheme(group: Mapping[str, Any]) -> Scheme:
         raise BadCheckpoint(f"quantization_config holds a group that cannot be read: {error}") from error
 
 
-def to_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """What a file holds for a weight, by name within its module; every tensor contiguous."""
+def to_tensors(weight: QuantizedWeight, looked_up: bool) -> dict[str, Tensor]:
+    """What a file holds for a weight, by name within its module; every tensor contiguous.
+
+    Args:
+        looked_up: row by row (embeddings), rather than multiplied with.
+    """
     bits = weight.scheme.bits
     tensors = {
-        PACKED: packing.pack(weight.values, bits),
+        PACKED: stored(weight, looked_up),
         SCALE: weight.scale.contiguous(),
         SHAPE: torch.tensor(weight.values.shape, dtype=torch.int64),
     }
@@ -175,17 +183,39 @@ def to_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
     return tensors
 
 
+def stored(weight: QuantizedWeight, looked_up: bool) -> Tensor:
+    """`weight_packed` of a weight."""
+    values, bits = weight.values, weight.scheme.bits
+    if bits == 8:
+        return values.contiguous()
+    # Rows that are looked up must not lie in blocks.
+    if bits == 4 and not looked_up and values.shape[0] % 64 == 0 and values.shape[1] % 32 == 0:
+        return packing.pack_blocks(values)
+    return packing.pack(values, bits)
+
+
+def integers(held: Tensor, bits: int, columns: int) -> Tensor:
+    """int8 [rows, columns] of `weight_packed` in any of its forms; of words and int8, any rows may be given."""
+    if held.dtype == torch.int8:
+        return held
+    return packing.unpack_blocks(held) if held.dtype == torch.uint8 else packing.unpack(held, bits, columns)
+
+
+def zero_points(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor | None:
+    """int8 [rows, groups] of a weight in this layout, None where it is symmetric."""
+    if scheme.symmetric:
+        return None
+    return packing.unpack(tensors[ZERO_POINT], scheme.bits, int(tensors[SHAPE][0]), 0)
+
+
 def from_tensors(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
     """The inverse of `to_tensors`.
 
     Raises:
         BadCheckpoint: a tensor that is missing, or of another shape or dtype than the scheme asks for.
     """
-    rows, columns = check(tensors, scheme)
-    zero = None
-    if not scheme.symmetric:
-        zero = packing.unpack(tensors[ZERO_POINT], scheme.bits, rows, 0)
-    values = packing.unpack(tensors[PACKED], scheme.bits, columns)
+    _, columns = check(tensors, scheme)
+    values, zero = integers(tensors[PACKED], scheme.bits, columns), zero_points(tensors, scheme)
     return QuantizedWeight(values, tensors[SCALE], zero, scheme, tensors.get(INPUT_SCALE))
 
 
@@ -196,7 +226,7 @@ def check(tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[int, int]:
         BadCheckpoint: a tensor that is missing, or of another shape or dtype than the scheme asks for.
     """
     shape = tensors[SHAPE].flatten().tolist() if SHAPE in tensors else []
-    shapes = shapes_of(shape, scheme)
+    shapes = shapes_of(shape, scheme, tensors[PACKED].dtype if PACKED in tensors else torch.int32)
     for name, (dtype, expected) in shapes.items():
         if name not in tensors:
             raise BadCheckpoint(f"{name} is missing")
@@ -227,7 +257,7 @@ def read(state: Mapping[str, Tensor], scheme: Scheme, transposed: bool) -> Quant
     packs_zeros = zero is None or _packs_zeros(zero)
     turned = _turned(state, transposed)
     if PACKED in state and SHAPE in state:
-        values = packing.unpack(state[PACKED], scheme.bits, int(state[SHAPE][1]))
+        values = integers(state[PACKED], scheme.bits, int(state[SHAPE][1]))
     elif state.get("weight", scale).dtype == torch.int8:
         values = state["weight"]
     else:
@@ -261,8 +291,13 @@ def _packs_zeros(zero: Tensor) -> bool:
     return zero.dtype == torch.int32  # others are int8, one each
 
 
-def shapes_of(shape: Any, scheme: Scheme) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
+def shapes_of(
+    shape: Any, scheme: Scheme, form: torch.dtype
+) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
     """{tensor within its module: its dtype, None for any floating one, and shape} of a weight of `shape` [out, in].
+
+    Args:
+        form: the dtype of its integers.
 
     Raises:
         BadCheckpoint: no such shape, or one that the groups do not divide.
@@ -276,6 +311,10 @@ def shapes_of(shape: Any, scheme: Scheme) -> dict[str, tuple[torch.dtype | None,
         SCALE: (None, (rows, groups)),
         SHAPE: (torch.int64, (2,)),
     }
+    if form == torch.int8 and scheme.bits == 8:
+        shapes[PACKED] = (form, (rows, columns))
+    if form == torch.uint8 and scheme.bits == 4 and rows % packing.BLOCK == 0:
+        shapes[PACKED] = (form, (rows // packing.BLOCK, columns, packing.BLOCK // 2))
     if not scheme.symmetric:
         shapes[ZERO_POINT] = (torch.int32, (packing.words(rows, scheme.bits), groups))
     if scheme.activations == INT8_STATIC:

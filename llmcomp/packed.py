@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from llmcomp import native, packing
+from llmcomp import native
 from llmcomp.errors import BadCheckpoint
 from llmcomp.kernels import KERNELS, kernel_for
+from llmcomp.kernels.operator import product
 from llmcomp.kernels.tiles import Grid
 from llmcomp.schemes import Scheme
 from llmcomp.weights import QuantizedWeight, dequantize
@@ -36,6 +37,7 @@ class Packed(nn.Module):
         expected: {tensor within the module: its dtype and shape in the file}.
     """
 
+    looked_up = False  # row by row, rather than multiplied with
     scale: Tensor
     zero_point: Tensor | None
 
@@ -57,37 +59,38 @@ class Packed(nn.Module):
         """
         # Not by attribute: `weight`, as compressed-tensors calls integers of 8 bits, is a property here.
         loaded = {name: one for name in native.PARTS if (one := self._buffers.get(name)) is not None}
-        if native.is_own(loaded, self.scheme, self.transposed):  # words as they are: unpacking takes most of the time
+        if native.is_own(loaded, self.scheme, self.transposed):  # as they lie: unpacking would take most of the time
             shape = native.check(loaded, self.scheme)
-            zero = None if self.scheme.symmetric else loaded[native.ZERO_POINT]
-            zero = None if zero is None else packing.unpack(zero, self.scheme.bits, shape[0], 0)
-            words, scale, input_scale = loaded[native.PACKED], loaded[native.SCALE], loaded.get(native.INPUT_SCALE)
+            stored, scale, zero = loaded[native.PACKED], loaded[native.SCALE], native.zero_points(loaded, self.scheme)
+            input_scale = loaded.get(native.INPUT_SCALE)
         else:
             weight = native.read(loaded, self.scheme, self.transposed)
             shape = (weight.shape[0], weight.shape[1])
-            words, scale, zero = packing.pack(weight.values, self.scheme.bits), weight.scale, weight.zero_point
+            stored, scale, zero = native.stored(weight, self.looked_up), weight.scale, weight.zero_point
             input_scale = weight.input_scale
         if shape != (self.out_features, self.in_features):
             raise BadCheckpoint(f"it is {list(shape)}, and the model wants {[self.out_features, self.in_features]}")
         for name in loaded:
             del self._buffers[name]
-        self.hold(words, Grid(self.scheme, self.in_features, scale, zero, input_scale))
+        self.hold(stored, Grid(self.scheme, self.in_features, scale, zero, input_scale))
+        kept = {tensor.data_ptr() for tensor in self.buffers()}
         for tensor in loaded.values():
-            page_out(tensor)
+            if tensor.data_ptr() not in kept:
+                page_out(tensor)
 
-    def hold(self, words: Tensor, grid: Grid) -> None:
+    def hold(self, stored: Tensor, grid: Grid) -> None:
         """Keep a weight, laid out for products on the device where it is.
 
         Args:
-            words: its integers, int32 [out_features, words] (`llmcomp.packing`).
+            stored: its integers in any form of `llmcomp.native`.
         """
         for name in [name for name in self._buffers if name.startswith(_HELD)]:
             del self._buffers[name]
-        self.kernel = self._kernel(words.device.type)
+        self.kernel = self._kernel(stored.device.type)
         kept = {"scale": grid.scale, "zero_point": grid.zero_point, native.INPUT_SCALE: grid.input_scale}
         for name, tensor in kept.items():
             self.register_buffer(name, tensor, persistent=False)
-        for name, tensor in KERNELS[self.kernel].hold(words, grid).items():
+        for name, tensor in KERNELS[self.kernel].hold(stored, grid).items():
             self.register_buffer(_HELD + name, tensor, persistent=False)
 
     @property
@@ -129,7 +132,7 @@ class Packed(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.kernel:
-            for name, tensor in native.to_tensors(self.quantized()).items():
+            for name, tensor in native.to_tensors(self.quantized(), self.looked_up).items():
                 destination[prefix + name] = tensor
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
@@ -152,8 +155,8 @@ class Packed(nn.Module):
         zero, rounded = (None if one is None else one.to(scale.device) for one in (grid.zero_point, grid.input_scale))
         for parameter in self.parameters():
             parameter.data = fn(parameter.data)
-        words = packing.pack(weight.values, self.scheme.bits).to(scale.device)
-        self.hold(words, grid._replace(scale=scale, zero_point=zero, input_scale=rounded))
+        stored = native.stored(weight, self.looked_up).to(scale.device)
+        self.hold(stored, grid._replace(scale=scale, zero_point=zero, input_scale=rounded))
         return self
 
     def extra_repr(self) -> str:
@@ -220,7 +223,8 @@ class PackedLinear(Packed):
     def forward(self, x: Tensor) -> Tensor:
         if not x.numel():  # an expert that no token goes to
             return x.new_empty(*x.shape[:-1], self.out_features)
-        out: Any = Product.apply(x, self)
+        compiling = torch.compiler.is_compiling()
+        out: Any = product(x, self.kernel, self.held, self.grid) if compiling else Product.apply(x, self)
         return out if self.bias is None else out + self.bias
 
 
@@ -229,6 +233,8 @@ class PackedEmbedding(Packed):
 
     `embed_scale`: what some models' embeddings multiply by (Gemma), in their own dtype.
     """
+
+    looked_up = True
 
     def __init__(self, replaced: nn.Module, scheme: Scheme, expected: Mapping[str, Tensor]) -> None:
         super().__init__(replaced, scheme, expected)
@@ -241,7 +247,7 @@ class PackedEmbedding(Packed):
         flat, grid = ids.reshape(-1), self.grid
         if not len(flat):
             return grid.scale.new_empty(*ids.shape, self.in_features)
-        integers = packing.unpack(self.held["words"][flat], self.scheme.bits, self.in_features)
+        integers = native.integers(self.held["rows"][flat], self.scheme.bits, self.in_features)
         zero = None if grid.zero_point is None else grid.zero_point[flat]
         rows = dequantize(integers, F.embedding(flat, grid.scale), zero).view(*ids.shape, self.in_features)
         return rows if self.embed_scale is None else rows * torch.tensor(self.embed_scale).to(rows)

@@ -1,10 +1,13 @@
-"""Integers of 2, 3, 4 or 8 bits in 32-bit words, and back.
+"""Integers of 2, 3, 4 or 8 bits in 32-bit words, those of 4 bits in blocks of rows as well, and back.
 
-The layout is that of compressed-tensors' `pack-quantized`: value i of a row, shifted into [0, 2^bits), stands
+Words: the layout is that of compressed-tensors' `pack-quantized`: value i of a row, shifted into [0, 2^bits), stands
 at bits [i * bits, (i + 1) * bits) of the row's words, least significant bit first, with no bit wasted; only a
 row's last word is filled up with zeros. compressed-tensors' own `pack_to_int32` makes the same words through
 int32 copies and index tensors, ten bytes and more for each value; this one works on bytes, because eight
 values fill exactly `bits` bytes. Words are little-endian in memory, as in every safetensors file.
+
+Blocks: the order in which torch's CPU operator for 4 bits reads a weight where vectors have eight lanes (AVX2), and
+from which that for sixteen (AVX512) is two shifts away, so that a file can be mapped and computed with.
 """
 
 from __future__ import annotations
@@ -12,6 +15,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+BLOCK = 32  # rows
+_OFFSET = 8  # a nibble holds the integer plus this
 
 
 def words(count: int, bits: int) -> int:
@@ -60,6 +66,22 @@ def unpack(packed: Tensor, bits: int, count: int, dim: int = 1) -> Tensor:
     if bits == 8 or signed.numel() < values.numel():  # bits of 8 are the words' own memory
         return signed.sub(1 << (bits - 1)).contiguous()
     return signed.sub_(1 << (bits - 1))
+
+
+def pack_blocks(values: Tensor) -> Tensor:
+    """Integers of 4 bits, int8 [rows, columns] with rows a multiple of 32, as uint8 [rows / 32, columns, 16].
+
+    Byte j of a column holds row j of the block in its low nibble and row 16 + j in its high one, each plus 8.
+    """
+    halves = (values.view(torch.uint8) + _OFFSET).view(-1, 2, BLOCK // 2, values.shape[1])
+    return (halves[:, 1] << 4).bitwise_or_(halves[:, 0]).transpose(1, 2).contiguous()
+
+
+def unpack_blocks(packed: Tensor) -> Tensor:
+    """Undo `pack_blocks`."""
+    turned = packed.transpose(1, 2).contiguous()
+    values = torch.stack((turned & 15, turned >> 4), 1).view(-1, packed.shape[1])
+    return values.view(torch.int8).sub_(_OFFSET)
 
 
 def _bytes_from_values(unsigned: Tensor, bits: int) -> Tensor:

@@ -186,6 +186,24 @@ def test_gradients_reach_what_comes_before(llama: Path, small: Path, tokens: int
     assert float((found - expected).norm() / expected.norm()) < 0.05
 
 
+def test_it_compiles_into_one_graph(small: Path) -> None:
+    """And computes there what it computes outside, gradients included."""
+    model, ids = opened(small), torch.arange(3, 27).view(1, -1)
+    expected = model(input_ids=ids).logits
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    embedded = model.get_input_embeddings()(ids).detach()
+    gradients = []
+    for one in (model, compiled):
+        x = embedded.clone().requires_grad_()
+        logits = one(inputs_embeds=x).logits
+        torch.testing.assert_close(logits, expected)
+        logits.square().mean().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(gradients[0], gradients[1])
+    torch._dynamo.reset()
+
+
 def test_checkpoints_of_compressed_tensors_stay_packed(llama: Path, tmp_path: Path) -> None:
     options = llmcomp.RunOptions(output=tmp_path / "ct", verify=False, evaluate=False)
     llmcomp.quantize(str(llama), bits=4, method="rtn", symmetric=False, options=options)

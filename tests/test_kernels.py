@@ -55,9 +55,15 @@ def product(x: Tensor, weight: QuantizedWeight, kernel: str | None = None) -> tu
     rows, columns = weight.values.shape
     name = kernel or kernel_for(weight.scheme, rows, columns, "cpu")
     grid = Grid(weight.scheme, columns, weight.scale, weight.zero_point, weight.input_scale)
-    held = KERNELS[name].hold(packing.pack(weight.values, weight.scheme.bits), grid)
-    assert torch.equal(KERNELS[name].values(held, grid), weight.values)
-    return KERNELS[name].product(x, held, grid), name
+    words = packing.pack(weight.values, weight.scheme.bits)
+    forms = {one.dtype: one for one in (native.stored(weight, False), native.stored(weight, True), words)}
+    found = []
+    for stored in forms.values():
+        held = KERNELS[name].hold(stored, grid)
+        assert torch.equal(KERNELS[name].values(held, grid), weight.values)
+        found.append(KERNELS[name].product(x, held, grid))
+    assert all(torch.equal(one, found[0]) for one in found)
+    return found[0], name
 
 
 def close(found: Tensor, expected: Tensor, allowed: float = BF16) -> None:
@@ -79,7 +85,7 @@ SCHEMES = {
 def test_a_product_is_that_of_the_decoded_weight(
     kernel: str, scheme: Scheme, dtype: torch.dtype, rows: int
 ) -> None:
-    weight = made(scheme, 96, 256, dtype)
+    weight = made(scheme, 192, 256, dtype)
     x = torch.randn(1, rows, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
     found, name = product(x, weight)
     assert name == kernel
@@ -121,10 +127,11 @@ def test_inputs_that_are_views(scheme: Scheme) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("rows", [1, 2, 9])
-def test_what_is_stored_is_read_back(bits: int, rows: int) -> None:
+@pytest.mark.parametrize("rows", [1, 2, 9, 128])
+@pytest.mark.parametrize("looked_up", [False, True])
+def test_what_is_stored_is_read_back(bits: int, rows: int, looked_up: bool) -> None:
     weight = made(Scheme(bits, 32, symmetric=False), rows, 64)
-    again = native.read(native.to_tensors(weight), weight.scheme, transposed=False)
+    again = native.read(native.to_tensors(weight, looked_up), weight.scheme, transposed=False)
     assert torch.equal(again.values, weight.values)
     assert torch.equal(again.zero_point, weight.zero_point)
 
@@ -166,6 +173,42 @@ def test_any_int4_shape(bits: int, symmetric: bool, rows: int, words: int, token
         terms += weight.zero_point.abs().double().repeat_interleave(32, 1)
     bound = x.abs().double() @ (terms * weight.scale.double().repeat_interleave(32, 1)).t()
     assert bool(((found.double() - reference(x, weight)).abs() <= 2**-7 * bound).all())
+
+
+def by_definition(values: Tensor, order: int4.Order) -> Tensor:
+    """uint8 [rows / block, columns, block / 2], nibble by nibble."""
+    nibbles = (values + 8).to(torch.uint8).view(-1, order.block, values.shape[1])
+    packed = torch.empty(len(nibbles), values.shape[1], order.block // 2, dtype=torch.uint8)
+    rows = list(range(order.block))
+    for byte, (low, high) in enumerate(zip(rows[order.low], rows[order.high], strict=True)):
+        packed[:, :, byte] = nibbles[:, low] + 16 * nibbles[:, high]
+    return packed
+
+
+@settings(max_examples=20, deadline=None)
+@given(blocks=st.integers(1, 4), columns=st.integers(1, 70), seed=st.integers(0, 99))
+def test_blocks_of_files_are_those_of_vectors(blocks: int, columns: int, seed: int) -> None:
+    """AVX2's blocks as they are, and two of them as one of AVX512's, whatever machine this is."""
+    values = made(Scheme(4), 64 * blocks, columns, seed=seed).values
+    stored = packing.pack_blocks(values)
+    assert torch.equal(stored, by_definition(values, int4.AVX2))
+    assert torch.equal(packing.unpack_blocks(stored), values)
+    assert torch.equal(int4.paired(stored), by_definition(values, int4.AVX512))
+
+
+def test_blocks_of_files_are_computed_with_where_they_lie() -> None:
+    """Where they are the machine's, and wherever the file happens to place them."""
+    weight = made(Scheme(4, 64), 128, 256)
+    grid = Grid(weight.scheme, 256, weight.scale, None, None)
+    room = torch.empty(128 * 128 + 32, dtype=torch.uint8)
+    for offset in (0, 8, 3):
+        stored = room[offset : offset + 128 * 128].view(4, 256, 16).copy_(packing.pack_blocks(weight.values))
+        held = int4.hold(stored, grid)
+        assert torch.equal(int4.values(held, grid), weight.values)
+        same = held["packed"].data_ptr() == stored.data_ptr()
+        assert same == (offset % 8 == 0 and int4.order() == int4.AVX2)
+        x = torch.randn(40, 256).bfloat16()
+        close(int4.product(x, held, grid), reference(x, weight))
 
 
 def test_order_covers_every_row_of_a_block() -> None:

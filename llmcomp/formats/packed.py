@@ -24,7 +24,8 @@ class NativeLayout:
     notes: Sequence[str] = ()
 
     def tensors(self, ref: Ref, weight: CompressedWeight) -> dict[str, Tensor]:
-        return {f"{ref.name}.{part}": tensor for part, tensor in native.to_tensors(weight).items()}
+        looked_up = ref.role == "embeddings"
+        return {f"{ref.name}.{part}": tensor for part, tensor in native.to_tensors(weight, looked_up).items()}
 
     def decode(self, ref: Ref, tensors: Mapping[str, Tensor]) -> Tensor:
         own = {name.removeprefix(f"{ref.name}."): tensor for name, tensor in tensors.items()}
@@ -36,7 +37,8 @@ class NativeLayout:
         groups = scheme.groups(columns)
         zeros = 0 if scheme.symmetric else packing.words(rows, scheme.bits) * 4 * groups
         inputs = itemsize if scheme.activations == INT8_STATIC else 0
-        return rows * packing.words(columns, scheme.bits) * 4 + rows * groups * itemsize + zeros + inputs + 2 * 8
+        packed = columns if scheme.bits == 8 else packing.words(columns, scheme.bits) * 4
+        return rows * packed + rows * groups * itemsize + zeros + inputs + 2 * 8
 
     def config(self, model: nn.Module) -> dict[str, Any] | None:
         return native.describe(self.schemes) if self.schemes else None

@@ -35,8 +35,8 @@ class Kernel:
 
     Attributes:
         fits: (scheme, rows, columns, device type) → whether it takes such a weight [rows, columns].
-        hold: (integers as a file holds them, int32 [rows, words], `llmcomp.packing`; grid) → what is kept of a weight
-            besides its grid, on the same device.
+        hold: (integers as a file holds them, in any form of `llmcomp.native`; grid) → what is kept of a weight besides
+            its grid, on the same device. It may be the very tensor that was given.
         product: (inputs [..., columns], what is held, grid) → [..., rows] in the inputs' dtype.
         values: (what is held, grid) → the integers int8 [rows, columns] that `hold` was given.
     """

@@ -2,7 +2,9 @@
 
 `aten::_weight_int4pack_mm_for_cpu` wants the rows of a weight interleaved in a way that depends on the instruction
 set; `order` finds out by packing row numbers, so that tiles can be decoded from, and checkpoints written of, what the
-operator reads. Weights of 2 and 3 bits are widened to nibbles: they take 4 bits in memory, and no more time.
+operator reads. Files of llmcomp's own layout hold AVX2's order: they are computed with where they are mapped, or two
+of their blocks become one of AVX512's; words, as other files hold them, are laid out anew. Weights of 2 and 3 bits are
+widened to nibbles: they take 4 bits in memory, and no more time.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmcomp import packing
+from llmcomp import native, packing
 from llmcomp.kernels.tiles import Grid, few_rows, product_dtype, tile_rows
 from llmcomp.schemes import Scheme
 
@@ -24,6 +26,7 @@ _PAD = 64  # rows are filled up to this, which every instruction set's block div
 _LANE = 16  # bytes that move together when a block is turned, as one complex128
 _OFFSET = 8  # a nibble holds the integer plus this
 _LOW = 0x0F0F0F0F  # the low nibbles of a word
+_LOW_LANE = 0x0F0F0F0F0F0F0F0F  # and of eight bytes
 _ZEROS = -0x77777778  # a word of eight nibbles of 8
 _SLAB = 1 << 17  # words that are laid out at a time, so that what is made on the way stays in the cache
 
@@ -34,6 +37,10 @@ class Order(NamedTuple):
     block: int
     low: slice
     high: slice
+
+
+AVX2 = Order(32, slice(0, 16, 1), slice(16, 32, 1))  # and that of `packing.pack_blocks`
+AVX512 = Order(64, slice(0, 32, 1), slice(32, 64, 1))
 
 
 @functools.cache
@@ -63,21 +70,56 @@ def fits(scheme: Scheme, rows: int, columns: int, device: str) -> bool:
     )
 
 
-def hold(words: Tensor, grid: Grid) -> dict[str, Tensor]:
+def hold(stored: Tensor, grid: Grid) -> dict[str, Tensor]:
     """`packed` uint8 [rows / block, columns, block / 2], and the operator's `scales` bf16 [groups, rows, 2]."""
     found = order()
     assert found is not None
-    if grid.scheme.bits < 4:
-        words = packing.pack(packing.unpack(words, grid.scheme.bits, grid.columns), 4)
-    padded = -(-len(words) // _PAD) * _PAD
+    padded = -(-len(grid.scale) // _PAD) * _PAD
+    in_blocks = stored.dtype == torch.uint8 and padded == len(grid.scale) and found in (AVX2, AVX512)
+    if in_blocks:
+        aligned = stored if stored.storage_offset() % 8 == 0 else stored.clone()  # as safetensors writes files
+        packed = aligned if found == AVX2 else paired(aligned)
+    else:
+        packed = _from_words(_words(stored, grid), padded, found)
+    return {"packed": packed, "scales": _operator_scales(grid, padded)}
+
+
+def _words(stored: Tensor, grid: Grid) -> Tensor:
+    """The integers in words of eight nibbles."""
+    if stored.dtype == torch.int32 and grid.scheme.bits == 4:
+        return stored
+    return packing.pack(native.integers(stored, grid.scheme.bits, grid.columns), 4)
+
+
+def _from_words(words: Tensor, padded: int, found: Order) -> Tensor:
     if padded > len(words):
         words = F.pad(words, (0, 0, 0, padded - len(words)), value=_ZEROS)
-    packed = torch.empty(padded // found.block, grid.columns, found.block // 2, dtype=torch.uint8)
+    packed = torch.empty(padded // found.block, 8 * words.shape[1], found.block // 2, dtype=torch.uint8)
     slab = max(1, _SLAB // (words.shape[1] * _PAD)) * _PAD
     for start in range(0, padded, slab):
         stop = min(start + slab, padded)
         packed[start // found.block : stop // found.block] = _interleaved(words[start:stop], found)
-    return {"packed": packed, "scales": _operator_scales(grid, padded)}
+    return packed
+
+
+def paired(blocks: Tensor) -> Tensor:
+    """AVX512's order, uint8 [rows / 64, columns, 32], of AVX2's [rows / 32, columns, 16].
+
+    Lanes of 16 bytes stay whole: of two blocks a and b, the first lane takes the low nibbles of both, the second the
+    high ones. One pair of blocks at a time, so that all but the result stays in the cache.
+    """
+    count, columns, half = blocks.shape
+    out = torch.empty(count // 2, columns, 2, dtype=torch.complex128)
+    flat = blocks.reshape(-1).view(torch.int64).view(count // 2, 2, -1)
+    lane, other = torch.empty_like(flat[0]).unbind()
+    for (a, b), pair in zip(flat, out, strict=True):
+        torch.bitwise_and(b, _LOW_LANE, out=lane).bitwise_left_shift_(4)
+        lane.bitwise_or_(torch.bitwise_and(a, _LOW_LANE, out=other))
+        pair[:, 0] = lane.view(torch.complex128)
+        torch.bitwise_right_shift(a, 4, out=lane).bitwise_and_(_LOW_LANE)
+        lane.bitwise_or_(torch.bitwise_and(b, ~_LOW_LANE, out=other))
+        pair[:, 1] = lane.view(torch.complex128)
+    return out.view(torch.uint8).view(count // 2, columns, 2 * half)
 
 
 def product(x: Tensor, held: Mapping[str, Tensor], grid: Grid) -> Tensor:
@@ -147,10 +189,10 @@ class _Buffers(NamedTuple):
     result: Tensor
 
     @classmethod
-    def make(cls, x: Tensor, blocks: int, half: int) -> _Buffers:
+    def make(cls, x: Tensor, blocks: int, half: int, unit: torch.dtype) -> _Buffers:
         columns = x.shape[1]
         return cls(
-            torch.empty(columns, blocks, half // _LANE, dtype=torch.complex128),
+            torch.empty(columns, blocks, half // unit.itemsize, dtype=unit),
             torch.empty(columns, blocks * half, dtype=torch.uint8),
             torch.empty(columns, blocks * half, dtype=x.dtype),
             torch.empty(len(x), blocks * half, dtype=x.dtype),
@@ -163,15 +205,17 @@ def _by_tiles(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     assert found is not None
     blocks, columns, half = packed.shape
     groups = len(scales)
-    # Lanes of 16 bytes: turning [blocks, columns, half] into [columns, blocks * half] moves them whole.
-    lanes = packed.view(torch.complex128)
+    # Lanes of 16 bytes: turning [blocks, columns, half] into [columns, blocks * half] moves them whole, or in halves,
+    # which takes three times as long, where the file has put them between.
+    unit = torch.complex128 if packed.storage_offset() % _LANE == 0 else torch.int64
+    lanes = packed.view(unit)
     factors = scales.view(groups, blocks, found.block, 2)
     out = torch.empty(len(x), blocks, found.block, dtype=x.dtype)
     some = tile_rows(columns, found.block) // found.block
     for tile in torch.arange(blocks).split(some):
         part = slice(int(tile[0]), int(tile[-1]) + 1)
         if part.start == 0 or len(tile) < some:
-            turned, nibbles, decoded, result = _Buffers.make(x, len(tile), half)
+            turned, nibbles, decoded, result = _Buffers.make(x, len(tile), half, unit)
         turned.copy_(lanes[part].transpose(0, 1))
         pairs = turned.view(columns, -1).view(torch.uint8)
         for which in (found.low, found.high):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llmcomp import packing
+from llmcomp import native
 from llmcomp.kernels.tiles import Grid, few_rows, product_dtype, tile_rows
 from llmcomp.schemes import Scheme
 
@@ -21,9 +21,9 @@ def fits(scheme: Scheme, rows: int, columns: int, device: str) -> bool:
     return device == "cpu" and alone and columns % VECTOR == 0
 
 
-def hold(words: Tensor, grid: Grid) -> dict[str, Tensor]:
+def hold(stored: Tensor, grid: Grid) -> dict[str, Tensor]:
     """`integers` int8 [rows, columns], and the operator's `factors` bf16 [rows]."""
-    integers = packing.unpack(words, 8, grid.columns)
+    integers = native.integers(stored, 8, grid.columns)
     return {"integers": integers, "factors": grid.scale.view(-1).to(torch.bfloat16)}
 
 

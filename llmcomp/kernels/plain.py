@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmcomp import packing
+from llmcomp import native, packing
 from llmcomp.activations import quantized
 from llmcomp.kernels.tiles import Grid, product_dtype, tile_rows
 from llmcomp.schemes import Scheme
@@ -23,9 +23,12 @@ def fits(scheme: Scheme, rows: int, columns: int, device: str) -> bool:
     return True
 
 
-def hold(words: Tensor, grid: Grid) -> dict[str, Tensor]:
-    """`words` int32 [rows, words], as in the file."""
-    return {"words": words.clone()}
+def hold(stored: Tensor, grid: Grid) -> dict[str, Tensor]:
+    """`rows`: the integers as the file holds them, int32 [rows, words] or int8 [rows, columns], but never in blocks, of
+    which no rows could be taken."""
+    if stored.dtype == torch.uint8:
+        stored = packing.pack(packing.unpack_blocks(stored), grid.scheme.bits)
+    return {"rows": stored}
 
 
 def product(x: Tensor, held: Mapping[str, Tensor], grid: Grid) -> Tensor:
@@ -36,10 +39,10 @@ def product(x: Tensor, held: Mapping[str, Tensor], grid: Grid) -> Tensor:
     for start in range(0, len(grid.scale), step):
         part = slice(start, start + step)
         zero = None if grid.zero_point is None else grid.zero_point[part]
-        integers = packing.unpack(held["words"][part], grid.scheme.bits, grid.columns)
+        integers = native.integers(held["rows"][part], grid.scheme.bits, grid.columns)
         tiles.append(F.linear(rows, dequantize(integers, grid.scale[part].to(dtype), zero)))
     return torch.cat(tiles, -1).to(x.dtype).view(*x.shape[:-1], len(grid.scale))
 
 
 def values(held: Mapping[str, Tensor], grid: Grid) -> Tensor:
-    return packing.unpack(held["words"], grid.scheme.bits, grid.columns)
+    return native.integers(held["rows"], grid.scheme.bits, grid.columns)

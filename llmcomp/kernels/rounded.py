@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llmcomp import packing
+from llmcomp import native
 from llmcomp.activations import integers_of
 from llmcomp.kernels.int8 import VECTOR, by_tiles
 from llmcomp.kernels.tiles import Grid, few_rows, product_dtype
@@ -30,9 +30,9 @@ def fits(scheme: Scheme, rows: int, columns: int, device: str) -> bool:
     return device == "cpu" and scheme.activations is not None and columns % VECTOR == 0
 
 
-def hold(words: Tensor, grid: Grid) -> dict[str, Tensor]:
+def hold(stored: Tensor, grid: Grid) -> dict[str, Tensor]:
     """`integers` int8 [rows, columns], and ones bf16 [rows] for the operator."""
-    integers = packing.unpack(words, 8, grid.columns)
+    integers = native.integers(stored, 8, grid.columns)
     return {"integers": integers, "ones": torch.ones(len(integers), dtype=torch.bfloat16)}
 
 

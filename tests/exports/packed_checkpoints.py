@@ -47,7 +47,7 @@ def packed(source: Path, target: Path, schemes: Mapping[str, Scheme]) -> Opened:
         weight = rtn(state.pop(f"{name}.weight"), scheme)
         if scheme.activations == INT8_STATIC:
             weight = replace(weight, input_scale=torch.tensor([0.03], dtype=weight.scale.dtype))
-        state |= {f"{name}.{part}": tensor for part, tensor in native.to_tensors(weight).items()}
+        state |= {f"{name}.{part}": tensor for part, tensor in native.to_tensors(weight, "embed" in name).items()}
     target.mkdir()
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, target / "model.safetensors")
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
