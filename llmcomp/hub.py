@@ -32,10 +32,7 @@ _MODULE = re.compile(
 )  # of sentence-transformers: 1_Pooling/config.json
 _INNER = re.compile(r"0_\w+/config\.json")
 _REPO = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-_OFFLINE_WORKS = (
-    "what works offline: `llmcomp quantize sample:lm`, `llmcomp quantize sample:classifier`, "
-    "or `llmcomp quantize DIRECTORY` with a local model"
-)
+_OFFLINE_WORKS = "what works offline: sample:lm, sample:classifier, or a directory with a local model"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class HubServer:
         self.root = root
         self.requests: list[str] = []
         self.gated: set[str] = set()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
 
@@ -103,106 +104,109 @@ def _entry(folder: Path, path: Path) -> dict[str, Any]:
     return entry
 
 
-def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class _Handler(BaseHTTPRequestHandler):
+    """One connection; what it may answer with lies in `hub`."""
 
-        def log_message(self, *_: object) -> None:
-            """The list of requests is the log."""
+    protocol_version = "HTTP/1.1"
 
-        def do_HEAD(self) -> None:
-            self._answer()
+    def __init__(self, hub: HubServer, *connection: Any) -> None:
+        self.hub = hub
+        super().__init__(*connection)  # which answers until the client leaves
 
-        def do_GET(self) -> None:
-            self._answer()
+    def log_message(self, *_: object) -> None:
+        """The list of requests is the log."""
 
-        def do_POST(self) -> None:
-            self._answer()
+    def do_HEAD(self) -> None:
+        self._answer()
 
-        def _answer(self) -> None:
-            path = unquote(urlsplit(self.path).path)
-            hub.requests.append(f"{self.command} {path}")
-            self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            if match := MODEL_API.fullmatch(path):
-                self._describe(*match.groups())
-            elif match := RESOLVE.fullmatch(path):
-                self._file("datasets" if match[1] else "models", *match.groups()[1:])
-            else:
-                self._refuse(404, "RepoNotFound", "Repository not found")
+    def do_GET(self) -> None:
+        self._answer()
 
-        def _found(self, kind: str, repo: str, revision: str | None) -> tuple[Path, str] | None:
-            folder = hub.folder(kind, repo)
-            if folder is None:
-                self._refuse(404, "RepoNotFound", "Repository not found")
-                return None
-            commit = commit_of(folder)
-            if revision not in (None, "main", commit):
-                self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-                return None
-            return folder, commit
+    def do_POST(self) -> None:
+        self._answer()
 
-        def _describe(
-            self, kind: str, repo: str, what: str | None, revision: str | None, below: str | None
-        ) -> None:
-            if (found := self._found(kind, repo, revision)) is None:
+    def _answer(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.hub.requests.append(f"{self.command} {path}")
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if match := MODEL_API.fullmatch(path):
+            self._describe(*match.groups())
+        elif match := RESOLVE.fullmatch(path):
+            self._file("datasets" if match[1] else "models", *match.groups()[1:])
+        else:
+            self._refuse(404, "RepoNotFound", "Repository not found")
+
+    def _found(self, kind: str, repo: str, revision: str | None) -> tuple[Path, str] | None:
+        folder = self.hub.folder(kind, repo)
+        if folder is None:
+            self._refuse(404, "RepoNotFound", "Repository not found")
+            return None
+        commit = commit_of(folder)
+        if revision not in (None, "main", commit):
+            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return None
+        return folder, commit
+
+    def _describe(
+        self, kind: str, repo: str, what: str | None, revision: str | None, below: str | None
+    ) -> None:
+        if (found := self._found(kind, repo, revision)) is None:
+            return
+        folder, commit = found
+        entries = [_entry(folder, path) for path in _files(folder)]
+        if what == "paths-info":
+            self._json([e for e in entries if e["path"] in _paths(self.body)])
+        elif what == "tree":
+            inside = [e for e in entries if e["path"].startswith(f"{below}/" if below else "")]
+            known = {e["path"].rsplit("/", 1)[0] for e in entries if "/" in e["path"]}
+            if below and not inside:
+                self._refuse(404, "EntryNotFound", f"{below} does not exist")
                 return
-            folder, commit = found
-            entries = [_entry(folder, path) for path in _files(folder)]
-            if what == "paths-info":
-                self._json([e for e in entries if e["path"] in _paths(self.body)])
-            elif what == "tree":
-                inside = [e for e in entries if e["path"].startswith(f"{below}/" if below else "")]
-                known = {e["path"].rsplit("/", 1)[0] for e in entries if "/" in e["path"]}
-                if below and not inside:
-                    self._refuse(404, "EntryNotFound", f"{below} does not exist")
-                    return
-                self._json(
-                    inside + [{"type": "directory", "path": d, "oid": "0" * 40, "size": 0} for d in known]
-                )
-            else:
-                siblings = [{"rfilename": e["path"], "size": e["size"], "blobId": e["oid"]} for e in entries]
-                self._json({"id": repo, "modelId": repo, "sha": commit, "private": False, "gated": False,
-                            "disabled": False, "tags": [], "downloads": 0, "likes": 0,
-                            "siblings": siblings})  # fmt: skip
+            self._json(
+                inside + [{"type": "directory", "path": d, "oid": "0" * 40, "size": 0} for d in known]
+            )
+        else:
+            siblings = [{"rfilename": e["path"], "size": e["size"], "blobId": e["oid"]} for e in entries]
+            self._json({"id": repo, "modelId": repo, "sha": commit, "private": False, "gated": False,
+                        "disabled": False, "tags": [], "downloads": 0, "likes": 0,
+                        "siblings": siblings})  # fmt: skip
 
-        def _file(self, kind: str, repo: str, revision: str, name: str) -> None:
-            if (found := self._found(kind, repo, revision)) is None:
-                return
-            folder, commit = found
-            path = folder / name
-            if repo in hub.gated:
-                self._refuse(403, "GatedRepo", "Access to this repository is restricted")
-            elif not path.is_file():
-                self._refuse(404, "EntryNotFound", "Entry not found")
-            else:
-                entry = _entry(folder, path)
-                etag = entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]
-                headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-                if "lfs" in entry:
-                    headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(entry["size"])}
-                self._send(path.read_bytes(), "application/octet-stream", headers)
+    def _file(self, kind: str, repo: str, revision: str, name: str) -> None:
+        if (found := self._found(kind, repo, revision)) is None:
+            return
+        folder, commit = found
+        path = folder / name
+        if repo in self.hub.gated:
+            self._refuse(403, "GatedRepo", "Access to this repository is restricted")
+        elif not path.is_file():
+            self._refuse(404, "EntryNotFound", "Entry not found")
+        else:
+            entry = _entry(folder, path)
+            etag = entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]
+            headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+            if "lfs" in entry:
+                headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(entry["size"])}
+            self._send(path.read_bytes(), "application/octet-stream", headers)
 
-        def _send(self, content: bytes, kind: str, headers: dict[str, str], status: int = 200) -> None:
-            span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-            if span and status == 200:
-                first, last = int(span[1]), min(int(span[2] or len(content) - 1), len(content) - 1)
-                headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
-                content, status = content[first : last + 1], 206
-            self.send_response(status)
-            for key, value in {**headers, "Content-Type": kind, "Content-Length": str(len(content))}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content)
+    def _send(self, content: bytes, kind: str, headers: dict[str, str], status: int = 200) -> None:
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if span and status == 200:
+            first, last = int(span[1]), min(int(span[2] or len(content) - 1), len(content) - 1)
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+            content, status = content[first : last + 1], 206
+        self.send_response(status)
+        for key, value in {**headers, "Content-Type": kind, "Content-Length": str(len(content))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
-        def _json(self, data: object) -> None:
-            self._send(json.dumps(data).encode(), "application/json", {})
+    def _json(self, data: object) -> None:
+        self._send(json.dumps(data).encode(), "application/json", {})
 
-        def _refuse(self, status: int, code: str, message: str) -> None:
-            headers = {"X-Error-Code": code, "X-Error-Message": message}
-            self._send(json.dumps({"error": message}).encode(), "application/json", headers, status)
-
-    return Handler
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        headers = {"X-Error-Code": code, "X-Error-Message": message}
+        self._send(json.dumps({"error": message}).encode(), "application/json", headers, status)
 
 
 def _paths(body: bytes) -> list[str]:

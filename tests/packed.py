@@ -25,6 +25,19 @@ from llmcomp.formats.save import checkpoint_config
 from llmcomp.schemes import Scheme
 from llmcomp.weights import QuantizedWeight
 
+# All that a GGUF file stores in one way or another, by the last part of a linear's name.
+BY_NAME = {
+    "q_proj": Scheme(4, 32), "k_proj": Scheme(4, 32, False), "v_proj": Scheme(3, None, False),
+    "o_proj": Scheme(4, 64, False), "gate_proj": Scheme(2, 128), "up_proj": Scheme(8, 32, False),
+    "down_proj": Scheme(8), "embed_tokens": Scheme(8), "lm_head": Scheme(8, 64), "qkv_proj": Scheme(4, 64),
+    "gate_up_proj": Scheme(3, 64),
+}  # fmt: skip
+
+
+def mixed(module: str) -> Scheme:
+    """A scheme for each linear of a block, another one for each kind."""
+    return BY_NAME[module.rpartition(".")[2]]
+
 
 def random_weight(
     shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype = torch.float32, seed: int = 0

@@ -131,9 +131,7 @@ def test_neither_cached_nor_reachable(tmp_path, closed_url, offline):
     assert answer["error"] == "ModelNotFound"
     assert answer["message"] == (
         f"bert-base ({BERT}) is neither cached (in {tmp_path}/hub) nor reachable ({why}); what works "
-        "offline: "
-        "`llmcomp quantize sample:lm`, `llmcomp quantize sample:classifier`, or `llmcomp quantize DIRECTORY` "
-        "with a local model."
+        "offline: sample:lm, sample:classifier, or a directory with a local model."
     )
 
 

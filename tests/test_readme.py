@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 from command_line import commands, parse, verbs
 
+from llmcomp import session
 from llmcomp.cli.main import main
+from llmcomp.formats.verify import check
+from llmcomp.measure import cost
+from llmcomp.measure.resident import resident_peak
 from llmcomp.methods import METHODS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -47,6 +55,19 @@ def test_every_verb_and_method_is_named() -> None:
         assert f"| `{method}`" in TEXT
 
 
+@pytest.fixture
+def few_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fresh process verifies and measures memory the first time; later on this one does, which has imported all."""
+
+    def after_the_first(where: ModuleType, name: str, here: Callable[..., Any]) -> None:
+        ways = itertools.chain([getattr(where, name)], itertools.repeat(here))
+        monkeypatch.setattr(where, name, lambda *given, **settings: next(ways)(*given, **settings))
+
+    after_the_first(session, "verify", check)
+    after_the_first(cost, "peak_memory", lambda *given, **settings: resident_peak())
+
+
+@pytest.mark.usefixtures("few_processes")
 def test_marked_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order and in one directory, as a reader would; the later ones use what the former made."""
     monkeypatch.chdir(tmp_path)

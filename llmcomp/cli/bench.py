@@ -21,7 +21,7 @@ _LIST = "numbers separated by commas, or the option several times"
 
 
 def bench(
-    directory: Annotated[str, typer.Argument(help="A checkpoint: directory, sample, alias or Hub id.")],
+    directory: o.Checkpoint,
     against: Annotated[
         str | None, typer.Option(help="Another one to compare with, round by round.", show_default="none")
     ] = None,

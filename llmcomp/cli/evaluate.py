@@ -6,40 +6,27 @@ from typing import Annotated
 
 import typer
 
-_QUALITY, _COST = "What to measure on", "What to measure"
+from llmcomp.cli import options as o
+
+_COST = "What to measure"
 
 
 def evaluate(
-    directory: Annotated[str, typer.Argument(help="A checkpoint: directory, sample, alias or Hub id.")],
+    directory: o.Checkpoint,
     against: Annotated[
         str | None,
         typer.Option(
             help="The model it was made from.", show_default="what DIRECTORY's report names, if it is there"
         ),
     ] = None,
-    eval_data: Annotated[
-        str | None,
-        typer.Option(
-            help="A .txt, .jsonl, .csv or .parquet file, or a Hub dataset name[:config[:split]].",
-            show_default="WikiText-2 test, else the text that ships",
-            rich_help_panel=_QUALITY,
-        ),
-    ] = None,
-    text_column: Annotated[
-        str | None,
-        typer.Option(help="Column with the text; 'first,second' for pairs.", rich_help_panel=_QUALITY),
-    ] = None,
-    label_column: Annotated[
-        str | None,
-        typer.Option(help="Column with the label of a row, or score of a pair.", rich_help_panel=_QUALITY),
-    ] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of text.", rich_help_panel=_QUALITY)] = 64,
-    sequence_length: Annotated[
-        int, typer.Option(min=2, help="Tokens of a window.", rich_help_panel=_QUALITY)
-    ] = 512,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of a table.", rich_help_panel=_QUALITY)] = 2000,
+    eval_data: o.EvalData = None,
+    text_column: o.TextColumn = None,
+    label_column: o.LabelColumn = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text.", rich_help_panel=o.QUALITY)] = 64,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens of a window.", rich_help_panel=o.QUALITY)] = 512,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a table.", rich_help_panel=o.QUALITY)] = 2000,
     seed: Annotated[
-        int, typer.Option(min=0, help="Which windows, masks and resamples.", rich_help_panel=_QUALITY)
+        int, typer.Option(min=0, help="Which windows, masks and resamples.", rich_help_panel=o.QUALITY)
     ] = 0,
     cost: Annotated[bool, typer.Option(help="Latency and peak memory.", rich_help_panel=_COST)] = True,
     lm_eval: Annotated[
@@ -51,7 +38,7 @@ def evaluate(
             rich_help_panel=_COST,
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")] = False,
+    json: o.Json = False,
 ) -> None:
     """Measure quality, divergence from the original, size, latency and memory.
 
@@ -79,14 +66,8 @@ def evaluate(
             data = evaluation_data(
                 task_of(path), eval_data, text_column=text_column, label_column=label_column, progress=progress
             )
-        settings = Settings(
-            windows=windows,
-            sequence_length=sequence_length,
-            rows=rows,
-            seed=seed,
-            cost=cost,
-            lm_eval=tuple(name.strip() for name in lm_eval.split(",")) if lm_eval else (),
-        )
+        tasks = tuple(name.strip() for name in lm_eval.split(",")) if lm_eval else ()
+        settings = Settings(windows, sequence_length, rows, seed=seed, cost=cost, lm_eval=tasks)
         found = api.evaluate(
             path, against=against or default_against(path), data=data, settings=settings, progress=progress
         )

@@ -8,16 +8,18 @@ from typing import Annotated
 
 import typer
 
+from llmcomp.cli import options as o
+
 
 def export(
-    directory: Annotated[str, typer.Argument(help="A checkpoint: directory, sample, alias or Hub id.")],
+    directory: o.Checkpoint,
     output: Annotated[Path, typer.Argument(help="The directory to make.", show_default=False)],
     format: Annotated[
         str,
         typer.Option("--format", help="compressed-tensors, dense, llmcomp, gguf, onnx, openvino.", show_default=False),
     ],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+    overwrite: o.Overwrite = False,
+    json: o.Json = False,
 ) -> None:
     """Write a checkpoint in another format, from its own integers.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_module
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -82,22 +83,32 @@ def generate(
     with listener(json) as progress:
         path = resolve(directory, progress=progress).path
 
+    from llmcomp.generation import Sampling
+
+    drawn = time.time_ns() % 2**32 if seed is None else seed
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, greedy, drawn)
+    prompt_tokens, stream = _answer(path, text, chat, sampling, threads, json)
+    if json:
+        typer.echo(json_module.dumps(_as_json(directory, text, prompt_tokens, sampling, stream), ensure_ascii=False))
+
+
+def _answer(
+    path: Path, text: str, chat: bool | None, sampling: Sampling, threads: int | None, json: bool
+) -> tuple[int, Stream]:
+    """Write on from a text with the model in a directory; the prompt's tokens, and what was written."""
     import torch
 
     from llmcomp import api
-    from llmcomp.generation import Sampling, Stream, check_prompt, encode, open_writer
+    from llmcomp.generation import Stream, check_prompt, encode, open_writer
 
     check_prompt(text)
     if threads is not None:
         torch.set_num_threads(threads)
     model, tokenizer = open_writer(path, api.load)
     ids = encode(model, tokenizer, text, chat)
-    drawn = time.time_ns() % 2**32 if seed is None else seed
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, greedy, drawn)
     stream = Stream(tokenizer, (lambda piece: None) if json else _show)
     _write(model, tokenizer, ids, sampling, stream, json)
-    if json:
-        typer.echo(json_module.dumps(_as_json(directory, text, ids.shape[1], sampling, stream), ensure_ascii=False))
+    return ids.shape[1], stream
 
 
 def _show(piece: str) -> None:

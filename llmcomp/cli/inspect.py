@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmcomp.cli import options as o
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 def inspect(
     model: Annotated[str, typer.Argument(help="A directory, Hub id, alias or sample:…", show_default=False)],
-    json: Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")] = False,
+    json: o.Json = False,
 ) -> None:
     """Show blocks, roles, shapes and bytes, and what a plain quantize would do. Weights are not read.
 

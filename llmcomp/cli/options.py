@@ -83,7 +83,7 @@ Samples = Annotated[int | None, typer.Option("--samples", help="Calibration wind
 SequenceLength = Annotated[
     int | None, typer.Option("--sequence-length", help="Tokens of a window.", show_default="512")
 ]
-Seed = Annotated[int | None, typer.Option("--seed", help="Which windows.", show_default="0")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Which windows.", show_default="0")]
 Format = Annotated[
     str | None,
     typer.Option(
@@ -93,27 +93,70 @@ Format = Annotated[
     ),
 ]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="Take all of the above from a YAML file.")]
+ActivationMemory = Annotated[
+    int,
+    typer.Option("--activation-memory", min=0, help="MB of waiting activations before they go to mapped files."),
+]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings along.")
+]
+Checkpoint = Annotated[str, typer.Argument(help="A checkpoint: directory, sample, alias or Hub id.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")]
+QUALITY = "What to measure on"
+EvalData = Annotated[
+    str | None,
+    typer.Option(
+        "--eval-data",
+        help="A .txt, .jsonl, .csv or .parquet file, or a Hub dataset name[:config[:split]].",
+        show_default="WikiText-2 test, else the text that ships",
+        rich_help_panel=QUALITY,
+    ),
+]
+TextColumn = Annotated[
+    str | None,
+    typer.Option(
+        "--text-column", help="Column of --eval-data with the text; 'first,second' for pairs.", rich_help_panel=QUALITY
+    ),
+]
+LabelColumn = Annotated[
+    str | None,
+    typer.Option(
+        "--label-column", help="Column of --eval-data with the label of a row, or score of a pair.",
+        rich_help_panel=QUALITY,
+    ),
+]  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
+_STEP = {
+    "bits": "bits", "group_size": "group_size", "method": "method", "asymmetric": "symmetric",
+    "activations": "activations", "target": "targets", "skip": "skip", "override": "override", "option": "options",
+}  # fmt: skip
+_CALIBRATION = {"calibration": "source", "samples": "samples", "sequence_length": "sequence_length"}
+_RUN = {"seed": "seed", "format": "format"}
 
-def make_recipe(
-    recipe_file: Path | None, step: dict[str, Any], calibration: dict[str, Any], run: dict[str, Any]
-) -> Recipe:
-    """A recipe from a file, or from flags (None: not given).
+
+def make_recipe(recipe_file: Path | None, **flags: Any) -> Recipe:
+    """A recipe from a file, or from flags.
 
     Args:
-        step: flags of the quantize step; 'skip' and 'override' hold lists of texts.
-        calibration, run: fields of `Calibration` and `Recipe`.
+        flags: values of the options above, by the names that verbs give them; None or an empty list: not given.
 
     Raises:
         BadRecipe: both a file and flags, or texts that cannot be read.
     """
-    step, calibration, run = (_given(flags) for flags in (step, calibration, run))
+    given = {name: value for name, value in flags.items() if value is not None and value != []}
     if recipe_file is not None:
-        if step or calibration or run:
-            flags = ", ".join(sorted({**step, **calibration, **run}))
-            raise BadRecipe(f"--recipe already says everything: drop {flags}, or change it in the file.")
+        if given:
+            said = ", ".join(sorted("--" + name.replace("_", "-") for name in given))
+            raise BadRecipe(f"--recipe already says everything: drop {said}, or change it in the file.")
         return Recipe.load(recipe_file)
+    step, calibration, run = (
+        {field: given[flag] for flag, field in fields.items() if flag in given}
+        for fields in (_STEP, _CALIBRATION, _RUN)
+    )
+    if "symmetric" in step:
+        step["symmetric"] = not step["symmetric"]  # the flag is --asymmetric
     overrides = [_override(text) for text in step.pop("override", [])]
     overrides += [Override(target, skip=True) for target in step.pop("skip", [])]
     if "options" in step:
@@ -140,10 +183,6 @@ def parse_size(text: str, flag: str) -> int:
     if found is None or not number:
         raise BadRecipe(f"{flag} {text!r} is no size; expected a number with a unit, such as 24GiB or 500MB.")
     return int(number * (1024 if found[3] else 1000) ** (1 + "KMGT".index(found[2].upper())))
-
-
-def _given(flags: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in flags.items() if value is not None and value != []}
 
 
 def _number(text: str) -> int | str:

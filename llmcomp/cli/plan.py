@@ -37,9 +37,7 @@ def plan(
     seed: o.Seed = None,
     format: o.Format = None,
     recipe: o.RecipeFile = None,
-    activation_memory: Annotated[
-        int, typer.Option("--activation-memory", help="MB of waiting activations before they go to mapped files.")
-    ] = 8,
+    activation_memory: o.ActivationMemory = 8,
     ranks: Annotated[
         int, typer.Option("--ranks", min=1, help="Processes that share the work; memory and time are of each.")
     ] = 1,
@@ -47,10 +45,8 @@ def plan(
         str | None,
         typer.Option("--memory", help="What each rank has, such as 24GiB: the table says how much of it is taken."),
     ] = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings along.")
-    ] = False,
+    revision: o.Revision = None,
+    trust_remote_code: o.TrustRemoteCode = False,
     json: o.Json = False,
 ) -> None:
     """Say what quantize would need and give: bytes after, peak memory, disk and time, for every method.
@@ -70,13 +66,11 @@ def plan(
     from llmcomp.hub import resolve
     from llmcomp.recipe import check
 
-    step = {
-        "bits": bits, "group_size": group_size, "method": method, "targets": target, "skip": skip,
-        "override": override, "symmetric": None if asymmetric is None else not asymmetric, "activations": activations,
-        "options": option,
-    }  # fmt: skip
-    data = {"source": calibration, "samples": samples, "sequence_length": sequence_length}
-    made = o.make_recipe(recipe, step, data, {"seed": seed, "format": format})
+    made = o.make_recipe(
+        recipe, bits=bits, group_size=group_size, method=method, asymmetric=asymmetric, activations=activations,
+        target=target, skip=skip, override=override, option=option, calibration=calibration, samples=samples,
+        sequence_length=sequence_length, seed=seed, format=format,
+    )  # fmt: skip
     check(made)
     available = None if memory is None else o.parse_size(memory, "--memory")
     with listener(json) as progress:

@@ -31,7 +31,7 @@ def quantize(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory.", show_default="./MODEL-METHOD-wBITS")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
+    overwrite: o.Overwrite = False,
     evaluate: Annotated[bool, typer.Option("--evaluate/--no-evaluate", help="Measure before and after.")] = True,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Reload in a fresh process and compare.")
@@ -42,18 +42,12 @@ def quantize(
             "--device", help="Where to compress: cpu, cuda or cuda:N; auto takes a GPU where each process can have one."
         ),
     ] = "auto",
-    eval_data: Annotated[str | None, typer.Option("--eval-data", help="Text, rows or pairs to measure on.")] = None,
-    text_column: Annotated[
-        str | None, typer.Option("--text-column", help="Of --eval-data; 'first,second' for pairs.")
-    ] = None,
-    label_column: Annotated[str | None, typer.Option("--label-column", help="Of --eval-data.")] = None,
-    activation_memory: Annotated[
-        int, typer.Option("--activation-memory", help="MB of waiting activations before they go to mapped files.")
-    ] = 8,
-    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings along.")
-    ] = False,
+    eval_data: o.EvalData = None,
+    text_column: o.TextColumn = None,
+    label_column: o.LabelColumn = None,
+    activation_memory: o.ActivationMemory = 8,
+    revision: o.Revision = None,
+    trust_remote_code: o.TrustRemoteCode = False,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read pytorch_model.bin where there are no safetensors.")
     ] = False,
@@ -78,29 +72,18 @@ def quantize(
     from llmcomp.cli.progress import listener
     from llmcomp.ranks import launched
 
-    step = {
-        "bits": bits, "group_size": group_size, "method": method, "targets": target, "skip": skip,
-        "override": override, "symmetric": None if asymmetric is None else not asymmetric, "activations": activations,
-        "options": option,
-    }  # fmt: skip
-    data = {"source": calibration, "samples": samples, "sequence_length": sequence_length}
-    made = o.make_recipe(recipe, step, data, {"seed": seed, "format": format})
+    made = o.make_recipe(
+        recipe, bits=bits, group_size=group_size, method=method, asymmetric=asymmetric, activations=activations,
+        target=target, skip=skip, override=override, option=option, calibration=calibration, samples=samples,
+        sequence_length=sequence_length, seed=seed, format=format,
+    )  # fmt: skip
     if save_recipe is not None and launched().first:
         _save(save_recipe, made.to_yaml())
     settings = RunOptions(
-        output=output,
-        overwrite=overwrite,
-        evaluate=evaluate,
-        verify=verify,
-        device=device,
-        activation_memory=activation_memory * 2**20,
-        eval_data=eval_data,
-        text_column=text_column,
-        label_column=label_column,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
-        revision=revision,
-    )
+        output=output, overwrite=overwrite, evaluate=evaluate, verify=verify, device=device,
+        activation_memory=activation_memory * 2**20, eval_data=eval_data, text_column=text_column,
+        label_column=label_column, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, revision=revision,
+    )  # fmt: skip
     with listener(json) as progress:
         result = run(model, recipe=made, options=settings, progress=progress)
     if json:

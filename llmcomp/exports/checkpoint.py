@@ -13,9 +13,11 @@ from llmcomp.errors import BadRecipe, VerificationFailed
 from llmcomp.formats import FORMATS, Layout
 from llmcomp.formats.opening import Opened
 from llmcomp.formats.reading import auto_class, decoded, model_config, stored_modules, stored_tensors
-from llmcomp.formats.save import ShardWriter, checkpoint_config
+from llmcomp.formats.save import ShardWriter, checkpoint_config, require_room
 from llmcomp.measure.cost import loaded_bytes
 from llmcomp.measure.load import load
+from llmcomp.native import SCALE
+from llmcomp.shards import read_shard
 from llmcomp.weights import INPUT_SCALE
 
 _SHARD = 1 << 30  # bytes of a file, about: what is held while one is put together
@@ -38,12 +40,14 @@ def _write(form: str, opened: Opened, target: Path) -> list[str]:
 
     Raises:
         BadRecipe: the format cannot hold these schemes, or there are none.
+        UserError: the disk has no room for it.
         VerificationFailed: what was written decodes to something else, or transformers cannot load it.
     """
     if form != "dense" and not opened.schemes:
         raise BadRecipe(f"{opened.directory} holds no packed weights; `llmcomp quantize` makes some.")
     entries = [(opened.ref(module), scheme) for module, scheme in opened.schemes.items()]
     layout = FORMATS[form](entries, opened.skeleton)
+    require_room(target, nbytes(opened, layout), f"The export to {form}")
     writer, order = ShardWriter(target.parent), list[str]()
     for tensors in _shards(opened, layout):
         order.append(f"part-{len(order):05d}")
@@ -55,14 +59,28 @@ def _write(form: str, opened: Opened, target: Path) -> list[str]:
     return [*notes, _compare(opened, target)]
 
 
+def nbytes(opened: Opened, layout: Layout) -> int:
+    """Bytes of the tensors that will be written, from the headers of those that are read."""
+    files = {path: read_shard(path).tensors for path in {place.path for place in opened.tensors.values()}}
+    stored = {name: files[place.path][place.key] for name, place in opened.tensors.items()}
+    scales = {module: stored.get(f"{module}.{SCALE}") for module in opened.schemes}
+    packed = sum(
+        layout.nbytes(opened.ref(module), scale.dtype.itemsize)
+        for module, scale in scales.items()
+        if scale is not None  # `Opened.weight` will say so
+    )
+    return packed + sum(stored[name].nbytes for name in opened.plain)
+
+
 def _shards(opened: Opened, layout: Layout) -> Iterator[dict[str, Tensor]]:
     """All tensors of the checkpoint, in files of about `_SHARD` bytes."""
-    held: dict[str, Tensor] = {}
+    held, size = dict[str, Tensor](), 0
     for tensors in _tensors(opened, layout):
         held |= tensors
-        if sum(tensor.nbytes for tensor in held.values()) >= _SHARD:
+        size += sum(tensor.nbytes for tensor in tensors.values())
+        if size >= _SHARD:
             yield held
-            held = {}
+            held, size = {}, 0
     if held:
         yield held
 

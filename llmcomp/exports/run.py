@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def export_to(directory: Path, output: Path, form: str, overwrite: bool, progres
     progress.phase("open")
     opened = open_checkpoint(directory)
     partial = partial_of(output)
+    absent = [folder for folder in partial.parents if not folder.exists()]
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed; none is resumed
     target = partial / CHECKPOINT
     try:
@@ -40,16 +42,24 @@ def export_to(directory: Path, output: Path, form: str, overwrite: bool, progres
         progress.phase(f"write {form}")
         notes = EXPORTS[form](opened, target)
         with writing(target):
-            for file in checkpoint.copied_files():
-                if file.name.startswith(_OF_THE_SOURCE):
-                    continue
-                copy = target / file.relative_to(directory)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                if file.is_dir():
-                    copy.mkdir(exist_ok=True)
-                elif not copy.exists():
-                    shutil.copyfile(file, copy)
+            _copy_beside(checkpoint, target)
         publish(partial, output, overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for folder in absent:
+            with contextlib.suppress(OSError):  # not empty: the output lies in it
+                folder.rmdir()
     return notes
+
+
+def _copy_beside(checkpoint: Checkpoint, target: Path) -> None:
+    """The tokenizer's files and the like, but for those that the export has written itself."""
+    for file in checkpoint.copied_files():
+        if file.name.startswith(_OF_THE_SOURCE):
+            continue
+        copy = target / file.relative_to(checkpoint.path)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_dir():
+            copy.mkdir(exist_ok=True)
+        elif not copy.exists():
+            shutil.copyfile(file, copy)

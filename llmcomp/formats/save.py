@@ -251,13 +251,21 @@ def preflight(output: Path, overwrite: bool, nbytes: int) -> None:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{parent} cannot be written to; choose another --output than {output}.")
-    free = shutil.disk_usage(parent).free
+        raise UserError(f"{parent} cannot be written to; choose another output than {output}.")
+    require_room(parent, nbytes, str(output))
+
+
+def require_room(folder: Path, nbytes: int, what: str) -> None:
+    """Refuse to write `what`, of `nbytes` bytes, where the disk of `folder` has no room for it.
+
+    Raises:
+        UserError: it has not.
+    """
+    free = shutil.disk_usage(folder).free
     if free < nbytes:
         need, have = nbytes / 1e9, free / 1e9
         raise UserError(
-            f"{output} needs {need:.2f} GB, but its disk has {have:.2f} GB free; "
-            "make room or choose another --output."
+            f"{what} needs {need:.2f} GB, but its disk has {have:.2f} GB free; make room or choose another output."
         )
 
 

@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from llmcomp.errors import LlmcompError
+from llmcomp.errors import BadData, LlmcompError
 from llmcomp.measure.bandwidth import last_level_cache, read_bandwidth
 from llmcomp.measure.holding import Holding
 from llmcomp.measure.machine import this_machine
@@ -54,7 +54,7 @@ class Job:
 
 
 class Engine(Protocol):
-    """A model after its first forward.
+    """A model after its first forward, which computes prompts.
 
     Attributes:
         load_seconds: of opening it, without the first forward; ready_seconds: with it.
@@ -69,11 +69,16 @@ class Engine(Protocol):
     def read(self, prompt: Any) -> None:
         """Compute a whole prompt afresh; of a language model, up to the choice of the first new token."""
 
-    def step(self) -> None:
-        """Write one more token after what was read."""
-
     def holding(self) -> Holding | None:
         """Bytes of its tensors; None where the runtime does not show them."""
+
+
+@runtime_checkable
+class WritingEngine(Engine, Protocol):
+    """A language model, which also writes tokens."""
+
+    def step(self) -> None:
+        """Write one more token after what was read."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,11 @@ def sample(job: Job, open_engine: Callable[[Job], Engine], prepare_engine: Calla
 
 
 def time_engine(engine: Engine, job: Job) -> tuple[float, tuple[Timing, ...]]:
-    """Seconds of the calls that are not counted (which compile, where that is asked for), and those that are."""
+    """Seconds of the calls that are not counted (which compile, where that is asked for), and those that are.
+
+    Raises:
+        BadData: the job asks for new tokens of an engine that writes none.
+    """
     uncounted, timings = 0.0, []
     for batch, tokens in job.shapes:
         prompt = engine.prompt(batch, tokens)
@@ -174,6 +183,8 @@ def time_engine(engine: Engine, job: Job) -> tuple[float, tuple[Timing, ...]]:
         uncounted += first
         timings.append(Timing(PREFILL if job.new_tokens else FORWARD, batch, tokens, tuple(seconds)))
     if job.new_tokens:
+        if not isinstance(engine, WritingEngine):
+            raise BadData(f"{job.directory} writes no tokens, and {job.new_tokens} were asked for; ask for none.")
         for batch, tokens in first_of_each_batch(job.shapes):
             prompt = engine.prompt(batch, tokens)
             engine.read(prompt)
@@ -212,7 +223,7 @@ def _seconds(call: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def _writing(engine: Engine, prompt: Any, tokens: int) -> float:
+def _writing(engine: WritingEngine, prompt: Any, tokens: int) -> float:
     """Seconds of `tokens` new tokens after the first, the prompt's own time left out."""
     engine.read(prompt)
     start = time.perf_counter()

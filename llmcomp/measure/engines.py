@@ -68,9 +68,6 @@ class Forwards:
     def read(self, prompt: dict[str, Tensor]) -> None:
         self.call(**prompt)
 
-    def step(self) -> None:
-        raise NotImplementedError("only language models write tokens")
-
     def holding(self) -> Holding:
         return holding(self.model)
 

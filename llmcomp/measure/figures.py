@@ -37,7 +37,15 @@ class Figure:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A figure over the other checkpoint's, in pairs of one round: their median with its 95% interval."""
+    """A figure over the other checkpoint's: the median of the rounds' pairs with its 95% interval.
+
+    A type of its own, though its fields have a figure's names: `low` and `high` are what the median lies between and no
+    round's, and the numbers have no unit. So it is neither shown as a figure is, nor can a ratio of it be formed.
+
+    Attributes:
+        unit: of the figure, whose name with it tells figures apart.
+        rounds: the quotients.
+    """
 
     name: str
     unit: str

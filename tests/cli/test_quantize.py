@@ -71,6 +71,24 @@ def test_every_flag_reaches_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (recipe.seed, recipe.format) == (5, "dense")
 
 
+@pytest.mark.parametrize("flag", ["--activation-memory", "--seed"])
+def test_a_negative_number_is_refused_before_a_model_is_looked_for(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quantize", "./nowhere", flag, "-1"]) == 2
+    said = capsys.readouterr().err
+    assert f"Invalid value for '{flag}'" in said and "nowhere" not in said
+
+
+def test_flags_beside_a_recipe_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["quantize", "./nowhere", "--recipe", str(tmp_path / "r.yaml"), "--group-size", "64", "--skip", "mlp"]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        "llmcomp: --recipe already says everything: drop --group-size, --skip, or change it in the file.\n"
+    )
+
+
 def test_settings_of_the_method_keep_their_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, _ = asked(monkeypatch, "--option", "damping=0.05", "--option", "act_order=false", "--option", "steps=7")
     assert recipe.steps[0].options == {"damping": 0.05, "act_order": False, "steps": 7}

@@ -47,8 +47,9 @@ def recipe_of(text: Path, *, format: str = "compressed-tensors", **step: Any) ->
     return Recipe((QuantizeStep(**step),), Calibration(str(text), SAMPLES, LENGTH), format=format)
 
 
-def quantize(source: Path, output: Path, recipe: Recipe, **options: Any) -> Run:
-    """Quantize without the two slow phases; the witness is copied to `<output>.witness` before publishing."""
+def quantize(source: Path, output: Path, recipe: Recipe, *, page: bool = False, **options: Any) -> Run:
+    """Quantize without what is slow and seldom looked at: verification, evaluation, and (unless `page`) the plots of
+    the report's page. The witness is copied to `<output>.witness` before publishing."""
     kept = output.with_name(f"{output.name}.witness")
 
     def publish(partial: Path, *arguments: Any) -> None:
@@ -58,6 +59,8 @@ def quantize(source: Path, output: Path, recipe: Recipe, **options: Any) -> Run:
     keep = session.publish
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session, "publish", publish)
+        if not page:
+            patch.setattr(session, "render", lambda report: "<!doctype html>")
         settings = {"output": output, "evaluate": False, "verify": False, **options}
         result = api.quantize(str(source), recipe=recipe, **settings)
     return Run(source, result.output, kept, result.report)

@@ -108,7 +108,7 @@ def test_neither_cached_nor_reachable(tmp_path: Path) -> None:
     sentence, imported = done.stderr.splitlines()
     assert done.returncode == 2 and done.stdout == ""
     assert sentence.startswith(f"llmcomp: bert-base ({BERT}) is neither cached (in ")
-    assert "nor reachable" in sentence and "`llmcomp quantize sample:lm`" in sentence
+    assert "nor reachable" in sentence and "what works offline: sample:lm, " in sentence
     assert imported == "imported:"
     assert not any(path.name.endswith((".partial", "q")) for path in tmp_path.iterdir())
     assert seconds < 10

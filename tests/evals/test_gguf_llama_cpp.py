@@ -15,24 +15,17 @@ from typing import Any
 
 import pytest
 import torch
-from packed import packed
+from packed import mixed, packed
 from tiny import VOCABULARY
 from transformers import AutoTokenizer
 
 from evals import gguf_check
-from llmcomp.schemes import Scheme
 
 PYTHON = os.environ.get("LLMCOMP_LLAMA_CPP") or (sys.executable if importlib.util.find_spec("llama_cpp") else "")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not PYTHON, reason="no llama-cpp-python here, and LLMCOMP_LLAMA_CPP names no python with it"),
 ]
-BY_NAME = {
-    "q_proj": Scheme(4, 32), "k_proj": Scheme(4, 32, False), "v_proj": Scheme(3, None, False),
-    "o_proj": Scheme(4, 64, False), "gate_proj": Scheme(2, 128), "up_proj": Scheme(8, 32, False),
-    "down_proj": Scheme(8), "embed_tokens": Scheme(8), "lm_head": Scheme(8, 64), "qkv_proj": Scheme(4, 64),
-    "gate_up_proj": Scheme(3, 64),
-}  # fmt: skip
 WIDE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = {
@@ -71,11 +64,7 @@ def sequences() -> list[list[int]]:
 @pytest.mark.parametrize("case", MODELS)
 def test_llama_cpp_computes_the_same(case: str, kind: str, tmp_path: Path) -> None:
     name, overrides = MODELS[case]
-
-    def scheme_of(module: str) -> Scheme | None:
-        return BY_NAME[module.rpartition(".")[2]] if kind == "packed" else None
-
-    checkpoint = packed(name, tmp_path / "m", scheme_of, **overrides)
+    checkpoint = packed(name, tmp_path / "m", mixed if kind == "packed" else lambda module: None, **overrides)
     gguf_check.export(checkpoint, tmp_path / "out")
     ids = sequences()
     answer = gguf_check.ask(Path(PYTHON), tmp_path / "out" / "model.gguf", ids, TEXTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ from tiny import tiny
 
 import llmcomp
 from llmcomp.cli.main import main
-from llmcomp.errors import BadRecipe, OutputExists
+from llmcomp.errors import BadRecipe, OutputExists, UserError
+from llmcomp.exports.checkpoint import nbytes
+from llmcomp.formats import FORMATS
 from llmcomp.formats.opening import open_checkpoint
+from llmcomp.measure.cost import size_of
 from llmcomp.native import unwrap
 
 
@@ -42,6 +46,9 @@ def test_there_and_back_again(name: str, source: Path, tmp_path: Path) -> None:
     llmcomp.export(tmp_path / "packed", tmp_path / "again", "compressed-tensors")
     one, other = open_checkpoint(first), open_checkpoint(tmp_path / "again")
     assert one.schemes == other.schemes
+    for form, place in (("llmcomp", tmp_path / "packed"), ("compressed-tensors", tmp_path / "again")):
+        layout = FORMATS[form]([(one.ref(module), scheme) for module, scheme in one.schemes.items()], one.skeleton)
+        assert nbytes(one, layout) == size_of(place, role=lambda name: "all").parts["all"]
     for module in one.schemes:
         before, after = one.weight(module), other.weight(module)
         assert torch.equal(before.values, after.values)
@@ -67,11 +74,26 @@ def test_configs_of_older_tools_keep_their_dtype(source: Path, tmp_path: Path) -
 
 
 def test_what_cannot_be_exported_leaves_nothing(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadRecipe, match="holds no packed weights"):
-        llmcomp.export(source, tmp_path / "out", "llmcomp")
+    for folder in (tmp_path, tmp_path / "not" / "there"):  # nor the folders that the output would lie in
+        with pytest.raises(BadRecipe, match="holds no packed weights"):
+            llmcomp.export(source, folder / "out", "llmcomp")
     with pytest.raises(BadRecipe, match="choose one of compressed-tensors"):
         llmcomp.export(source, tmp_path / "out", "marlin")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_for_what_is_larger_than_the_source(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = compressed(source, tmp_path / "first", "compressed-tensors", bits=4, method="rtn")
+    sizes = [sum(file.stat().st_size for file in one.glob("*.safetensors")) for one in (first, source)]
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=sum(sizes) // 2))
+    with pytest.raises(UserError, match=r"^The export to dense needs \d+\.\d\d GB, but its disk has"):
+        llmcomp.export(first, tmp_path / "new" / "dense", "dense")
+    assert list(tmp_path.iterdir()) == [first]
+    llmcomp.export(first, tmp_path / "new" / "packed", "llmcomp")
+    assert sorted(tmp_path.iterdir()) == [first, tmp_path / "new"]
 
 
 def test_a_source_is_never_overwritten(source: Path, tmp_path: Path) -> None:

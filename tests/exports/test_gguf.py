@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from packed import packed
+from packed import mixed, packed
 from reference.gguf_float64 import decode_row, neighbours
 from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, tiny
@@ -25,20 +25,10 @@ from llmcomp.formats.opening import Opened, open_checkpoint
 from llmcomp.schemes import Scheme
 
 BF16 = torch.bfloat16
-BY_NAME = {
-    "q_proj": Scheme(4, 32), "k_proj": Scheme(4, 32, False), "v_proj": Scheme(3, None, False),
-    "o_proj": Scheme(4, 64, False), "gate_proj": Scheme(2, 128), "up_proj": Scheme(8, 32, False),
-    "down_proj": Scheme(8), "embed_tokens": Scheme(8), "lm_head": Scheme(8, 64), "qkv_proj": Scheme(4, 64),
-    "gate_up_proj": Scheme(3, 64),
-}  # fmt: skip
 KINDS = {
     "attn_q": "Q4_0", "attn_k": "Q4_1", "attn_v": "Q4_0", "attn_output": "Q4_1", "ffn_gate": "Q4_0",
     "ffn_up": "16", "ffn_down": "Q8_0", "token_embd": "Q8_0", "output": "Q8_0", "attn_qkv": "Q4_0",
 }  # fmt: skip
-
-
-def mixed(module: str) -> Scheme:
-    return BY_NAME[module.rpartition(".")[2]]
 
 
 class Exported:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import tiny
 
-from llmcomp.errors import BadCheckpoint
+from llmcomp.errors import BadCheckpoint, BadData
 from llmcomp.measure import bench_process
 from llmcomp.measure.bench_process import Job, Sample, job_from_json, serve, time_engine
 from llmcomp.measure.engines import open_transformers
@@ -19,7 +19,7 @@ from llmcomp.measure.holding import Holding
 
 
 class Clockwork:
-    """An engine on a clock of its own: a prompt takes a second for each token, a new token ten."""
+    """An engine on a clock of its own: a prompt takes a second for each token."""
 
     load_seconds = ready_seconds = 0.0
 
@@ -35,16 +35,20 @@ class Clockwork:
         self.calls.append(prompt)
         self.now += prompt[1]
 
-    def step(self) -> None:
-        self.calls.append("step")
-        self.now += 10.0
-
     def holding(self) -> Holding | None:
         return None
 
 
+class WritingClockwork(Clockwork):
+    """A new token takes ten."""
+
+    def step(self) -> None:
+        self.calls.append("step")
+        self.now += 10.0
+
+
 def test_prompts_then_new_tokens_of_each_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Clockwork(monkeypatch)
+    engine = WritingClockwork(monkeypatch)
     uncounted, timings = time_engine(engine, Job("m", 1, ((1, 8), (1, 16), (4, 8)), 3, 2))
     assert [asdict(one) for one in timings] == [
         {"measure": "prefill", "batch": 1, "tokens": 8, "seconds": (8.0, 8.0)},
@@ -59,12 +63,18 @@ def test_prompts_then_new_tokens_of_each_batch_size(monkeypatch: pytest.MonkeyPa
 
 
 def test_forwards_have_no_new_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Clockwork(monkeypatch)
+    engine = WritingClockwork(monkeypatch)  # as a runtime whose models all could
     uncounted, timings = time_engine(engine, Job("m", 1, ((1, 8), (32, 8)), 0, 3))
     assert [(one.measure, one.batch, one.seconds) for one in timings] == [
         ("forward", 1, (8.0,) * 3), ("forward", 32, (8.0,) * 3),
     ]  # fmt: skip
     assert "step" not in engine.calls and uncounted == 16
+    assert time_engine(Clockwork(monkeypatch), Job("m", 1, ((1, 8), (32, 8)), 0, 3)) == (uncounted, timings)
+
+
+def test_new_tokens_are_not_asked_of_what_writes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BadData, match=r"^m writes no tokens, and 2 were asked for; ask for none\.$"):
+        time_engine(Clockwork(monkeypatch), Job("m", 1, ((1, 8),), 2, 1))
 
 
 def test_what_it_says_can_be_read_back(tmp_path: Path) -> None:

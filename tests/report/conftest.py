@@ -22,6 +22,7 @@ from llmcomp.report.schema import (
 )
 
 BLOCKS, WIDTH, INNER, HEADS_KV, VOCABULARY = 22, 2048, 5632, 256, 32000
+HEAD = VOCABULARY * WIDTH * 2  # bytes
 LINEARS = (
     ("self_attn.q_proj", "attention", WIDTH, WIDTH),
     ("self_attn.k_proj", "attention", HEADS_KV, WIDTH),
@@ -39,16 +40,7 @@ FALLBACKS = {
 
 def make_report() -> Report:
     layers = [layer for block in range(BLOCKS) for layer in block_layers(block)]
-    head = VOCABULARY * WIDTH * 2
-    before = Size(
-        1_100_048_384, 0, {"attention": 0, "mlp": 0, "embeddings": head, "head": head, "other": 185_000}
-    )
-    after = Size(before.parameters, 0, dict(before.parts))
-    for layer in layers:
-        before.parts[layer.role] += layer.bytes_before
-        after.parts[layer.role] += layer.bytes_after
-    before.bytes_on_disk, after.bytes_on_disk = (sum(size.parts.values()) for size in (before, after))
-    data = "books/validation.txt, windows of 512 tokens, stride 512"
+    before, after = sizes(layers)
     return Report(
         command="quantize",
         model="tinyllama",
@@ -74,21 +66,11 @@ def make_report() -> Report:
             "warnings": ["14 of 2,461 rows were duplicates and are read once."],
         },
         layers=layers,
-        left=[Left("lm_head", "not in the recipe's targets (attention, mlp)", head)],
+        left=[Left("lm_head", "not in the recipe's targets (attention, mlp)", HEAD)],
         size_before=before,
         size_after=after,
-        before=Measured(
-            before,
-            0.0,
-            Quality({"perplexity": Interval(12.4312, 12.1, 12.78)}, 128, 65_408, data),
-            Cost(0.812, 0.8, 0.83, 1, 128, 2_310_000_000, 2),
-        ),
-        after=Measured(
-            after,
-            0.0,
-            Quality({"perplexity": Interval(12.9021, 12.55, 13.26)}, 128, 65_408, data),
-            Cost(0.841, 0.83, 0.86, 1, 128, 2_290_000_000, 2),
-        ),
+        before=measured(before, Interval(12.4312, 12.1, 12.78), Cost(0.812, 0.8, 0.83, 1, 128, 2_310_000_000, 2)),
+        after=measured(after, Interval(12.9021, 12.55, 13.26), Cost(0.841, 0.83, 0.86, 1, 128, 2_290_000_000, 2)),
         divergence=Divergence(Interval(0.0381, 0.0369, 0.0394), 0.412, Interval(0.912, 0.908, 0.916), 65_408),
         verification=Verification(
             True,
@@ -109,6 +91,21 @@ def make_report() -> Report:
         notes=["2 of 154 layers fell back to clip-searched RTN."],
         llmcomp_version="0.1.0",
     )
+
+
+def sizes(layers: list[LayerReport]) -> tuple[Size, Size]:
+    before = Size(1_100_048_384, 0, {"attention": 0, "mlp": 0, "embeddings": HEAD, "head": HEAD, "other": 185_000})
+    after = Size(before.parameters, 0, dict(before.parts))
+    for layer in layers:
+        before.parts[layer.role] += layer.bytes_before
+        after.parts[layer.role] += layer.bytes_after
+    before.bytes_on_disk, after.bytes_on_disk = (sum(size.parts.values()) for size in (before, after))
+    return before, after
+
+
+def measured(size: Size, perplexity: Interval, cost: Cost) -> Measured:
+    data = "books/validation.txt, windows of 512 tokens, stride 512"
+    return Measured(size, 0.0, Quality({"perplexity": perplexity}, 128, 65_408, data), cost)
 
 
 def block_layers(block: int) -> list[LayerReport]:
