@@ -93,7 +93,7 @@ def test_recipe_files_that_cannot_be(
 def test_recipe_file_and_flags(command: Command, llama: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("steps: [{kind: quantize}]")
-    assert "drop bits" in command.refused(2, llama, "--recipe", str(path), "--bits", "8")
+    assert "drop --bits" in command.refused(2, llama, "--recipe", str(path), "--bits", "8")
 
 
 def test_recipe_file_missing(command: Command, llama: Path, tmp_path: Path) -> None:
