@@ -23,7 +23,7 @@ from llmcomp.calibration.stats import InputStats
 from llmcomp.errors import BadRecipe
 from llmcomp.matmul import fast_matmul
 from llmcomp.methods._grid import SEARCH, Grid, search_grid, stored_scale
-from llmcomp.methods._solve import Factor, factorize, row_quadratics, sweep
+from llmcomp.methods._solve import Factor, sampled_losses, shared_factor, sweep
 from llmcomp.methods.rtn import rtn_clip
 from llmcomp.methods.solution import Solution, dead_columns
 from llmcomp.schemes import Scheme
@@ -31,9 +31,6 @@ from llmcomp.weights import QuantizedWeight
 
 # Elements of a chunk of rows: what the sweep holds beside the factor is about ten bytes for each.
 _CHUNK_WEIGHTS = 1 << 22
-
-# Rows of a chunk whose error is measured: the mean over them stands for all.
-_MEASURED_ROWS = 128
 
 # Bits → how often scales are fitted anew to the chosen integers (between two fits the sweep runs again).
 REFITS = {2: 2, 3: 2, 4: 0, 8: 0}
@@ -69,7 +66,7 @@ def gptq(
         dtype: of the stored scales.
         config: settings.
     """
-    factor = _factor(stats, config)
+    factor = shared_factor(stats, config.damping, config.act_order)
     if factor is None:
         solved = rtn_clip(weight, stats, scheme, dtype)
         why = "the Gram matrix does not factor even with full damping: rounded to nearest with searched clipping"
@@ -92,15 +89,6 @@ def gptq(
     return Solution(solved_weight, error, norm, factor.damping, None, dead_columns(stats))
 
 
-def _factor(stats: InputStats, config: GPTQConfig) -> Factor | None:
-    """The factor of these statistics, made on first use."""
-    if stats.factor is None and stats.gram is not None:
-        gram, stats.gram = stats.gram, None
-        order = stats.diagonal.argsort(descending=True, stable=True) if config.act_order else None
-        stats.factor = factorize(gram, config.damping, order)
-    return stats.factor
-
-
 def _solve_rows(
     weight: Tensor, factor: Factor, grid: Grid, refits: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -119,22 +107,7 @@ def _solve_rows(
     values = torch.empty_like(chosen)
     values[factor.order] = chosen
     del chosen
-    return values.t(), scale, *_sampled_losses(factor, error, ordered)
-
-
-def _sampled_losses(factor: Factor, error: Tensor, ordered: Tensor) -> tuple[Tensor, Tensor]:
-    """e'He and w'Hw, float64 [rows], of evenly spaced rows; NaN for those between, where there are many.
-
-    Both cost as much as the sweep itself, and only their ratio over a whole weight is reported.
-    """
-    rows = error.shape[1]
-    measured = torch.arange(0, rows, max(1, rows // _MEASURED_ROWS), device=error.device)
-    losses = []
-    for matrix in (error, ordered):
-        loss = torch.full((rows,), torch.nan, dtype=torch.float64, device=error.device)
-        loss[measured] = row_quadratics(factor, matrix[:, measured])
-        losses.append(loss)
-    return losses[0], losses[1]
+    return values.t(), scale, *sampled_losses(factor, error, ordered)
 
 
 def _sweep_rows(ordered: Tensor, factor: Factor, group_of: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
