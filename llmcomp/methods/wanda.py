@@ -59,7 +59,7 @@ def magnitude(
         BadRecipe: a width that the pattern does not divide, or a mask that has removed more than the pattern does.
     """
     def score(part: slice) -> Tensor:
-        return weight[part].float().abs_()
+        return weight[part].abs().float()
 
     return _masked(weight, _mask(weight, score, pattern, mask, by_row=False), stats, pattern, dtype)
 
@@ -80,7 +80,7 @@ def wanda(
     norms = stats.norms.to(weight.device)
 
     def score(part: slice) -> Tensor:
-        return weight[part].float().abs_().mul_(norms)
+        return weight[part].abs().float().mul_(norms)
 
     return _masked(weight, _mask(weight, score, pattern, mask, by_row=True), stats, pattern, dtype)
 
