@@ -55,6 +55,7 @@ class SweptMask:
     """The mask of some rows, chosen while a sweep comes to their columns.
 
     Args:
+        ordered: [in, rows], the rows' columns in the order of the sweep; only its shape is read.
         held: bool [rows, in], the mask of an earlier step, or None.
         count: weights that an unstructured pattern removes beyond it.
         block: columns whose weights compete in an unstructured pattern.
@@ -65,11 +66,10 @@ class SweptMask:
     """
 
     def __init__(
-        self, pattern: Pattern, factor: Factor, rows: int, held: Tensor | None, count: int, block: int = BLOCK
+        self, pattern: Pattern, factor: Factor, ordered: Tensor, held: Tensor | None, count: int, block: int = BLOCK
     ) -> None:
-        columns = len(factor.order)
         if held is None:
-            self.removed = torch.zeros(columns, rows, dtype=torch.bool, device=factor.order.device)
+            self.removed = torch.zeros_like(ordered, dtype=torch.bool)
         else:
             self.removed = held.t()[factor.order].logical_not_()
         self._pattern, self._pivots, self._block = pattern, factor.pivots.unsqueeze(1), block
@@ -110,7 +110,7 @@ class SweptMask:
 
 
 def prune(
-    ordered: Tensor, factor: Factor, mask: SweptMask, dtype: torch.dtype
+    ordered: Tensor, factor: Factor, mask: SweptMask, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """Remove what the mask says, and let the columns that follow make up for it.
 

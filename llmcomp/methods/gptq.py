@@ -12,7 +12,8 @@ What this one does beyond the paper:
   `rtn-clip`, and the report counts it;
 * weights can be removed in the same sweep (SparseGPT's section 3.5): a removed column is set to zero, a kept one
   rounded, and what either costs is made up for. `_swept` chooses what is removed, or a mask is held. Scales are
-  searched for the kept weights as a sweep that only prunes leaves them, since pruning moves them much.
+  searched for the kept weights as a first sweep that only prunes leaves them, since pruning moves them much; the
+  mask is chosen again while quantizing.
 """
 
 from __future__ import annotations
@@ -92,17 +93,19 @@ def gptq(
     error = torch.empty(weight.shape[0], dtype=torch.float64, device=weight.device)
     norm = torch.empty_like(error)
     for part, count in parts:
-        ordered, removed = weight[part].float().t()[factor.order], None  # [in, rows]
-        if pattern is not None and kept is not None:
-            swept = SweptMask(pattern, factor, part.stop - part.start, None if mask is None else mask[part], count)
+        ordered, swept = weight[part].float().t()[factor.order], None  # [in, rows]
+        if pattern is not None:
+            held = None if mask is None else mask[part]
             pruned = torch.empty_like(ordered)
-            pruned[factor.order] = prune(ordered, factor, swept, torch.float32)[0]
+            pruned[factor.order] = prune(ordered, factor, SweptMask(pattern, factor, ordered, held, count))[0]
             grid.fill(part, _searched(pruned.t(), scheme, dtype, importance))
-            kept[part], removed = swept.kept(factor), swept.removed
+            swept = SweptMask(pattern, factor, ordered, held, count)
             del pruned
         values[part], grid.scale[part], error[part], norm[part] = _solve_rows(
-            ordered, factor, grid.rows(part), REFITS[scheme.bits], removed
+            ordered, factor, grid.rows(part), REFITS[scheme.bits], swept
         )
+        if kept is not None and swept is not None:
+            kept[part] = swept.kept(factor)
     solved = QuantizedWeight(values, grid.scale, grid.zero_point, scheme, pattern=pattern, mask=kept)
     return Solution(solved, error, norm, factor.damping, None, dead_columns(stats))
 
@@ -137,22 +140,22 @@ def _fallback(
 
 
 def _solve_rows(
-    ordered: Tensor, factor: Factor, grid: Grid, refits: int, removed: Tensor | None
+    ordered: Tensor, factor: Factor, grid: Grid, refits: int, swept: SweptMask | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """int8 values [rows, in], scale [rows, groups], float64 e'He and w'Hw [rows], for some rows of the weight.
 
     Args:
         ordered: float32 [in, rows], their columns in the order of quantization.
-        removed: bool [in, rows], where weights are removed, or None.
+        swept: what is removed, chosen in the first sweep and held in those that follow; or None.
     """
     group = ordered.shape[0] // grid.scale.shape[1]
     group_of = factor.order.div(group, rounding_mode="floor")
-    scale, chosen, error = grid.scale, *_sweep_rows(ordered, factor, group_of, grid, removed)
+    scale, chosen, error = grid.scale, *_sweep_rows(ordered, factor, group_of, grid, swept)
     for last in range(refits, 0, -1):
         scale = _refit(ordered, chosen, error, factor, group_of, replace(grid, scale=scale))
         grid = replace(grid, scale=scale)
         if last > 1:
-            chosen, error = _sweep_rows(ordered, factor, group_of, grid, removed)
+            chosen, error = _sweep_rows(ordered, factor, group_of, grid, swept)
     if refits:
         _decoded_error_(ordered, chosen, error, group_of, grid)
     values = torch.empty_like(chosen)
@@ -162,7 +165,7 @@ def _solve_rows(
 
 
 def _sweep_rows(
-    ordered: Tensor, factor: Factor, group_of: Tensor, grid: Grid, removed: Tensor | None
+    ordered: Tensor, factor: Factor, group_of: Tensor, grid: Grid, swept: SweptMask | None
 ) -> tuple[Tensor, Tensor]:
     """int8 values and float32 errors, both [in, rows] in the order of quantization, on a given grid."""
     exact = grid.scale.dtype
@@ -171,6 +174,7 @@ def _sweep_rows(
     zeros = None if grid.zero_point is None else grid.zero_point.float().t().contiguous().unbind()
     low, high = grid.scheme.qmin, grid.scheme.qmax
     groups = group_of.tolist()
+    removed = None if swept is None else swept.removed
     chosen = torch.empty(ordered.shape, dtype=torch.int8, device=ordered.device)
     decoded = torch.empty(ordered.shape[1], dtype=exact, device=ordered.device)
 
@@ -190,7 +194,10 @@ def _sweep_rows(
         # A reader multiplies in the scale's own dtype; its rounding is part of the error.
         return decoded.copy_(target).mul_(stored[g])
 
-    return chosen, sweep(ordered, factor, quantize_column)
+    error = sweep(ordered, factor, quantize_column, None if swept is None else swept.ahead)
+    if swept is not None:
+        swept.settle()
+    return chosen, error
 
 
 def _refit(

@@ -82,8 +82,8 @@ def sparsegpt(
     norm = torch.empty_like(error)
     for part, count in parts:
         held = None if mask is None else mask[part]
-        swept = SweptMask(pattern, factor, part.stop - part.start, held, count, config.mask_block)
         ordered = weight[part].float().t()[factor.order]  # [in, rows]
+        swept = SweptMask(pattern, factor, ordered, held, count, config.mask_block)
         found, lost = prune(ordered, factor, swept, dtype)
         error[part], norm[part] = sampled_losses(factor, lost, ordered)
         values.t()[factor.order, part], kept[part] = found, swept.kept(factor)
