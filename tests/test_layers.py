@@ -35,11 +35,11 @@ ROWS = [
     "errors",
 ]
 
-# In these packages every file stands for itself, but for what they share (gptq falls back on rtn, awq scales for both).
+# In these packages every file stands for itself, but for what they share (gptq falls back on rtn and wanda).
 SHARED = {
     "cli": {"options", "progress"},
     "formats": {"base", "reading", "opening", "save", "witness"},
-    "methods": {"_grid", "_scale", "_solve", "solution", "rtn", "gptq"},
+    "methods": {"_grid", "_masks", "_scale", "_solve", "_swept", "solution", "rtn", "gptq", "wanda"},
 }
 COLLECTORS = {"cli.main", "exports", "formats", "kernels", "methods"}  # the five that name every file of their package
 

@@ -63,11 +63,12 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     last."""
     if not count:
         return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    threshold = _value_at(lambda: [scores], count)
-    low = scores < threshold
-    tied = (scores == threshold).view(-1).nonzero().flatten()
-    low.view(-1)[tied[len(tied) - (count - int(low.sum())) :]] = True
-    return low
+    flat = scores.reshape(-1)
+    threshold = _value_at(lambda: [flat], count)
+    low = flat < threshold
+    tied = (flat == threshold).nonzero().flatten()
+    low[tied[len(tied) - (count - int(low.sum())) :]] = True
+    return low.reshape(scores.shape)
 
 
 def matrix_mask(

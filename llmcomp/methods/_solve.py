@@ -277,8 +277,8 @@ class LookAhead:
 
     Attributes:
         width: columns that are shown together; a multiple of these starts each time.
-        see: (position of the first, their targets [width or fewer, rows]), called when the errors of all columns
-            before them are compensated and none of their own; the targets must not be changed.
+        see: (position of the first, their values [width or fewer, rows]), called when the errors of all columns
+            before them are compensated and none of their own.
     """
 
     width: int
@@ -327,6 +327,17 @@ def _widths(ahead: LookAhead | None) -> tuple[int, int]:
     return BLOCK // strip * strip, strip
 
 
+def _updated(weight: Tensor, target: Tensor, coupling: Tensor) -> Tensor:
+    """What GPTQ would hold in some columns before it comes to the first of them, [columns, rows].
+
+    A target counts the errors of earlier columns, and of those between only when they are known: as it stands it takes
+    them to be zero. GPTQ's updated weights are what the targets come to if each column between is left at its own,
+    an error of w_i - target_i: e_j + sum_{i<j} U_ij e_i = w_j - (what the target is so far), targets w - e.
+    """
+    error = torch.linalg.solve_triangular(coupling.T, weight - target, upper=False, unitriangular=True)
+    return torch.sub(weight, error, out=torch.empty_like(weight))  # rows contiguous, which LAPACK's answer is not
+
+
 def _sweep_block(
     weight: Tensor, target: Tensor, error: Tensor, coupling: Tensor, offset: int, strip: int,
     quantize_column: ColumnFunction, ahead: LookAhead | None,
@@ -340,7 +351,8 @@ def _sweep_block(
             target[start:stop].addmm_(coupling[:start, start:stop].T, error[:start])
         for k in range(start, stop):
             if ahead is not None and k % ahead.width == 0:
-                ahead.see(offset + k, target[k : k + ahead.width])
+                part = slice(k, k + ahead.width)
+                ahead.see(offset + k, _updated(weight[part], target[part], coupling[part, part]))
             torch.sub(weights[k], quantize_column(offset + k, targets[k]), out=errors[k])
             if k + 1 < stop:
                 target[k + 1 : stop].addr_(coupling[k, k + 1 : stop], errors[k])

@@ -9,7 +9,8 @@ the factor inverted:
     [H_F⁻¹]_kk = C_kk² = 1 / R_kk²,    so the score is target_k² R_kk²,
 
 the very term that a column's error adds to `_solve`'s loss. Nothing is inverted. The targets of a group, or of a block,
-are taken as they stand when the sweep comes to its first column, as the paper does: masks follow updated weights.
+are those of the moment when the sweep comes to its first column, as in the paper: masks follow updated weights
+(`_solve._updated`).
 """
 
 from __future__ import annotations
@@ -44,11 +45,17 @@ def chunks(pattern: Pattern, shape: torch.Size, held: Tensor | None, step: int) 
     return list(zip(rows, shares(left, count - shape.numel() + sum(left)), strict=True))
 
 
-def group_of_columns(pattern: Pattern | None, held: Tensor | None) -> int:
-    """How many columns a sweep has to meet one after the other: M of N:M where there is something left to choose."""
-    if pattern is None or pattern.group is None or is_final(pattern, held):
-        return 1
-    return pattern.group
+def order_for(pattern: Pattern | None, held: Tensor | None, act_order: bool) -> tuple[bool, int]:
+    """(whether columns are taken by falling activation, how many consecutive ones stay together) where `act_order` is
+    wished for.
+
+    N:M keeps its groups together. Unstructured, columns stay as they are: a block of columns of one size has to give
+    as much as the next, and taking the loudest half away costs more than their early turn wins (twice the error in
+    tests/methods/test_sparsegpt.py). Where nothing is left to choose neither matters.
+    """
+    if pattern is None or is_final(pattern, held):
+        return act_order, 1
+    return act_order and pattern.group is not None, pattern.group or 1
 
 
 class SweptMask:

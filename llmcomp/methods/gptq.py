@@ -28,7 +28,7 @@ from llmcomp.errors import BadRecipe
 from llmcomp.matmul import fast_matmul
 from llmcomp.methods._grid import SEARCH, Grid, empty_grid, search_grid, stored_scale
 from llmcomp.methods._solve import Factor, sampled_losses, shared_factor, sweep
-from llmcomp.methods._swept import SweptMask, chunks, group_of_columns, prune
+from llmcomp.methods._swept import SweptMask, chunks, order_for, prune
 from llmcomp.methods.rtn import rtn_clip
 from llmcomp.methods.solution import Solution, dead_columns
 from llmcomp.methods.wanda import wanda
@@ -82,7 +82,7 @@ def gptq(
     if pattern is None and mask is not None:
         raise BadRecipe("GPTQ under a mask wants the mask's pattern with it.")
     parts = _parts(weight, pattern, mask)
-    factor = shared_factor(stats, config.damping, config.act_order, group_of_columns(pattern, mask))
+    factor = shared_factor(stats, config.damping, *order_for(pattern, mask, config.act_order))
     if factor is None:
         return _fallback(weight, stats, scheme, dtype, pattern, mask)
     importance = torch.empty_like(factor.pivots)

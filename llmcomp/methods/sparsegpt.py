@@ -7,7 +7,7 @@ removes first in terms of it. What this one does beyond the paper:
 * an unstructured pattern removes exactly its share, in every block of columns and of the whole;
 * the mask of an earlier step can be held: what it has removed stays so.
 
-Columns are taken as they stand: the order of falling activation, in whole groups, is there to be tried.
+The groups of N:M are taken by falling activation, as GPTQ takes columns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from llmcomp.calibration.stats import InputStats
 from llmcomp.errors import BadRecipe
 from llmcomp.methods._solve import sampled_losses, shared_factor
-from llmcomp.methods._swept import BLOCK, SweptMask, chunks, group_of_columns, prune
+from llmcomp.methods._swept import BLOCK, SweptMask, chunks, order_for, prune
 from llmcomp.methods.solution import Solution, dead_columns
 from llmcomp.methods.wanda import wanda
 from llmcomp.patterns import Pattern
@@ -36,12 +36,12 @@ class SparseGPTConfig:
 
     Attributes:
         damping: first share of the mean diagonal to add to H (the paper's 1%).
-        act_order: groups of columns by falling activation.
+        act_order: groups of N:M by falling activation; off keeps them as they stand, as the paper does.
         mask_block: columns whose weights compete in an unstructured pattern (the paper's 128).
     """
 
     damping: float = 0.01
-    act_order: bool = False
+    act_order: bool = True
     mask_block: int = BLOCK
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ def sparsegpt(
     """
     rows, columns = weight.shape
     parts = chunks(pattern, weight.shape, mask, max(64, _CHUNK_WEIGHTS // columns))
-    factor = shared_factor(stats, config.damping, config.act_order, group_of_columns(pattern, mask))
+    factor = shared_factor(stats, config.damping, *order_for(pattern, mask, config.act_order))
     if factor is None:
         solved = wanda(weight, stats, pattern, dtype, mask=mask)
         why = "the Gram matrix does not factor even with full damping: masked by Wanda, nothing made up for"
