@@ -125,12 +125,14 @@ def shares(present: Sequence[int], count: int) -> list[int]:
 
 
 def is_final(pattern: Pattern, held: Tensor | None) -> bool:
-    """Whether the held mask [rows, in] has already removed all that the pattern removes."""
+    """Whether the held mask [rows, in] has already removed all that the pattern removes; unstructured, to the nearest
+    weight of the whole or of every row."""
     if held is None:
         return False
     if pattern.of is not None:
         return holds(pattern, held)
-    return held.numel() - int(held.sum()) == pattern.removes(held.numel())
+    gone = (~held).sum(1)
+    return int(gone.sum()) == pattern.removes(held.numel()) or bool((gone == pattern.removes(held.shape[1])).all())
 
 
 def check_removed(pattern: Pattern, held: Tensor | None, count: int) -> None:

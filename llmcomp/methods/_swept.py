@@ -33,7 +33,7 @@ def chunks(pattern: Pattern, shape: torch.Size, held: Tensor | None, step: int) 
     """
     pattern.check_width(shape[1])
     rows = [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
-    if pattern.group is not None:
+    if pattern.group is not None or is_final(pattern, held):
         check_groups(pattern, held)
         return [(part, 0) for part in rows]
     count = pattern.removes(shape.numel())
@@ -64,7 +64,7 @@ class SweptMask:
     Args:
         ordered: [in, rows], the rows' columns in the order of the sweep; only its shape is read.
         held: bool [rows, in], the mask of an earlier step, or None.
-        count: weights that an unstructured pattern removes beyond it.
+        count: weights that an unstructured pattern removes beyond it, by `chunks`.
         block: columns whose weights compete in an unstructured pattern.
 
     Attributes:

@@ -95,10 +95,11 @@ def alps(
         return Solution(solved.weight, fallback=why, dead_columns=solved.dead_columns)
     values = torch.empty(rows, columns, dtype=dtype, device=weight.device)
     kept = torch.empty(rows, columns, dtype=torch.bool, device=weight.device)
+    final = is_final(pattern, mask)
     try:
         for part, count in parts:
             original, held = weight[part].float(), None if mask is None else mask[part]
-            if held is not None and is_final(pattern, held):
+            if held is not None and final:
                 kept[part], best = held, original
             else:
                 kept[part], best = _search(original, problem, pattern, held, count, config.iterations)

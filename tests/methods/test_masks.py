@@ -193,9 +193,9 @@ def test_dead_columns_and_no_inputs_at_all(method: str) -> None:
     assert solution.fallback is None
     assert solution.dead_columns == 16
     if method != "magnitude":
-        # Where weights are changed, one that stays may have become cheaper than a dead one is by the damping.
+        # By the damping a dead column counts as a quiet one, and some that live are quieter.
         left = mask_of(solution)[:, ::4].float().mean()
-        assert float(left) < (1e-9 if method == "wanda" else 0.1)
+        assert float(left) < (1e-9 if method == "wanda" else 0.25)  # by chance 0.5
     silent = solve(method, weight, stats_of(torch.zeros(9, 64)), pattern)
     assert holds(pattern, mask_of(silent))
     assert (silent.fallback is None) == (method in ("wanda", "magnitude"))

@@ -42,7 +42,9 @@ def test_masks_and_weights_are_the_papers(text: str, act_order: bool) -> None:
     assert torch.allclose(solution.row_norm, reference.loss(weight, torch.zeros(16, 160), gram_of(x)), rtol=1e-4)
 
 
-@pytest.mark.parametrize(("sparsity", "block", "width"), [(0.5, 128, 300), (0.7, 32, 100), (0.33, 7, 31), (0.5, 500, 90)])
+@pytest.mark.parametrize(
+    ("sparsity", "block", "width"), [(0.5, 128, 300), (0.7, 32, 100), (0.33, 7, 31), (0.5, 500, 90)]
+)
 def test_an_unstructured_mask_is_the_papers_block_by_block(sparsity: float, block: int, width: int) -> None:
     x, weight, pattern = inputs(3 * width, width, 2, spread=0.4), weights(8, width, 2), Pattern(removed=sparsity)
     solution = sparsegpt(weight, stats_of(x), pattern, torch.float32, SparseGPTConfig(mask_block=block))
@@ -71,7 +73,7 @@ def error(weight: Tensor, solution: Solution, x: Tensor) -> float:
 
 
 def test_rounding_to_the_stored_dtype_is_made_up_for() -> None:
-    x, weight, pattern = inputs(500, 96, 4), weights(32, 96, 4, torch.bfloat16), Pattern(removed=0.05)
+    x, weight, pattern = inputs(500, 96, 4), weights(32, 96, 4, torch.bfloat16), Pattern(removed=0.003)
     solution = sparsegpt(weight, stats_of(x), pattern, torch.bfloat16)
     assert solution.weight.dense().dtype == torch.bfloat16
     wide = sparsegpt(weight, stats_of(x), pattern, torch.float32, mask=solution.weight.mask)
