@@ -29,26 +29,29 @@ _PAIRED = 8
 GONE = -1.0
 
 
-def keep_best(scores: Sequence[Tensor], kept: int) -> list[Tensor]:
-    """bool masks, True for the `kept` highest of several scores, place by place; of equal ones the earlier is kept."""
-    if len(scores) > _PAIRED:
-        ranks = torch.stack(list(scores)).argsort(dim=0, descending=True, stable=True).argsort(dim=0)
-        return list((ranks < kept).unbind())
-    ahead = [torch.zeros(score.shape, dtype=torch.int8, device=score.device) for score in scores]
-    for late in range(1, len(scores)):
-        for early in range(late):
-            first = scores[early] >= scores[late]
-            ahead[late] += first
-            ahead[early] += first.logical_not_()
-    return [count < kept for count in ahead]
+def ranks(scores: Tensor) -> Tensor:
+    """How many of several scores [several, …] are ahead of each, place by place: 0 for the highest; of equal ones the
+    earlier is ahead."""
+    several = len(scores)
+    if several > _PAIRED:
+        return scores.argsort(dim=0, descending=True, stable=True).argsort(dim=0)
+    ahead = torch.empty(scores.shape, dtype=torch.int8, device=scores.device)
+    for late in range(several):  # each has all that follow ahead of it, but for those that it is found to lead
+        ahead[late] = several - 1 - late
+        if late:
+            leads = (scores[:late] >= scores[late]).view(torch.int8)
+            ahead[:late].sub_(leads)
+            for one in leads.unbind():
+                ahead[late].add_(one)
+    return ahead
 
 
 def grouped_mask(scores: Tensor, pattern: Pattern) -> Tensor:
     """The N:M mask of scores [rows, in], bool."""
     assert pattern.of is not None and pattern.kept is not None  # N:M
     rows, columns = scores.shape
-    kept = keep_best(scores.reshape(rows, columns // pattern.of, pattern.of).unbind(-1), pattern.kept)
-    return torch.stack(kept, -1).reshape(rows, columns)
+    grouped = scores.reshape(rows, columns // pattern.of, pattern.of).movedim(-1, 0)
+    return (ranks(grouped) < pattern.kept).movedim(0, -1).reshape(rows, columns)
 
 
 def row_mask(scores: Tensor, removed: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmcomp.methods._masks import GONE, check_groups, check_removed, is_final, keep_best, lowest, shares
+from llmcomp.methods._masks import GONE, check_groups, check_removed, is_final, lowest, ranks, shares
 from llmcomp.methods._solve import Factor, LookAhead, sweep
 from llmcomp.patterns import Pattern
 
@@ -80,6 +80,7 @@ class SweptMask:
         else:
             self.removed = held.t()[factor.order].logical_not_()
         self._pattern, self._pivots, self._block = pattern, factor.pivots.unsqueeze(1), block
+        self._held = held is not None
         self.ahead = self._look_ahead(is_final(pattern, held), count)
 
     def _look_ahead(self, final: bool, count: int) -> LookAhead | None:
@@ -93,13 +94,13 @@ class SweptMask:
 
     def _scores(self, first: int, targets: Tensor) -> Tensor:
         part = slice(first, first + len(targets))
-        return targets.square().mul_(self._pivots[part]).masked_fill_(self.removed[part], GONE)
+        scores = targets.square().mul_(self._pivots[part])
+        return scores.masked_fill_(self.removed[part], GONE) if self._held else scores
 
     def _see_group(self, first: int, targets: Tensor) -> None:
         assert self._pattern.kept is not None  # N:M
-        kept = keep_best(self._scores(first, targets).unbind(), self._pattern.kept)
-        for k, stays in enumerate(kept, first):
-            torch.logical_not(stays, out=self.removed[k])
+        found = ranks(self._scores(first, targets))
+        torch.ge(found, self._pattern.kept, out=self.removed[first : first + len(targets)])
 
     def _see_block(self, first: int, targets: Tensor) -> None:
         removed = self.removed[first : first + len(targets)]
@@ -129,11 +130,11 @@ def prune(
         The values in `dtype` and the float32 errors, both [in, rows] in the order of the sweep.
     """
     values = torch.empty(ordered.shape, dtype=dtype, device=ordered.device)
+    columns, removed = values.unbind(), mask.removed.unbind()
 
     def prune_column(k: int, target: Tensor) -> Tensor:
-        target.masked_fill_(mask.removed[k], 0.0)
-        values[k].copy_(target)
-        return target if dtype == torch.float32 else target.copy_(values[k])
+        stored = columns[k].copy_(target.masked_fill_(removed[k], 0.0))
+        return target if dtype == torch.float32 else target.copy_(stored)
 
     error = sweep(ordered, factor, prune_column, mask.ahead)
     mask.settle()

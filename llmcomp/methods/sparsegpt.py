@@ -82,7 +82,8 @@ def sparsegpt(
     norm = torch.empty_like(error)
     for part, count in parts:
         held = None if mask is None else mask[part]
-        ordered = weight[part].float().t()[factor.order]  # [in, rows]
+        # Whole columns are gathered: from rows, each entry would be fetched from a line of its own.
+        ordered = weight[part].t().contiguous()[factor.order].float()  # [in, rows]
         swept = SweptMask(pattern, factor, ordered, held, count, config.mask_block)
         found, lost = prune(ordered, factor, swept, dtype)
         error[part], norm[part] = sampled_losses(factor, lost, ordered)

@@ -73,7 +73,7 @@ def error(weight: Tensor, solution: Solution, x: Tensor) -> float:
 
 
 def test_rounding_to_the_stored_dtype_is_made_up_for() -> None:
-    x, weight, pattern = inputs(500, 96, 4), weights(32, 96, 4, torch.bfloat16), Pattern(removed=0.003)
+    x, weight, pattern = inputs(500, 96, 4), weights(32, 96, 4), Pattern(removed=0.003)
     solution = sparsegpt(weight, stats_of(x), pattern, torch.bfloat16)
     assert solution.weight.dense().dtype == torch.bfloat16
     wide = sparsegpt(weight, stats_of(x), pattern, torch.float32, mask=solution.weight.mask)
