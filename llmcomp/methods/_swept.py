@@ -50,8 +50,8 @@ def order_for(pattern: Pattern | None, held: Tensor | None, act_order: bool) -> 
     wished for.
 
     N:M keeps its groups together. Unstructured, columns stay as they are: a block of columns of one size has to give
-    as much as the next, and taking the loudest half away costs more than their early turn wins (twice the error in
-    tests/methods/test_sparsegpt.py). Where nothing is left to choose neither matters.
+    as much as the next, and taking half of the loudest costs more than their early turn wins
+    (tests/methods/test_sparsegpt.py). Where nothing is left to choose neither matters.
     """
     if pattern is None or is_final(pattern, held):
         return act_order, 1
