@@ -1,16 +1,19 @@
 """What a method returns for one linear: a weight in compressed form that can show itself dense.
 
 A kind of compressed weight is a frozen dataclass with `dense()` and `nbytes`; formats look at the kind and
-choose how to name and pack its tensors. Today there is one kind.
+choose how to name and pack its tensors. A mask is bool [out, in], True where a weight is kept.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from llmcomp.errors import RunError
+from llmcomp.patterns import Pattern, check_mask
 from llmcomp.schemes import Scheme
 
 INPUT_SCALE = "input_scale"  # of a module that rounds its inputs by a fixed scale, as compressed-tensors calls it
@@ -27,6 +30,12 @@ class QuantizedWeight:
         scheme: bits, group size, symmetry.
         input_scale: [1], in the scale's dtype, by which the linear rounds its inputs, where its scheme says that this
             is known beforehand; methods leave it out.
+        pattern: by which weights were removed as well, or None.
+        mask: bool [out, in], True where kept, where there is a pattern. A removed weight is exactly zero: its integer
+            is the zero point. A kept one may be rounded to zero, too.
+
+    Raises:
+        RunError: a mask that is not exactly its pattern's.
     """
 
     values: Tensor
@@ -34,10 +43,28 @@ class QuantizedWeight:
     zero_point: Tensor | None
     scheme: Scheme
     input_scale: Tensor | None = None
+    pattern: Pattern | None = None
+    mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.pattern is None) != (self.mask is None):
+            raise RunError("A mask comes with its pattern, and a pattern with its mask.")
+        if self.pattern is not None and self.mask is not None:
+            check_mask(self.pattern, self.mask)
 
     def dense(self) -> Tensor:
         """The weight [out, in] as a reader decodes it, bit for bit: arithmetic in the scale's own dtype."""
         return dequantize(self.values, self.scale, self.zero_point)
+
+    def by_rows(self, function: Callable[[Tensor], Tensor]) -> QuantizedWeight:
+        """The weight whose tensors, of a line for each row, are the function's of this one's."""
+        zero = None if self.zero_point is None else function(self.zero_point)
+        mask = None if self.mask is None else function(self.mask)
+        return replace(self, values=function(self.values), scale=function(self.scale), zero_point=zero, mask=mask)
+
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
+        """Rows start..stop."""
+        return self.by_rows(lambda tensor: tensor[start:stop])
 
     @property
     def shape(self) -> torch.Size:
@@ -45,9 +72,15 @@ class QuantizedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed integers, scales and zero points, without container overhead."""
+        """Bytes of the packed integers, scales and zero points, without container overhead.
+
+        Of N:M only the kept integers count, and where in their group they stand.
+        """
         rows, columns = self.values.shape
-        packed = rows * _packed_words(columns, self.scheme.bits) * 4
+        stored = columns
+        if self.pattern is not None and self.pattern.group is not None:
+            stored = self.pattern.kept_in_row(columns)
+        packed = rows * _packed_words(stored, self.scheme.bits) * 4 + _index_bytes(self.pattern, rows, columns)
         zeros = 0
         if self.zero_point is not None:
             zeros = _packed_words(rows, self.scheme.bits) * self.scale.shape[1] * 4
@@ -55,7 +88,54 @@ class QuantizedWeight:
         return packed + floats * self.scale.element_size() + zeros
 
 
-CompressedWeight = QuantizedWeight
+@dataclass(frozen=True)
+class SparseWeight:
+    """Floating weights of which some are exactly zero.
+
+    Attributes:
+        values: [out, in], in the dtype it is stored in; zero where removed. A kept weight may be zero, too.
+        mask: bool [out, in], True where kept.
+        pattern: which masks can be; N:M is exact in every row.
+
+    Raises:
+        RunError: a mask that is not exactly its pattern's, or a removed weight that is not zero.
+    """
+
+    values: Tensor
+    mask: Tensor
+    pattern: Pattern
+
+    def __post_init__(self) -> None:
+        check_mask(self.pattern, self.mask)
+        if bool((self.values != 0).logical_and_(~self.mask).any()):
+            raise RunError("A weight that its mask removes is not zero.")
+
+    def dense(self) -> Tensor:
+        """The weight [out, in] as it is stored."""
+        return self.values
+
+    def by_rows(self, function: Callable[[Tensor], Tensor]) -> SparseWeight:
+        """The weight whose tensors are the function's of this one's."""
+        return replace(self, values=function(self.values), mask=function(self.mask))
+
+    def rows(self, start: int, stop: int) -> SparseWeight:
+        """Rows start..stop."""
+        return self.by_rows(lambda tensor: tensor[start:stop])
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the kept values and of where in their group they stand; unstructured, of the dense weight, since
+        no format packs it."""
+        rows, columns = self.values.shape
+        stored = columns if self.pattern.group is None else self.pattern.kept_in_row(columns)
+        return rows * stored * self.values.element_size() + _index_bytes(self.pattern, rows, columns)
+
+
+CompressedWeight = QuantizedWeight | SparseWeight
 
 
 def dequantize(values: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
@@ -65,6 +145,13 @@ def dequantize(values: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tens
     if zero_point is not None:
         grouped = grouped - zero_point.to(scale.dtype).unsqueeze(-1)
     return (grouped * scale.unsqueeze(-1)).reshape(rows, columns)
+
+
+def _index_bytes(pattern: Pattern | None, rows: int, columns: int) -> int:
+    """Bytes that say where in their groups the kept weights stand; each row fills whole bytes."""
+    if pattern is None or pattern.group is None:
+        return 0
+    return rows * -(-pattern.kept_in_row(columns) * pattern.index_bits // 8)
 
 
 def _packed_words(count: int, bits: int) -> int:

@@ -30,16 +30,16 @@ ROWS = [
     "native",
     "progress weights losses calibration.stats calibration.files calibration.hub_data calibration.parking sentences",
     "report.schema",
-    "report.words packing bnb schemes activations matmul network aliases samples shards experts feeds ranks "
-    "devices",
+    "report.words packing bnb schemes patterns activations matmul network aliases samples shards experts feeds "
+    "ranks devices",
     "errors",
 ]
 
-# In these packages every file stands for itself, but for what they share (gptq falls back on rtn, awq scales for both).
+# In these packages every file stands for itself, but for what they share (gptq falls back on rtn and wanda).
 SHARED = {
     "cli": {"options", "progress"},
     "formats": {"base", "reading", "opening", "save", "witness"},
-    "methods": {"_grid", "_scale", "_solve", "solution", "rtn", "gptq"},
+    "methods": {"_grid", "_masks", "_scale", "_solve", "_swept", "solution", "rtn", "gptq", "wanda"},
 }
 COLLECTORS = {"cli.main", "exports", "formats", "kernels", "methods"}  # the five that name every file of their package
 

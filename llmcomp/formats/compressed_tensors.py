@@ -44,7 +44,7 @@ from llmcomp.experts import expert_shares
 from llmcomp.feeds import encoder_decoder
 from llmcomp.formats.base import Entry, Ref, dense_tensors, linears_of, made_when_alone
 from llmcomp.schemes import INT8_DYNAMIC, INT8_STATIC, Scheme
-from llmcomp.weights import INPUT_SCALE, CompressedWeight
+from llmcomp.weights import INPUT_SCALE, CompressedWeight, QuantizedWeight
 
 PACKED, PLAIN = "pack-quantized", "int-quantized"
 _INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None}
@@ -106,6 +106,7 @@ class PackedLayout:
     def tensors(self, ref: Ref, weight: CompressedWeight) -> dict[str, Tensor]:
         if ref.name in self.dense:
             return dense_tensors(ref, weight)
+        assert isinstance(weight, QuantizedWeight)  # the plan packs nothing else so
         storage = self.storage[ref.name]
         values, scale, zero = weight.values, weight.scale, weight.zero_point
         repeats = self._groups(ref) // scale.shape[1]

@@ -12,7 +12,7 @@ from llmcomp import native, packing
 from llmcomp.errors import BadRecipe
 from llmcomp.formats.base import Entry, Ref
 from llmcomp.schemes import INT8_STATIC, Scheme
-from llmcomp.weights import CompressedWeight
+from llmcomp.weights import CompressedWeight, QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class NativeLayout:
     notes: Sequence[str] = ()
 
     def tensors(self, ref: Ref, weight: CompressedWeight) -> dict[str, Tensor]:
+        assert isinstance(weight, QuantizedWeight)  # the plan packs nothing else so
         looked_up = ref.role == "embeddings"
         return {f"{ref.name}.{part}": tensor for part, tensor in native.to_tensors(weight, looked_up).items()}
 

@@ -3,6 +3,9 @@
 A method is a function (weight [rows, in], stats, scheme, dtype, config) → Solution. It touches nothing else.
 Rows are solved independently given the statistics, so linears that share an input are stacked and solved
 together.
+
+SPARSE: those that remove weights, (weight [rows, in], stats, pattern, dtype, config, mask) → Solution; mask: of an
+earlier step or None, and what it has removed stays removed.
 """
 
 from __future__ import annotations
@@ -13,11 +16,14 @@ from typing import Any
 
 from torch import Tensor
 
+from llmcomp.methods.alps import ALPSConfig, alps
 from llmcomp.methods.awq import AWQConfig, AWQGPTQConfig, awq, awq_gptq, search_scale
 from llmcomp.methods.gptq import GPTQConfig, gptq
 from llmcomp.methods.rtn import RTNConfig, rtn, rtn_clip
 from llmcomp.methods.signround import SignRoundConfig, Tuned, clip_start, gptq_start, tune
 from llmcomp.methods.solution import Solution
+from llmcomp.methods.sparsegpt import SparseGPTConfig, sparsegpt
+from llmcomp.methods.wanda import MagnitudeConfig, WandaConfig, magnitude, wanda
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,25 @@ class Method:
     tune: Callable[..., Tuned] | None = None
 
 
+@dataclass(frozen=True)
+class SparseMethod:
+    """One method that removes weights.
+
+    Attributes:
+        calibrated: whether it reads statistics at all (and so needs calibration data).
+        by_row: whether an unstructured pattern is met in each row by itself. Else the rows of what is given compete,
+            and weights that are to keep their own sparsity must not be stacked. N:M is always met in each row.
+        factorizes: whether it factorizes the Gram matrix, so that the next weight finds the factor in its place.
+    """
+
+    function: Callable[..., Solution]
+    config: type[Any]
+    calibrated: bool
+    summary: str
+    by_row: bool = False
+    factorizes: bool = False
+
+
 METHODS: dict[str, Method] = {
     "gptq": Method(gptq, GPTQConfig, True, "errors of each column compensated in those that follow", factorizes=True),
     "awq": Method(awq, AWQConfig, True, "channels that carry more are rounded more finely", search_scale),
@@ -54,6 +79,15 @@ METHODS: dict[str, Method] = {
     ),
     "rtn-clip": Method(rtn_clip, RTNConfig, True, "round to nearest, clipping searched by activation-weighted error"),
     "rtn": Method(rtn, RTNConfig, False, "round to nearest on the full range; no calibration"),
+}
+
+SPARSE: dict[str, SparseMethod] = {
+    "sparsegpt": SparseMethod(
+        sparsegpt, SparseGPTConfig, True, "what is removed is made up for in the columns that follow", factorizes=True
+    ),
+    "alps": SparseMethod(alps, ALPSConfig, True, "the mask searched by ADMM, the best weights on it solved for"),
+    "wanda": SparseMethod(wanda, WandaConfig, True, "what carries least of its input is removed", by_row=True),
+    "magnitude": SparseMethod(magnitude, MagnitudeConfig, False, "the smallest are removed; no calibration"),
 }
 
 # What `--method auto` takes at each width, by perplexity on the small trained decoder of evals/RESULTS.md: books, which

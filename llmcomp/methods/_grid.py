@@ -45,6 +45,20 @@ class Grid:
         zero = None if self.zero_point is None else self.zero_point[part]
         return Grid(self.scale[part], zero, self.scheme)
 
+    def fill(self, part: slice, other: Grid) -> None:
+        """Take over another grid for some rows."""
+        self.scale[part] = other.scale
+        if self.zero_point is not None and other.zero_point is not None:
+            self.zero_point[part] = other.zero_point
+
+
+def empty_grid(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Grid:
+    """A grid for weight [rows, in] that has yet to be filled."""
+    shape = (weight.shape[0], scheme.groups(weight.shape[1]))
+    scale = torch.empty(shape, dtype=dtype, device=weight.device)
+    zero = None if scheme.symmetric else torch.empty(shape, dtype=torch.int8, device=weight.device)
+    return Grid(scale, zero, scheme)
+
 
 def search_grid(
     weight: Tensor, scheme: Scheme, dtype: torch.dtype, importance: Tensor | None = None,
@@ -61,19 +75,17 @@ def search_grid(
         refinements: closed-form updates of the best scale.
     """
     rows, columns = weight.shape
-    groups = scheme.groups(columns)
-    scale = torch.empty(rows, groups, dtype=dtype, device=weight.device)
-    zero = None if scheme.symmetric else torch.empty(rows, groups, dtype=torch.int8, device=weight.device)
+    groups, grid = scheme.groups(columns), empty_grid(weight, scheme, dtype)
     cost = torch.ones(columns, device=weight.device) if importance is None else importance
     cost = cost.reshape(groups, -1)
     step = max(1, _CHUNK_WEIGHTS // columns)
     for start in range(0, rows, step):
         part = weight[start : start + step].float().reshape(-1, groups, columns // groups)
         best_scale, best_zero = _search(part, cost, scheme, dtype, shrinks, refinements)
-        scale[start : start + step] = best_scale
-        if zero is not None and best_zero is not None:
-            zero[start : start + step] = best_zero.to(torch.int8)
-    return Grid(scale, zero, scheme)
+        grid.scale[start : start + step] = best_scale
+        if grid.zero_point is not None and best_zero is not None:
+            grid.zero_point[start : start + step] = best_zero.to(torch.int8)
+    return grid
 
 
 def round_to(weight: Tensor, grid: Grid) -> Tensor:

@@ -24,11 +24,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmcomp.calibration.stats import InputStats
 from llmcomp.matmul import fast_matmul
 
 BLOCK = 128
 INNER = 32
 TILE = 512
+
+# Rows of a chunk whose error is measured: the mean over them stands for all.
+_MEASURED_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,21 @@ def row_quadratics(factor: Factor, matrix: Tensor) -> Tensor:
     return (total - factor.shift * matrix.square().sum(0, dtype=torch.float64)).clamp_min_(0)
 
 
+def sampled_losses(factor: Factor, error: Tensor, ordered: Tensor) -> tuple[Tensor, Tensor]:
+    """e'He and w'Hw, float64 [rows], of evenly spaced rows; NaN for those between, where there are many.
+
+    Both cost as much as the sweep itself, and only their ratio over a whole weight is reported.
+    """
+    rows = error.shape[1]
+    measured = torch.arange(0, rows, max(1, rows // _MEASURED_ROWS), device=error.device)
+    losses = []
+    for matrix in (error, ordered):
+        loss = torch.full((rows,), torch.nan, dtype=torch.float64, device=error.device)
+        loss[measured] = row_quadratics(factor, matrix[:, measured])
+        losses.append(loss)
+    return losses[0], losses[1]
+
+
 def factorize(gram: Tensor, damping: float, order: Tensor | None = None) -> Factor | None:
     """Factorize a Gram matrix in place.
 
@@ -97,6 +116,66 @@ def factorize(gram: Tensor, damping: float, order: Tensor | None = None) -> Fact
         _restore_upper_(gram, tiles)
         share *= 10
     return None
+
+
+def restore_gram(factor: Factor) -> Tensor:
+    """The Gram matrix that was factorized, to float32's accuracy, in the factor's storage; the factor is spent."""
+    matrix = factor.upper
+    size = matrix.shape[0]
+    with fast_matmul():
+        # Tile (i, j) of R R' reads tiles right of j in block row i, so rows may be overwritten from the left.
+        for row in range(0, size, TILE):
+            stop = min(row + TILE, size)
+            for column in range(row, size, TILE):
+                end = min(column + TILE, size)
+                product = torch.zeros(stop - row, end - column, device=matrix.device)
+                for inner in range(column, size, TILE):
+                    last = min(inner + TILE, size)
+                    product.addmm_(matrix[row:stop, inner:last], matrix[column:end, inner:last].T)
+                matrix[row:stop, column:end].copy_(product)
+    matrix.diagonal().sub_(factor.shift)
+    for row in range(0, size, TILE):
+        stop = min(row + TILE, size)
+        for column in range(stop, size, TILE):
+            end = min(column + TILE, size)
+            matrix[column:end, row:stop].copy_(matrix[row:stop, column:end].t())
+    permute_symmetric_(matrix, factor.order.argsort())
+    return matrix
+
+
+def shared_factor(stats: InputStats, damping: float, act_order: bool, group: int = 1) -> Factor | None:
+    """The factor of these statistics, made on first use in place of the Gram matrix; None where it does not factor.
+
+    Args:
+        stats: of an input; `stats.factor` keeps the factor for the next weight.
+        damping: first share of the mean diagonal to add.
+        act_order: columns by falling activation, rather than as they stand.
+        group: so many consecutive columns stay together and in their order, as masks of N:M want it. A factor in an
+            order that parts them is made anew.
+    """
+    if stats.factor is not None and not _keeps_together(stats.factor.order, group):
+        stats.gram, stats.factor = restore_gram(stats.factor), None
+    if stats.factor is None and stats.gram is not None:
+        gram, stats.gram = stats.gram, None
+        order = falling_order(stats.diagonal, group) if act_order else None
+        stats.factor = factorize(gram, damping, order)
+    return stats.factor
+
+
+def falling_order(diagonal: Tensor, group: int = 1) -> Tensor:
+    """int64 [in]: groups of consecutive columns by falling sum of their diagonal [in]."""
+    if group == 1:
+        return diagonal.argsort(descending=True, stable=True)
+    groups = diagonal.reshape(-1, group).sum(1).argsort(descending=True, stable=True)
+    return (groups.unsqueeze(1) * group + torch.arange(group, device=groups.device)).flatten()
+
+
+def _keeps_together(order: Tensor, group: int) -> bool:
+    if group == 1:
+        return True
+    first = order[::group].unsqueeze(1)
+    steps = torch.arange(group, device=order.device)
+    return bool((first % group == 0).all()) and bool((order.reshape(-1, group) == first + steps).all())
 
 
 def _factorize_upper_(matrix: Tensor) -> bool:
@@ -192,7 +271,23 @@ def _transpose_(matrix: Tensor) -> None:
 ColumnFunction = Callable[[int, Tensor], Tensor]
 
 
-def sweep(weight: Tensor, factor: Factor, quantize_column: ColumnFunction) -> Tensor:
+@dataclass(frozen=True)
+class LookAhead:
+    """What a sweep shows of columns before it comes to them.
+
+    Attributes:
+        width: columns that are shown together; a multiple of these starts each time.
+        see: (position of the first, their values [width or fewer, rows]), called when the errors of all columns
+            before them are compensated and none of their own.
+    """
+
+    width: int
+    see: Callable[[int, Tensor], None]
+
+
+def sweep(
+    weight: Tensor, factor: Factor, quantize_column: ColumnFunction, ahead: LookAhead | None = None
+) -> Tensor:
     """Quantize column after column, each error compensated in the columns that follow.
 
     Args:
@@ -200,6 +295,7 @@ def sweep(weight: Tensor, factor: Factor, quantize_column: ColumnFunction) -> Te
         factor: of the Gram matrix in the same order.
         quantize_column: (position k, target [rows]) → the value [rows] that a reader will see for it. May
             use its argument's storage.
+        ahead: what wants to see columns before they are quantized.
 
     Returns:
         float32 [in, rows], `W - Q` in the order of quantization.
@@ -207,31 +303,56 @@ def sweep(weight: Tensor, factor: Factor, quantize_column: ColumnFunction) -> Te
     size = weight.shape[0]
     error = torch.empty_like(weight)
     scale = factor.upper.diagonal().reciprocal()
+    block, strip = _widths(ahead)
     with fast_matmul():
-        for start in range(0, size, BLOCK):
-            stop = min(start + BLOCK, size)
+        for start in range(0, size, block):
+            stop = min(start + block, size)
             target = weight[start:stop].clone()
             for row in range(0, start, TILE):
                 end = min(row + TILE, start)
                 coupling = factor.upper[row:end, start:stop] * scale[start:stop]
                 target.addmm_(coupling.T, error[row:end])
             local = (factor.upper[start:stop, start:stop] * scale[start:stop]).triu(1)
-            _sweep_block(weight[start:stop], target, error[start:stop], local, start, quantize_column)
+            _sweep_block(weight[start:stop], target, error[start:stop], local, start, strip, quantize_column, ahead)
     return error
 
 
+def _widths(ahead: LookAhead | None) -> tuple[int, int]:
+    """Columns of a block and of its strips, such that what is shown together lies in one strip, or is a block."""
+    if ahead is None:
+        return BLOCK, INNER
+    if ahead.width > INNER:
+        return ahead.width, INNER
+    strip = INNER // ahead.width * ahead.width
+    return BLOCK // strip * strip, strip
+
+
+def _updated(weight: Tensor, target: Tensor, coupling: Tensor) -> Tensor:
+    """What GPTQ would hold in some columns before it comes to the first of them, [columns, rows].
+
+    A target counts the errors of earlier columns, and of those between only when they are known: as it stands it takes
+    them to be zero. GPTQ's updated weights are what the targets come to if each column between is left at its own,
+    an error of w_i - target_i: e_j + sum_{i<j} U_ij e_i = w_j - (what the target is so far), targets w - e.
+    """
+    error = torch.linalg.solve_triangular(coupling.T, weight - target, upper=False, unitriangular=True)
+    return torch.sub(weight, error, out=torch.empty_like(weight))  # rows contiguous, which LAPACK's answer is not
+
+
 def _sweep_block(
-    weight: Tensor, target: Tensor, error: Tensor, coupling: Tensor, offset: int,
-    quantize_column: ColumnFunction,
+    weight: Tensor, target: Tensor, error: Tensor, coupling: Tensor, offset: int, strip: int,
+    quantize_column: ColumnFunction, ahead: LookAhead | None,
 ) -> None:
     """One block of `sweep`: small strips by rank-one updates, the rest of the block by products."""
     size = weight.shape[0]
     weights, targets, errors = weight.unbind(), target.unbind(), error.unbind()
-    for start in range(0, size, INNER):
-        stop = min(start + INNER, size)
+    for start in range(0, size, strip):
+        stop = min(start + strip, size)
         if start:
             target[start:stop].addmm_(coupling[:start, start:stop].T, error[:start])
         for k in range(start, stop):
+            if ahead is not None and k % ahead.width == 0:
+                part = slice(k, k + ahead.width)
+                ahead.see(offset + k, _updated(weight[part], target[part], coupling[part, part]))
             torch.sub(weights[k], quantize_column(offset + k, targets[k]), out=errors[k])
             if k + 1 < stop:
                 target[k + 1 : stop].addr_(coupling[k, k + 1 : stop], errors[k])

@@ -9,7 +9,11 @@ What this one does beyond the paper:
   after compensation (`_grid`);
 * at few bits the scales are fitted anew to the integers, in the norm of H, and the sweep runs once more;
 * damping grows only as far as the factorization needs; a matrix that cannot be factorized falls back on
-  `rtn-clip`, and the report counts it.
+  `rtn-clip`, and the report counts it;
+* weights can be removed in the same sweep (SparseGPT's section 3.5): a removed column is set to zero, a kept one
+  rounded, and what either costs is made up for. `_swept` chooses what is removed, or a mask is held. Scales are
+  searched for the kept weights as a first sweep that only prunes leaves them, since pruning moves them much; the
+  mask is chosen again while quantizing.
 """
 
 from __future__ import annotations
@@ -22,18 +26,18 @@ from torch import Tensor
 from llmcomp.calibration.stats import InputStats
 from llmcomp.errors import BadRecipe
 from llmcomp.matmul import fast_matmul
-from llmcomp.methods._grid import SEARCH, Grid, search_grid, stored_scale
-from llmcomp.methods._solve import Factor, factorize, row_quadratics, sweep
+from llmcomp.methods._grid import SEARCH, Grid, empty_grid, search_grid, stored_scale
+from llmcomp.methods._solve import Factor, sampled_losses, shared_factor, sweep
+from llmcomp.methods._swept import SweptMask, chunks, order_for, prune
 from llmcomp.methods.rtn import rtn_clip
 from llmcomp.methods.solution import Solution, dead_columns
+from llmcomp.methods.wanda import wanda
+from llmcomp.patterns import Pattern
 from llmcomp.schemes import Scheme
-from llmcomp.weights import QuantizedWeight
+from llmcomp.weights import QuantizedWeight, SparseWeight
 
 # Elements of a chunk of rows: what the sweep holds beside the factor is about ten bytes for each.
 _CHUNK_WEIGHTS = 1 << 22
-
-# Rows of a chunk whose error is measured: the mean over them stands for all.
-_MEASURED_ROWS = 128
 
 # Bits → how often scales are fitted anew to the chosen integers (between two fits the sweep runs again).
 REFITS = {2: 2, 3: 2, 4: 0, 8: 0}
@@ -57,7 +61,8 @@ class GPTQConfig:
 
 
 def gptq(
-    weight: Tensor, stats: InputStats, scheme: Scheme, dtype: torch.dtype, config: GPTQConfig = GPTQConfig()
+    weight: Tensor, stats: InputStats, scheme: Scheme, dtype: torch.dtype, config: GPTQConfig = GPTQConfig(),
+    pattern: Pattern | None = None, mask: Tensor | None = None,
 ) -> Solution:
     """Quantize weight [rows, in] with second-order compensation.
 
@@ -68,76 +73,100 @@ def gptq(
         scheme: its group size divides `in`.
         dtype: of the stored scales.
         config: settings.
+        pattern: of weights that are removed in the same sweep; its groups divide `in`.
+        mask: bool [rows, in] of an earlier step, with its pattern; what it has removed stays removed.
+
+    Raises:
+        BadRecipe: a width that the pattern does not divide, or a mask that has removed more than the pattern does.
     """
-    factor = _factor(stats, config)
+    if pattern is None and mask is not None:
+        raise BadRecipe("GPTQ under a mask wants the mask's pattern with it.")
+    parts = _parts(weight, pattern, mask)
+    factor = shared_factor(stats, config.damping, *order_for(pattern, mask, config.act_order))
     if factor is None:
-        solved = rtn_clip(weight, stats, scheme, dtype)
-        why = "the Gram matrix does not factor even with full damping: rounded to nearest with searched clipping"
-        return Solution(solved.weight, fallback=why, dead_columns=solved.dead_columns)
-    rows, columns = weight.shape
+        return _fallback(weight, stats, scheme, dtype, pattern, mask)
     importance = torch.empty_like(factor.pivots)
     importance[factor.order] = factor.pivots
-    grid = search_grid(weight, scheme, dtype, importance, *SEARCH[scheme.bits])
-    values = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
-    error = torch.empty(rows, dtype=torch.float64, device=weight.device)
+    grid = _searched(weight, scheme, dtype, importance) if pattern is None else empty_grid(weight, scheme, dtype)
+    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    kept = None if pattern is None else torch.empty_like(values, dtype=torch.bool)
+    error = torch.empty(weight.shape[0], dtype=torch.float64, device=weight.device)
     norm = torch.empty_like(error)
-    step = max(64, _CHUNK_WEIGHTS // columns)
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
-        refits = REFITS[scheme.bits]
+    for part, count in parts:
+        ordered, swept = weight[part].float().t()[factor.order], None  # [in, rows]
+        if pattern is not None:
+            held = None if mask is None else mask[part]
+            pruned = torch.empty_like(ordered)
+            pruned[factor.order] = prune(ordered, factor, SweptMask(pattern, factor, ordered, held, count))[0]
+            grid.fill(part, _searched(pruned.t(), scheme, dtype, importance))
+            swept = SweptMask(pattern, factor, ordered, held, count)
+            del pruned
         values[part], grid.scale[part], error[part], norm[part] = _solve_rows(
-            weight[part], factor, grid.rows(part), refits
+            ordered, factor, grid.rows(part), REFITS[scheme.bits], swept
         )
-    solved_weight = QuantizedWeight(values, grid.scale, grid.zero_point, scheme)
-    return Solution(solved_weight, error, norm, factor.damping, None, dead_columns(stats))
+        if kept is not None and swept is not None:
+            kept[part] = swept.kept(factor)
+    solved = QuantizedWeight(values, grid.scale, grid.zero_point, scheme, pattern=pattern, mask=kept)
+    return Solution(solved, error, norm, factor.damping, None, dead_columns(stats))
 
 
-def _factor(stats: InputStats, config: GPTQConfig) -> Factor | None:
-    """The factor of these statistics, made on first use."""
-    if stats.factor is None and stats.gram is not None:
-        gram, stats.gram = stats.gram, None
-        order = stats.diagonal.argsort(descending=True, stable=True) if config.act_order else None
-        stats.factor = factorize(gram, config.damping, order)
-    return stats.factor
+def _parts(weight: Tensor, pattern: Pattern | None, mask: Tensor | None) -> list[tuple[slice, int]]:
+    """Chunks of rows, and how many weights an unstructured pattern still removes in each."""
+    rows, columns = weight.shape
+    step = max(64, _CHUNK_WEIGHTS // columns)
+    if pattern is not None:
+        return chunks(pattern, weight.shape, mask, step)
+    return [(slice(start, min(start + step, rows)), 0) for start in range(0, rows, step)]
+
+
+def _searched(weight: Tensor, scheme: Scheme, dtype: torch.dtype, importance: Tensor) -> Grid:
+    """The grid of least weighted error; weights of zero are on every grid, so removed ones have no say."""
+    return search_grid(weight, scheme, dtype, importance, *SEARCH[scheme.bits])
+
+
+def _fallback(
+    weight: Tensor, stats: InputStats, scheme: Scheme, dtype: torch.dtype, pattern: Pattern | None, mask: Tensor | None
+) -> Solution:
+    """Searched clipping, of what Wanda leaves where a pattern is asked for."""
+    why = "the Gram matrix does not factor even with full damping: rounded to nearest with searched clipping"
+    if pattern is None:
+        solved = rtn_clip(weight, stats, scheme, dtype)
+        return Solution(solved.weight, fallback=why, dead_columns=solved.dead_columns)
+    masked = wanda(weight, stats, pattern, weight.dtype, mask=mask).weight
+    assert isinstance(masked, SparseWeight)  # what Wanda gives
+    solved = rtn_clip(masked.values, stats, scheme, dtype)
+    held = replace(solved.weight, pattern=pattern, mask=masked.mask)
+    return Solution(held, fallback=f"{why}, under Wanda's mask", dead_columns=solved.dead_columns)
 
 
 def _solve_rows(
-    weight: Tensor, factor: Factor, grid: Grid, refits: int
+    ordered: Tensor, factor: Factor, grid: Grid, refits: int, swept: SweptMask | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """int8 values [rows, in], scale [rows, groups], float64 e'He and w'Hw [rows], for some rows of the weight."""
-    ordered = weight.float().t()[factor.order]  # [in, rows]
-    group = weight.shape[1] // grid.scale.shape[1]
+    """int8 values [rows, in], scale [rows, groups], float64 e'He and w'Hw [rows], for some rows of the weight.
+
+    Args:
+        ordered: float32 [in, rows], their columns in the order of quantization.
+        swept: what is removed, chosen in the first sweep and held in those that follow; or None.
+    """
+    group = ordered.shape[0] // grid.scale.shape[1]
     group_of = factor.order.div(group, rounding_mode="floor")
-    scale, chosen, error = grid.scale, *_sweep_rows(ordered, factor, group_of, grid)
+    scale, chosen, error = grid.scale, *_sweep_rows(ordered, factor, group_of, grid, swept)
     for last in range(refits, 0, -1):
         scale = _refit(ordered, chosen, error, factor, group_of, replace(grid, scale=scale))
         grid = replace(grid, scale=scale)
         if last > 1:
-            chosen, error = _sweep_rows(ordered, factor, group_of, grid)
+            chosen, error = _sweep_rows(ordered, factor, group_of, grid, swept)
     if refits:
         _decoded_error_(ordered, chosen, error, group_of, grid)
     values = torch.empty_like(chosen)
     values[factor.order] = chosen
     del chosen
-    return values.t(), scale, *_sampled_losses(factor, error, ordered)
+    return values.t(), scale, *sampled_losses(factor, error, ordered)
 
 
-def _sampled_losses(factor: Factor, error: Tensor, ordered: Tensor) -> tuple[Tensor, Tensor]:
-    """e'He and w'Hw, float64 [rows], of evenly spaced rows; NaN for those between, where there are many.
-
-    Both cost as much as the sweep itself, and only their ratio over a whole weight is reported.
-    """
-    rows = error.shape[1]
-    measured = torch.arange(0, rows, max(1, rows // _MEASURED_ROWS), device=error.device)
-    losses = []
-    for matrix in (error, ordered):
-        loss = torch.full((rows,), torch.nan, dtype=torch.float64, device=error.device)
-        loss[measured] = row_quadratics(factor, matrix[:, measured])
-        losses.append(loss)
-    return losses[0], losses[1]
-
-
-def _sweep_rows(ordered: Tensor, factor: Factor, group_of: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def _sweep_rows(
+    ordered: Tensor, factor: Factor, group_of: Tensor, grid: Grid, swept: SweptMask | None
+) -> tuple[Tensor, Tensor]:
     """int8 values and float32 errors, both [in, rows] in the order of quantization, on a given grid."""
     exact = grid.scale.dtype
     stored = grid.scale.t().contiguous().unbind()  # a [rows] for each group
@@ -145,6 +174,7 @@ def _sweep_rows(ordered: Tensor, factor: Factor, group_of: Tensor, grid: Grid) -
     zeros = None if grid.zero_point is None else grid.zero_point.float().t().contiguous().unbind()
     low, high = grid.scheme.qmin, grid.scheme.qmax
     groups = group_of.tolist()
+    removed = None if swept is None else swept.removed
     chosen = torch.empty(ordered.shape, dtype=torch.int8, device=ordered.device)
     decoded = torch.empty(ordered.shape[1], dtype=exact, device=ordered.device)
 
@@ -154,13 +184,20 @@ def _sweep_rows(ordered: Tensor, factor: Factor, group_of: Tensor, grid: Grid) -
         if zeros is not None:
             target.add_(zeros[g])
         target.round_().clamp_(low, high)
+        if removed is not None and zeros is None:
+            target.masked_fill_(removed[k], 0.0)
+        elif removed is not None and zeros is not None:
+            torch.where(removed[k], zeros[g], target, out=target)
         chosen[k].copy_(target)
         if zeros is not None:
             target.sub_(zeros[g])
         # A reader multiplies in the scale's own dtype; its rounding is part of the error.
         return decoded.copy_(target).mul_(stored[g])
 
-    return chosen, sweep(ordered, factor, quantize_column)
+    error = sweep(ordered, factor, quantize_column, None if swept is None else swept.ahead)
+    if swept is not None:
+        swept.settle()
+    return chosen, error
 
 
 def _refit(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llmcomp.calibration.stats import InputStats
-from llmcomp.weights import CompressedWeight, QuantizedWeight
+from llmcomp.methods._solve import row_quadratics
+from llmcomp.weights import CompressedWeight
 
 _CHUNK = 1024
+_SAMPLED_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,8 @@ class Solution:
 
     def rows(self, start: int, stop: int) -> Solution:
         """The part of a stacked solution that belongs to rows start..stop."""
-        held = self.weight
-        zero = None if held.zero_point is None else held.zero_point[start:stop]
         return Solution(
-            replace(held, values=held.values[start:stop], scale=held.scale[start:stop], zero_point=zero),
+            self.weight.rows(start, stop),
             None if self.row_error is None else self.row_error[start:stop],
             None if self.row_norm is None else self.row_norm[start:stop],
             self.damping,
@@ -48,17 +48,37 @@ class Solution:
         )
 
 
-def row_losses(weight: Tensor, solved: QuantizedWeight, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """(e' H e, w' H w), float64 [rows], for a weight [rows, in] and its quantized form."""
+def row_losses(weight: Tensor, solved: CompressedWeight, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """(e' H e, w' H w), float64 [rows], for a weight [rows, in] and its compressed form."""
     errors, norms = [], []
     for start in range(0, weight.shape[0], _CHUNK):
         part = weight[start : start + _CHUNK].float()
-        held = solved.values[start : start + _CHUNK], solved.scale[start : start + _CHUNK]
-        zero = None if solved.zero_point is None else solved.zero_point[start : start + _CHUNK]
-        error = part - QuantizedWeight(*held, zero, solved.scheme).dense().float()
+        error = part - solved.rows(start, start + _CHUNK).dense().float()
         errors.append(quadratics(error, gram))
         norms.append(quadratics(part, gram))
     return torch.cat(errors), torch.cat(norms)
+
+
+def sampled_row_losses(
+    weight: Tensor, solved: CompressedWeight, stats: InputStats | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """(e' H e, w' H w), float64 [rows], of evenly spaced rows and NaN for those between, where there are many; None
+    without statistics.
+
+    All rows of a wide weight would cost more than its mask, and only the ratio of the sums is reported.
+    """
+    if stats is None or (stats.gram is None and stats.factor is None):
+        return None, None
+    measured = torch.arange(0, weight.shape[0], max(1, weight.shape[0] // _SAMPLED_ROWS), device=weight.device)
+    part, losses = weight[measured].float(), []
+    for rows in (part - solved.by_rows(lambda tensor: tensor[measured]).dense().float(), part):
+        loss = torch.full((weight.shape[0],), torch.nan, dtype=torch.float64, device=weight.device)
+        if stats.gram is not None:
+            loss[measured] = quadratics(rows, stats.gram)
+        else:
+            loss[measured] = row_quadratics(stats.factor, rows.t()[stats.factor.order])
+        losses.append(loss)
+    return losses[0], losses[1]
 
 
 def quadratics(rows: Tensor, gram: Tensor) -> Tensor:

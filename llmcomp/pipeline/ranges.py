@@ -21,7 +21,7 @@ from llmcomp.adapters.base import LinearRef
 from llmcomp.calibration.stats import InputStats
 from llmcomp.pipeline.assign import Task
 from llmcomp.schemes import INT8_STATIC
-from llmcomp.weights import INPUT_SCALE, CompressedWeight
+from llmcomp.weights import INPUT_SCALE, CompressedWeight, QuantizedWeight
 
 
 class Ranges:
@@ -54,6 +54,8 @@ class Ranges:
 
     def ranged(self, ref: LinearRef, weight: CompressedWeight) -> CompressedWeight:
         """The weight with its input's scale, where it has one."""
+        if not isinstance(weight, QuantizedWeight):
+            return weight
         return replace(weight, input_scale=self._scales.get(ref.name))
 
     def restore(self, ref: LinearRef, read: Callable[[str], Tensor]) -> None:

@@ -90,9 +90,7 @@ def _joined(own: Solution, rows: int, world: World) -> Solution:
     def join(part: Tensor | None) -> Tensor | None:
         return None if part is None else world.join_rows(part, rows)
 
-    held = own.weight
-    values, scale = world.join_rows(held.values, rows), world.join_rows(held.scale, rows)
-    weight = replace(held, values=values, scale=scale, zero_point=join(held.zero_point))
+    weight = own.weight.by_rows(lambda part: world.join_rows(part, rows))
     return replace(own, weight=weight, row_error=join(own.row_error), row_norm=join(own.row_norm))
 
 
