@@ -10,27 +10,33 @@ from typing import Any
 
 __all__ = [
     "Calibration",
+    "CompressResult",
     "ExportResult",
     "LlmcompError",
     "Override",
-    "QuantizeResult",
     "QuantizeStep",
     "Recipe",
     "Report",
     "RunError",
     "RunOptions",
+    "SparsifyStep",
     "UserError",
     "bench",
+    "compress",
     "evaluate",
     "export",
     "load",
     "quantize",
+    "sparsify",
 ]
 
-_HOMES = {
-    "llmcomp.api": ("ExportResult", "QuantizeResult", "RunOptions", "bench", "evaluate", "export", "load", "quantize"),
+_HOMES: dict[str, tuple[str, ...]] = {
+    "llmcomp.api": (
+        "CompressResult", "ExportResult", "RunOptions", "bench", "compress", "evaluate", "export", "load", "quantize",
+        "sparsify",
+    ),
     "llmcomp.errors": ("LlmcompError", "RunError", "UserError"),
-    "llmcomp.recipe": ("Calibration", "Override", "QuantizeStep", "Recipe"),
+    "llmcomp.recipe": ("Calibration", "Override", "QuantizeStep", "Recipe", "SparsifyStep"),
     "llmcomp.report.schema": ("Report",),
 }
 

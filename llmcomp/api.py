@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmcomp.progress import Progress, Silent
 from llmcomp.ranks import joined
-from llmcomp.recipe import Calibration, Recipe, check, step_of
+from llmcomp.recipe import Calibration, Recipe, SparsifyStep, check, step_of
 from llmcomp.report.schema import Report
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ ACTIVATION_MEMORY = 8 * 2**20
 
 
 @dataclass(frozen=True)
-class QuantizeResult:
+class CompressResult:
     """Where the checkpoint lies and everything that is known of it."""
 
     output: Path
@@ -88,7 +88,7 @@ def quantize(
     options: RunOptions = RunOptions(),
     progress: Progress | None = None,
     **run: Any,
-) -> QuantizeResult:
+) -> CompressResult:
     """Quantize a model's weights, verify the checkpoint, and measure what it cost.
 
     In a process that torchrun or `accelerate launch --multi_gpu` started, all ranks call this and compress together;
@@ -106,16 +106,60 @@ def quantize(
         UserError: what was asked cannot be (exit status 2).
         RunError: something failed on the way; no output appears (exit status 1). Of several ranks, all fail.
     """
+    if recipe is None:
+        given = {"bits": bits, "group_size": group_size, "method": method, "activations": activations}
+        step = step_of(format, symmetric=symmetric, **{k: v for k, v in given.items() if v is not None})
+        recipe = Recipe((step,), Calibration(calibration), format=format)
+    return compress(model, recipe, options=options, progress=progress, **run)
+
+
+def sparsify(
+    model: str,
+    *,
+    pattern: str = "2:4",
+    sparsity: float | None = None,
+    method: str = "sparsegpt",
+    calibration: str = "default",
+    options: RunOptions = RunOptions(),
+    progress: Progress | None = None,
+    **run: Any,
+) -> CompressResult:
+    """Set weights of a model to zero, verify the checkpoint, and measure what it cost.
+
+    Args:
+        model: a local directory, a Hub id, an alias or a 'sample:' name.
+        pattern: '2:4', '4:8', any 'N:M' (N of every M consecutive inputs are kept), or 'unstructured'.
+        sparsity: share that an unstructured pattern removes; a half where none is given.
+        method: a name in `llmcomp.methods.SPARSE`.
+        calibration, options, progress, run: as `quantize`. The checkpoint is plain safetensors, zeros stored like any
+            weight.
+
+    Raises:
+        UserError, RunError: as `quantize`.
+    """
+    step = SparsifyStep(method, pattern, sparsity)
+    recipe = Recipe((step,), Calibration(calibration), format="dense")
+    return compress(model, recipe, options=options, progress=progress, **run)
+
+
+def compress(
+    model: str,
+    recipe: Recipe,
+    *,
+    options: RunOptions = RunOptions(),
+    progress: Progress | None = None,
+    **run: Any,
+) -> CompressResult:
+    """Compress a model by a recipe, of several steps in one pass, verify the checkpoint, and measure what it cost.
+
+    Args, raises: as `quantize`.
+    """
     from llmcomp import hub
 
     # Large tensors on huge pages, where Linux has them on request: half the time in page faults. torch reads
     # this at its first allocation, so it has an effect only where torch has not been used before.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     progress = progress or Silent()
-    if recipe is None:
-        given = {"bits": bits, "group_size": group_size, "method": method, "activations": activations}
-        step = step_of(format, symmetric=symmetric, **{k: v for k, v in given.items() if v is not None})
-        recipe = Recipe((step,), Calibration(calibration), format=format)
     check(recipe)
     options = replace(options, **run)
     with joined() as world:
@@ -126,7 +170,7 @@ def quantize(
         from llmcomp.session import Session
 
         session = Session(model, resolved.source, resolved.path, recipe, options, progress, world)
-        return QuantizeResult(*session.run())
+        return CompressResult(*session.run())
 
 
 def evaluate(

@@ -30,6 +30,7 @@ from typing import Any
 import yaml
 
 from llmcomp.errors import BadRecipe
+from llmcomp.patterns import Pattern
 from llmcomp.schemes import Scheme
 
 ROLES = ("attention", "mlp", "embeddings", "head")
@@ -49,6 +50,8 @@ class Override:
     bits: int | None = None
     group_size: int | str | None = None
     symmetric: bool | None = None
+    pattern: str | None = None
+    sparsity: float | None = None
     method: str | None = None
     skip: bool = False
 
@@ -81,9 +84,43 @@ class QuantizeStep:
 
     kind = "quantize"
 
+    @property
+    def summary(self) -> str:
+        """Such as 'gptq-w4', for names of directories."""
+        return f"{self.method}-w{self.bits}" + ("" if self.activations is None else "a8")
 
-Step = QuantizeStep
-STEPS: dict[str, type[Step]] = {"quantize": QuantizeStep}
+
+@dataclass(frozen=True)
+class SparsifyStep:
+    """Weights set to zero in the linears that `targets` match.
+
+    Attributes:
+        method: a name in `llmcomp.methods.SPARSE`.
+        pattern: '2:4', '4:8', any 'N:M' (N of every M consecutive inputs are kept), or 'unstructured'.
+        sparsity: share that an unstructured pattern removes; a half where none is given.
+        options: the method's own settings.
+    """
+
+    method: str = "sparsegpt"
+    pattern: str = "2:4"
+    sparsity: float | None = None
+    targets: tuple[str, ...] = ("attention", "mlp")
+    overrides: tuple[Override, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+    kind = "sparsify"
+
+    @property
+    def summary(self) -> str:
+        """Such as 'sparsegpt-2of4', for names of directories."""
+        pattern = pattern_for(self, None)
+        share = f"{100 * pattern.sparsity:.4g}%" if pattern.of is None else f"{pattern.kept}of{pattern.of}"
+        return f"{self.method}-{share.replace('%', 'pct')}"
+
+
+Step = QuantizeStep | SparsifyStep
+STEPS: dict[str, type[Step]] = {"quantize": QuantizeStep, "sparsify": SparsifyStep}
+ORDERS = (("quantize",), ("sparsify",), ("sparsify", "quantize"))  # of steps that go together
 
 
 @dataclass(frozen=True)
@@ -104,6 +141,16 @@ class Recipe:
     calibration: Calibration = Calibration()
     seed: int = 0
     format: str = "compressed-tensors"
+
+    @property
+    def quantizing(self) -> QuantizeStep | None:
+        """The step that quantizes, if there is one."""
+        return next((step for step in self.steps if isinstance(step, QuantizeStep)), None)
+
+    @property
+    def sparsifying(self) -> SparsifyStep | None:
+        """The step that removes weights, if there is one."""
+        return next((step for step in self.steps if isinstance(step, SparsifyStep)), None)
 
     def to_yaml(self) -> str:
         data = _plain(self)
@@ -153,13 +200,24 @@ def check(recipe: Recipe) -> None:
     Raises:
         BadRecipe: bits, group sizes or amounts that cannot be.
     """
+    if tuple(step.kind for step in recipe.steps) not in ORDERS:
+        known = "; ".join(", ".join(order) for order in ORDERS)
+        said = ", ".join(step.kind for step in recipe.steps)
+        raise BadRecipe(f"The steps {said} do not go together; what does: {known}.")
     for step in recipe.steps:
         for target in (*step.targets, *(override.target for override in step.overrides)):
             _check_target(target)
         for override in (None, *step.overrides):
-            scheme_for(step, override, 128)
-        if recipe.format in FIXED:
-            _check_fixed(step, recipe.format)
+            if isinstance(step, SparsifyStep):
+                pattern_for(step, override)
+            else:
+                scheme_for(step, override, 128)
+            _check_override(step, override)
+        if recipe.format not in FIXED:
+            continue
+        if isinstance(step, SparsifyStep):
+            raise BadRecipe(f"--format {recipe.format} rounds by itself and keeps no zeros; take --format dense.")
+        _check_fixed(step, recipe.format)
     if recipe.format in FIXED and recipe.calibration != Calibration():
         raise BadRecipe(f"--format {recipe.format} reads no text; leave the calibration settings out.")
     if recipe.calibration.samples < 1 or recipe.calibration.sequence_length < 2:
@@ -167,6 +225,20 @@ def check(recipe: Recipe) -> None:
             f"Calibration needs at least 1 sample of 2 tokens, got {recipe.calibration.samples} of "
             f"{recipe.calibration.sequence_length}."
         )
+
+
+def _check_override(step: Step, override: Override | None) -> None:
+    """Refuse what an override says of another kind of step.
+
+    Raises:
+        BadRecipe: naming it.
+    """
+    mine = {f.name for f in dataclasses.fields(step)}
+    for f in dataclasses.fields(Override):
+        if f.name in ("target", "skip") or f.name in mine:
+            continue
+        if override is not None and getattr(override, f.name) != f.default:
+            raise BadRecipe(f"The override of {override.target} sets {f.name}, which is not of a step to {step.kind}.")
 
 
 def step_of(format: str, **given: Any) -> QuantizeStep:
@@ -224,7 +296,7 @@ def default_bits(activations: str | None) -> int:
     return QuantizeStep.bits if activations is None else 8
 
 
-def override_for(step: QuantizeStep, name: str, role: str, block: int | None) -> Override | None:
+def override_for(step: Step, name: str, role: str, block: int | None) -> Override | None:
     """The last override of `step` that matches, or None."""
     found = None
     for override in step.overrides:
@@ -252,12 +324,26 @@ def scheme_for(step: QuantizeStep, override: Override | None, in_features: int) 
     return Scheme(pick("bits"), None if size == "channel" else int(size), pick("symmetric"), step.activations)
 
 
+def pattern_for(step: SparsifyStep, override: Override | None) -> Pattern:
+    """The pattern of one linear.
+
+    Raises:
+        BadRecipe: no such pattern, or a sparsity that contradicts it.
+    """
+    if override is None or (override.pattern is None and override.sparsity is None):
+        return Pattern.parse(step.pattern, step.sparsity)
+    if override.pattern is not None:  # a share goes with its own pattern
+        return Pattern.parse(override.pattern, override.sparsity)
+    return Pattern.parse(step.pattern, override.sparsity)
+
+
 def _step(data: Any, where: str, fixed: dict[str, Any]) -> Step:
     """A step from its mapping; `fixed` are the defaults of the recipe's format."""
     if not isinstance(data, dict) or str(data.get("kind")) not in STEPS:
         raise BadRecipe(f"{where} needs 'kind', one of {', '.join(STEPS)}; got {data!r}.")
-    data = {**fixed, **data}
-    kind = STEPS[data.pop("kind")]
+    kind = STEPS[str(data["kind"])]
+    data = {**(fixed if kind is QuantizeStep else {}), **data}
+    del data["kind"]
     overrides = data.get("overrides", [])
     if not isinstance(overrides, list):
         raise BadRecipe(f"{where}: 'overrides' must be a list.")

@@ -37,6 +37,7 @@ from llmcomp.measure.cost import size_of
 from llmcomp.measure.inputs import MEDIA, evaluation_data
 from llmcomp.measure.machine import this_machine
 from llmcomp.measure.run import evaluate_model
+from llmcomp.pipeline.assign import Task
 from llmcomp.pipeline.job import (
     Data,
     Job,
@@ -55,7 +56,7 @@ from llmcomp.pipeline.streaming import open_streamed
 from llmcomp.pipeline.whole import Conversion, prepare
 from llmcomp.progress import Progress, Silent
 from llmcomp.ranks import ALONE, World
-from llmcomp.recipe import Recipe
+from llmcomp.recipe import Recipe, pattern_for
 from llmcomp.report.html import FILE_NAME as PAGE_NAME
 from llmcomp.report.html import render
 from llmcomp.report.schema import FILE_NAME, Left, Report
@@ -86,8 +87,7 @@ class Session:
         self.recipe, self.options, self.world = recipe, options, world
         self.progress = progress if world.first else Silent()
         self.device = choose(options.device, world.size)
-        step = recipe.steps[0]
-        self.output = Path(options.output or default_output(model, step.method, step.bits, step.activations))
+        self.output = Path(options.output or default_output(model, *(step.summary for step in recipe.steps)))
         self.partial = partial_of(self.output)
         self.phases: dict[str, float] = {}
         self.notes: list[str] = []
@@ -174,7 +174,8 @@ class Session:
             adapter=source.adapter,
             binding=source.binding,
             assignment=plan.assignment,
-            options=plan.step.options,
+            options={} if self.recipe.quantizing is None else self.recipe.quantizing.options,
+            pruning={} if self.recipe.sparsifying is None else self.recipe.sparsifying.options,
             layout=plan.layout,
             ties=plan.ties,
             batches=[call(model, one.input_ids, one.attention_mask, one.context) for one in data.batches],
@@ -289,7 +290,7 @@ class Session:
                 f"Learned rounding: the error of {len(gains)} blocks' outputs became {min(gains):.2f} to "
                 f"{max(gains):.2f} of what it was at the start."
             )
-        if plan.step.method == "auto":
+        if self.recipe.quantizing is not None and self.recipe.quantizing.method == "auto":
             taken = dict.fromkeys(layer.method for layer in outcome.layers)
             self._note(f"auto took {', '.join(taken)}.")
         if plan.assignment.calibrated and not adapter.stages_known:
@@ -301,7 +302,7 @@ class Session:
         if outcome.spilled:
             self.notes.append(f"{outcome.spilled / 1e6:,.0f} MB of waiting activations went to mapped files.")
         return Report(
-            command="quantize",
+            command=self.recipe.steps[0].kind if len(self.recipe.steps) == 1 else "compress",
             model=self.model,
             source=str(self.path if Path(self.source_name).exists() else self.source_name),
             output=str(self.output),
@@ -356,7 +357,7 @@ def _left(source: Source, plan: Plan) -> list[Left]:
 def _labels(plan: Plan, report: Report) -> list[str]:
     """Honest words on what the artefact is good for."""
     if report.format == "dense":
-        return ["As large and as fast as before: dense weights on the quantization grid, for any software."]
+        return [_dense_label(plan)]
     if plan.whole:
         return [
             "Smaller on disk and in memory: plain transformers with bitsandbytes computes with the packed weights. "
@@ -373,13 +374,32 @@ def _labels(plan: Plan, report: Report) -> list[str]:
         "at the first forward, so there it is neither smaller in memory nor faster."
     ]
     tasks = plan.assignment.tasks.values()
-    if plan.step.activations is not None:
+    if any(task.activations for task in tasks):
         labels.append(
             "W8A8: vLLM multiplies 8-bit integers on CUDA GPUs; not run here. On a CPU plain transformers only "
             "simulates the rounded activations, which takes time."
         )
-    elif all(task.scheme.bits in (4, 8) and task.scheme.symmetric and not task.ref.transposed for task in tasks):
+    elif all(_common(task) for task in tasks):
         labels.append("A format for which vLLM has packed kernels on CUDA GPUs; not run here.")
     else:
         labels.append("Not a format for which packed kernels are common: expect smaller, not faster, on GPUs.")
     return labels
+
+
+def _common(task: Task) -> bool:
+    """Whether packed kernels for such a weight are common."""
+    scheme = task.scheme
+    return scheme is not None and scheme.bits in (4, 8) and scheme.symmetric and not task.ref.transposed
+
+
+def _dense_label(plan: Plan) -> str:
+    sparse = plan.recipe.sparsifying
+    if sparse is None:
+        return "As large and as fast as before: dense weights on the quantization grid, for any software."
+    zeros = "As large as before: zeros are stored like any weight, for any software; an archive of it is smaller."
+    if pattern_for(sparse, None).label == "2:4":
+        return (
+            f"{zeros} As fast as before: CUDA GPUs since Ampere multiply 2:4 weights faster, once a runtime packs them "
+            "(torch.sparse.to_sparse_semi_structured); not run here. CPUs gain nothing."
+        )
+    return f"{zeros} As fast as before: no common kernel makes use of this pattern."

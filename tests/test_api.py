@@ -31,13 +31,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def result(bert: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> llmcomp.QuantizeResult:
+def result(bert: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> llmcomp.CompressResult:
     recipe = Recipe((QuantizeStep(bits=8),), Calibration(str(text), 8, 32))
     output = tmp_path_factory.mktemp("result") / "q"
     return llmcomp.quantize(str(bert), recipe=recipe, options=RunOptions(output=output), **QUICK)
 
 
-def test_a_result_says_where_and_what(result: llmcomp.QuantizeResult) -> None:
+def test_a_result_says_where_and_what(result: llmcomp.CompressResult) -> None:
     assert (result.output / "config.json").is_file()
     assert result.report == llmcomp.Report.read(result.output)
     assert {layer.scheme for layer in result.report.layers} == {"int8 g128"}
@@ -79,7 +79,7 @@ def test_a_recipe_that_cannot_be_is_refused_before_the_name_is_looked_up() -> No
         llmcomp.quantize("no-such-org/no-such-model", bits=4)
 
 
-def test_load_opens_what_was_saved(bert: Path, result: llmcomp.QuantizeResult) -> None:
+def test_load_opens_what_was_saved(bert: Path, result: llmcomp.CompressResult) -> None:
     model, original = llmcomp.load(result.output), llmcomp.load(str(bert))
     assert type(model) is type(original) and not model.training
     ids = torch.arange(5, 25)[None]
@@ -89,7 +89,7 @@ def test_load_opens_what_was_saved(bert: Path, result: llmcomp.QuantizeResult) -
     model(input_ids=ids).logits.sum().backward()  # as a caller may who does not know of inference mode
 
 
-def test_evaluate_compares(bert: Path, text: Path, result: llmcomp.QuantizeResult) -> None:
+def test_evaluate_compares(bert: Path, text: Path, result: llmcomp.CompressResult) -> None:
     from llmcomp.calibration.data import evaluation_texts
 
     settings = Settings(cost=False, windows=4, sequence_length=32)

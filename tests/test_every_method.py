@@ -20,7 +20,7 @@ from tiny import VOCABULARY, tiny
 from torch import Tensor
 
 import llmcomp
-from llmcomp.api import QuantizeResult
+from llmcomp.api import CompressResult
 from llmcomp.errors import BadRecipe
 from llmcomp.formats.verify import check
 from llmcomp.methods import METHODS, Method
@@ -58,7 +58,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def quantize(folder: Path, model: str, output: Path, step: QuantizeStep, **options: Any) -> QuantizeResult:
+def quantize(folder: Path, model: str, output: Path, step: QuantizeStep, **options: Any) -> CompressResult:
     recipe = Recipe((step,), Calibration(str(folder / "calibration.safetensors"), 6, 64))
     return llmcomp.quantize(str(folder / model), recipe=recipe, output=output, evaluate=False, **options)
 

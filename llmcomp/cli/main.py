@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from llmcomp.cli.bench import bench
+from llmcomp.cli.compress import compress
 from llmcomp.cli.evaluate import evaluate
 from llmcomp.cli.export import export
 from llmcomp.cli.generate import generate
@@ -24,10 +25,12 @@ from llmcomp.cli.models import models
 from llmcomp.cli.plan import plan
 from llmcomp.cli.quantize import quantize
 from llmcomp.cli.report import report
+from llmcomp.cli.sparsify import sparsify
 from llmcomp.errors import EndedElsewhere, LlmcompError, UserError
 from llmcomp.ranks import joined, launched
 
 INTERRUPTED, TERMINATED = 130, 143
+_COMPRESSING = ("quantize", "sparsify", "compress")  # by one process or several, and resumed by the same command
 
 app = typer.Typer(
     help="Make Hugging Face models smaller, see what it cost, get a checkpoint that other software loads.",
@@ -35,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for _verb in (quantize, inspect, plan, evaluate, export, bench, generate, report, models):
+for _verb in (quantize, sparsify, compress, inspect, plan, evaluate, export, bench, generate, report, models):
     app.command(no_args_is_help=_verb is not models)(_verb)
 
 
@@ -68,7 +71,7 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; works after any verb, too.")] = False,
 ) -> None:
     """Options of the app itself act by callbacks; `--debug` is read by `main`."""
-    if context.invoked_subcommand != "quantize" and (size := launched().size) > 1:
+    if context.invoked_subcommand not in _COMPRESSING and (size := launched().size) > 1:
         raise UserError(
             f"llmcomp {context.invoked_subcommand} works in one process, and {size} were started; call it without a "
             "launcher."
@@ -95,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except BaseException as error:
-        return _ended_by(error, received, debug, resumes=arguments[:1] == ["quantize"])
+        return _ended_by(error, received, debug, resumes=arguments[:1] in ([verb] for verb in _COMPRESSING))
     finally:
         signal.signal(signal.SIGINT, before)
         signal.signal(signal.SIGTERM, terminated or signal.SIG_DFL)

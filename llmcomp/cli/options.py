@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from llmcomp.errors import BadRecipe
-from llmcomp.recipe import Calibration, Override, Recipe, build, step_of
+from llmcomp.recipe import STEPS, Calibration, Override, Recipe, build, step_of
 
 Model = Annotated[
     str,
@@ -92,6 +92,18 @@ Format = Annotated[
         show_default="compressed-tensors",
     ),
 ]
+SaveRecipe = Annotated[Path | None, typer.Option("--save-recipe", help="Write the recipe here.")]
+Evaluate = Annotated[bool, typer.Option("--evaluate/--no-evaluate", help="Measure before and after.")]
+Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Reload in a fresh process and compare.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device", help="Where to compress: cpu, cuda or cuda:N; auto takes a GPU where each process can have one."
+    ),
+]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read pytorch_model.bin where there are no safetensors.")
+]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="Take all of the above from a YAML file.")]
 ActivationMemory = Annotated[
     int,
@@ -131,15 +143,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 _STEP = {
     "bits": "bits", "group_size": "group_size", "method": "method", "asymmetric": "symmetric",
     "activations": "activations", "target": "targets", "skip": "skip", "override": "override", "option": "options",
+    "pattern": "pattern", "sparsity": "sparsity",
 }  # fmt: skip
 _CALIBRATION = {"calibration": "source", "samples": "samples", "sequence_length": "sequence_length"}
 _RUN = {"seed": "seed", "format": "format"}
 
 
-def make_recipe(recipe_file: Path | None, **flags: Any) -> Recipe:
-    """A recipe from a file, or from flags.
+def make_recipe(recipe_file: Path | None, kind: str = "quantize", **flags: Any) -> Recipe:
+    """A recipe from a file, or of one step from flags.
 
     Args:
+        kind: of the step, one of `llmcomp.recipe.STEPS`.
         flags: values of the options above, by the names that verbs give them; None or an empty list: not given.
 
     Raises:
@@ -165,7 +179,8 @@ def make_recipe(recipe_file: Path | None, **flags: Any) -> Recipe:
         step["group_size"] = _number(step["group_size"])
     if "targets" in step:
         step["targets"] = tuple(step["targets"])
-    made = step_of(run.get("format", ""), **step, overrides=tuple(overrides))
+    step["overrides"] = tuple(overrides)
+    made = step_of(run.get("format", ""), **step) if kind == "quantize" else STEPS[kind](**step)
     return Recipe((made,), Calibration(**calibration), **run)
 
 

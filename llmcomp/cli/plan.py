@@ -76,7 +76,7 @@ def plan(
     with listener(json) as progress:
         found = resolve(model, revision=revision, config_only=True, progress=progress)
         open_width = bits is None and activations is None and recipe is None
-        widths = _WIDTHS if open_width else tuple(one.bits for one in made.steps[:1])
+        widths = _WIDTHS if open_width else tuple(one.bits for one in (made.quantizing,) if one is not None)
         seen = _look(found.path, made, widths, activation_memory * 2**20, trust_remote_code, ranks)
     if json:
         typer.echo(json_module.dumps(as_json(model, seen, available), indent=1, ensure_ascii=False))
@@ -147,7 +147,7 @@ def view(model: str, seen: Prospect, memory: int | None = None) -> RenderableTyp
     ratio, limit = (("",), ()) if memory is None else ((), (f"of {memory / 2**30:g} GiB",))
     for column in ("method", "bits", "size", *ratio, "memory", *limit, "disk", "time"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
-    ordered = sorted(seen.rows, key=lambda one: -one.bits)
+    ordered = sorted(seen.rows, key=lambda one: -(one.bits or 16))
     for number, one in enumerate(ordered):
         last = number + 1 == len(ordered) or ordered[number + 1].bits != one.bits
         taken = () if memory is None else (Text(f"{(one.peak_memory + IMPORTED) / memory:.1%}"),)
@@ -155,14 +155,15 @@ def view(model: str, seen: Prospect, memory: int | None = None) -> RenderableTyp
             if memory is not None and one.peak_memory + IMPORTED > memory:
                 cell.stylize("red")
         table.add_row(
-            one.method, str(one.bits), words.size(one.bytes_after),
+            one.method, str(one.bits or "–"), words.size(one.bytes_after),
             *(words.ratio(seen.bytes_before, one.bytes_after) for _ in ratio),
             words.size(one.peak_memory), *taken, words.size(one.disk), f"~ {words.about(one.seconds)}",
             style="bold green" if one.asked else "", end_section=last and number + 1 < len(ordered),
         )  # fmt: skip
     terms = {name: size for name, size in vars(own.terms).items() if size}
     shares = ", ".join(f"{name} {words.size(size)}" for name, size in sorted(terms.items(), key=lambda t: -t[1]))
-    peak = f"Peak memory of {own.method} at {own.bits} bits, while {own.moment}: {shares}."
+    width = "" if own.bits is None else f" at {own.bits} bits"
+    peak = f"Peak memory of {own.method}{width}, while {own.moment}: {shares}."
     statistics = (
         f"{own.statistics} Gram matrices are gathered; each window is computed once."
         if own.statistics

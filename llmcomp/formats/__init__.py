@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmcomp.formats import bitsandbytes, compressed_tensors, dense, packed
-from llmcomp.formats.base import Entry, Format, Layout, Ref, broken_ties, dense_tensors
+from llmcomp.formats.base import Entry, Format, Kind, Layout, Ref, broken_ties, dense_tensors
 
 FORMATS: dict[str, Format] = {
     "compressed-tensors": compressed_tensors.layout,
@@ -13,4 +13,4 @@ FORMATS: dict[str, Format] = {
     "bnb-int8": bitsandbytes.int8,
 }
 
-__all__ = ["FORMATS", "Entry", "Format", "Layout", "Ref", "broken_ties", "dense_tensors"]
+__all__ = ["FORMATS", "Entry", "Format", "Kind", "Layout", "Ref", "broken_ties", "dense_tensors"]

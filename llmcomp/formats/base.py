@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from llmcomp.errors import BadRecipe
+from llmcomp.patterns import Pattern
 from llmcomp.schemes import Scheme
 from llmcomp.weights import CompressedWeight
 
@@ -36,7 +38,9 @@ class Ref(Protocol):
     def transposed(self) -> bool: ...
 
 
-Entry = tuple[Ref, Scheme]
+Kind = Scheme | Pattern  # what a weight is made: integers on a grid, or floating numbers of which some are zero
+Entry = tuple[Ref, Kind]
+Quantized = tuple[Ref, Scheme]
 
 
 class Layout(Protocol):
@@ -71,6 +75,20 @@ class Format(Protocol):
     """A layout for a plan; `model`, which may lie on meta, tells what its family's loader cannot take."""
 
     def __call__(self, entries: Sequence[Entry], model: nn.Module | None = None) -> Layout: ...
+
+
+def integers_only(entries: Sequence[Entry], format: str) -> list[Quantized]:
+    """The entries of a format that holds integers.
+
+    Raises:
+        BadRecipe: a weight that stays floating.
+    """
+    found = [(ref, kind) for ref, kind in entries if isinstance(kind, Scheme)]
+    if len(found) < len(entries):
+        raise BadRecipe(
+            f"--format {format} has no form for sparse weights that are not quantized as well; take --format dense."
+        )
+    return found
 
 
 def dense_tensors(ref: Ref, weight: CompressedWeight) -> dict[str, Tensor]:

@@ -42,7 +42,15 @@ from llmcomp import packing
 from llmcomp.errors import BadRecipe
 from llmcomp.experts import expert_shares
 from llmcomp.feeds import encoder_decoder
-from llmcomp.formats.base import Entry, Ref, dense_tensors, linears_of, made_when_alone
+from llmcomp.formats.base import (
+    Entry,
+    Quantized,
+    Ref,
+    dense_tensors,
+    integers_only,
+    linears_of,
+    made_when_alone,
+)
 from llmcomp.schemes import INT8_DYNAMIC, INT8_STATIC, Scheme
 from llmcomp.weights import INPUT_SCALE, CompressedWeight, QuantizedWeight
 
@@ -196,10 +204,14 @@ def layout(entries: Sequence[Entry], model: nn.Module | None = None) -> PackedLa
         model: may lie on meta; without it, its initialization is taken to be the usual one.
 
     Raises:
-        BadRecipe: activations that no reader of such a checkpoint would round, experts that are not all packed by
-            one symmetric scheme, or weights whose dtype a reader would change.
+        BadRecipe: sparse weights that are not quantized, activations that no reader of such a checkpoint would round,
+            experts that are not all packed by one symmetric scheme, or weights whose dtype a reader would change.
     """
     _check_widths(model)
+    return _layout(integers_only(entries, "compressed-tensors"), model)
+
+
+def _layout(entries: Sequence[Quantized], model: nn.Module | None) -> PackedLayout:
     transposed = any(ref.transposed for ref, _ in entries)
     passed = None if model is None else _passes_the_hook(model)
     _check_experts(entries, model)
@@ -247,7 +259,7 @@ def _check_widths(model: nn.Module | None) -> None:
         )
 
 
-def _check_experts(entries: Sequence[Entry], model: nn.Module | None) -> None:
+def _check_experts(entries: Sequence[Quantized], model: nn.Module | None) -> None:
     routed = set() if model is None else set(expert_shares(model))
     if routed:
         _refuse_activations(entries, "readers merge experts as they load them and forget about activations")
@@ -290,7 +302,7 @@ def _standard(scheme: Scheme, form: str = PACKED) -> Storage:
     return Storage(form, scheme.bits, strategy, scheme.group_size, scheme.symmetric, activations=scheme.activations)
 
 
-def _refuse_activations(entries: Sequence[Entry], reason: str) -> None:
+def _refuse_activations(entries: Sequence[Quantized], reason: str) -> None:
     if any(scheme.activations for _, scheme in entries):
         raise BadRecipe(f"--activations does not apply here: {reason}; leave it out.")
 
@@ -307,7 +319,7 @@ def _passes_the_hook(model: nn.Module) -> str | None:
     return "a model without a head" if getattr(model, "base_model", None) is model else None
 
 
-def _one_storage(entries: Sequence[Entry], transposed: bool, itemsize: int) -> PackedLayout:
+def _one_storage(entries: Sequence[Quantized], transposed: bool, itemsize: int) -> PackedLayout:
     """One storage for every weight, or every Conv1D where there are any, the one with the fewest bytes; the rest
     is dense. `itemsize`: bytes of a dense value."""
     packed = [entry for entry in entries if entry[0].transposed == transposed]
@@ -325,7 +337,7 @@ def _one_storage(entries: Sequence[Entry], transposed: bool, itemsize: int) -> P
     return min(candidates, key=lambda found: sum(found.nbytes(ref, itemsize) for ref, _ in packed))
 
 
-def _common(fits: Sequence[Entry], bits: int, transposed: bool) -> Storage | None:
+def _common(fits: Sequence[Quantized], bits: int, transposed: bool) -> Storage | None:
     """The storage that all of these fit in, their scales repeated to a common group; None without such a group."""
     symmetric = all(scheme.symmetric for _, scheme in fits)
     if not transposed and all(scheme.group_size is None for _, scheme in fits):
@@ -337,7 +349,7 @@ def _common(fits: Sequence[Entry], bits: int, transposed: bool) -> Storage | Non
 
 
 def _with(
-    storage: Storage, fits: Sequence[Entry], packed: Sequence[Entry], dense: Mapping[str, str], kind: str
+    storage: Storage, fits: Sequence[Quantized], packed: Sequence[Quantized], dense: Mapping[str, str], kind: str
 ) -> PackedLayout:
     names = {ref.name for ref, _ in fits}
     reason = f"transformers decodes all {kind} of a checkpoint by one scheme, here int{storage.bits}"

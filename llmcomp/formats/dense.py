@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llmcomp.errors import BadRecipe
 from llmcomp.formats.base import Entry, Ref, dense_tensors
+from llmcomp.schemes import Scheme
 from llmcomp.weights import CompressedWeight
 
 
@@ -40,6 +41,6 @@ def layout(entries: Sequence[Entry], model: nn.Module | None = None) -> DenseLay
     Raises:
         BadRecipe: activations are to be rounded, which a dense checkpoint cannot say.
     """
-    if any(scheme.activations for _, scheme in entries):
+    if any(isinstance(kind, Scheme) and kind.activations for _, kind in entries):
         raise BadRecipe("--format dense cannot say that activations are rounded; leave one of the two out.")
     return DenseLayout()

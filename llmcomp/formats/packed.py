@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llmcomp import native, packing
 from llmcomp.errors import BadRecipe
-from llmcomp.formats.base import Entry, Ref
+from llmcomp.formats.base import Entry, Ref, integers_only
 from llmcomp.schemes import INT8_STATIC, Scheme
 from llmcomp.weights import CompressedWeight, QuantizedWeight
 
@@ -49,9 +49,11 @@ def layout(entries: Sequence[Entry], model: nn.Module | None = None) -> NativeLa
     """The layout for any plan.
 
     Raises:
-        BadRecipe: inputs of an embedding are to be rounded, which are no numbers.
+        BadRecipe: sparse weights that are not quantized, or inputs of an embedding, which are no numbers, to be
+            rounded.
     """
-    for ref, scheme in entries:
+    quantized = integers_only(entries, "llmcomp")
+    for ref, scheme in quantized:
         if ref.role == "embeddings" and scheme.activations:
             raise BadRecipe(f"{ref.name} looks rows up, so it has no inputs to round; leave --activations out there.")
-    return NativeLayout({ref.name: scheme for ref, scheme in entries})
+    return NativeLayout({ref.name: scheme for ref, scheme in quantized})

@@ -225,12 +225,16 @@ def clear_scratch(scratch: Path) -> None:
         scratch.parent.rmdir()
 
 
-def default_output(model: str, method: str, bits: int, activations: str | None = None) -> Path:
-    """`./<model>-<method>-w<bits>` (w8a8 with activations), from a directory, a Hub id or a 'sample:' name."""
+def default_output(model: str, *steps: str) -> Path:
+    """`./<model>-<step>`, such as 'm-gptq-w4', from a directory, a Hub id or a 'sample:' name.
+
+    Args:
+        steps: what was done, as `llmcomp.recipe` sums steps up.
+    """
     stem = model.rstrip("/\\").replace(":", "-").replace("\\", "/").split("/")[-1]
     if stem in ("", ".", ".."):
         stem = Path(model).resolve().name or "model"
-    return Path(f"{stem}-{method}-w{bits}" + ("" if activations is None else "a8"))
+    return Path("-".join([stem, *steps]))
 
 
 def preflight(output: Path, overwrite: bool, nbytes: int) -> None:

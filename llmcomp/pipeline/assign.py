@@ -2,23 +2,95 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from llmcomp.adapters.base import Adapter, LinearRef
 from llmcomp.errors import BadRecipe
-from llmcomp.methods import AUTO, AUTO_ALONE, METHODS
-from llmcomp.recipe import ROLES, QuantizeStep, matches, override_for, scheme_for
+from llmcomp.formats import Kind
+from llmcomp.methods import AUTO, AUTO_ALONE, METHODS, SPARSE
+from llmcomp.methods.signround import Tuned
+from llmcomp.patterns import Pattern
+from llmcomp.recipe import ROLES, QuantizeStep, Step, matches, override_for, scheme_for
 from llmcomp.schemes import INT8_DYNAMIC, INT8_STATIC, Scheme
 
 
 @dataclass(frozen=True)
+class Pruning:
+    """Weights are removed by `pattern`, chosen by a method of SPARSE."""
+
+    pattern: Pattern
+    method: str
+
+
+@dataclass(frozen=True)
 class Task:
-    """What is to be done with one linear. `fallback`: why its scheme is not the one that was asked."""
+    """What is to be done with one linear.
+
+    Attributes:
+        scheme: of its integers; None where its values stay floating.
+        method: of METHODS where it has a scheme, else the pruning's.
+        fallback: why its scheme is not the one that was asked.
+        pruning: what is removed before its weights are rounded, or at once with that.
+    """
 
     ref: LinearRef
-    scheme: Scheme
+    scheme: Scheme | None
     method: str
     fallback: str | None = None
+    pruning: Pruning | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """As formats want it. Integers of which some were removed lie in files as integers."""
+        if self.scheme is not None:
+            return self.scheme
+        assert self.pruning is not None  # a task does something
+        return self.pruning.pattern
+
+    @property
+    def label(self) -> str:
+        """Such as '2:4 + int4 g128'."""
+        parts = (self.pruning.pattern.label if self.pruning else None, self.scheme.label if self.scheme else None)
+        return " + ".join(filter(None, parts))
+
+    @property
+    def methods(self) -> str:
+        """Such as 'sparsegpt + gptq'."""
+        removing = None if self.pruning is None or self.pruning.method == self.method else self.pruning.method
+        return " + ".join(filter(None, (removing, self.method)))
+
+    @property
+    def activations(self) -> str | None:
+        return None if self.scheme is None else self.scheme.activations
+
+    @property
+    def bits(self) -> int | None:
+        return None if self.scheme is None else self.scheme.bits
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs calibration data."""
+        pruned = self.pruning is not None and SPARSE[self.pruning.method].calibrated
+        return pruned or (self.scheme is not None and METHODS[self.method].calibrated)
+
+    @property
+    def factorizes(self) -> bool:
+        """Whether its Gram matrix is factorized."""
+        pruned = self.pruning is not None and SPARSE[self.pruning.method].factorizes
+        return pruned or (self.scheme is not None and METHODS[self.method].factorizes)
+
+    @property
+    def tune(self) -> Callable[..., Tuned] | None:
+        """As `Method.tune`."""
+        return None if self.scheme is None else METHODS[self.method].tune
+
+    @property
+    def scale(self) -> Callable[..., Tensor] | None:
+        """As `Method.scale`."""
+        return None if self.scheme is None else METHODS[self.method].scale
 
 
 @dataclass(frozen=True)
@@ -31,7 +103,7 @@ class Assignment:
     @property
     def calibrated(self) -> bool:
         """Whether any task needs calibration data."""
-        return any(METHODS[task.method].calibrated for task in self.tasks.values())
+        return any(task.calibrated for task in self.tasks.values())
 
 
 def assign(adapter: Adapter, step: QuantizeStep) -> Assignment:
@@ -41,23 +113,16 @@ def assign(adapter: Adapter, step: QuantizeStep) -> Assignment:
         BadRecipe: an unknown method, a target or override that matches nothing, nothing to do, or an explicit
             group size that divides no targeted width. All problems are said at once.
     """
-    problems = _unknown(adapter, step)
+    problems = unknown(adapter, step, ("auto", *METHODS))
     tasks: dict[str, Task] = {}
     left = dict(adapter.uncompressed)
     misfits: list[LinearRef] = []
     repeated = frozenset(block.index for block in adapter.blocks if block.applications > 1)
     for ref in adapter.refs:
-        override = override_for(step, ref.name, ref.role, ref.block)
-        targeted = any(matches(target, ref.name, ref.role, ref.block) for target in step.targets)
-        asked_for = override is not None and not override.skip
-        if not targeted and not asked_for:
-            left[ref.name] = f"{ref.role} not targeted"
-        elif override is not None and override.skip:
-            left[ref.name] = f"skipped by the recipe ({override.target})"
-        else:
-            task = _task(ref, step, misfits, problems, repeated)
-            if task is not None:
-                tasks[ref.name] = task
+        if (why := left_out(step, ref)) is not None:
+            left[ref.name] = why
+        elif (task := _task(ref, step, misfits, problems, repeated)) is not None:
+            tasks[ref.name] = task
     problems += _untunable(adapter, tasks)
     if not tasks and not problems:
         problems.append("the recipe's targets and overrides leave nothing to quantize")
@@ -77,6 +142,15 @@ def assign(adapter: Adapter, step: QuantizeStep) -> Assignment:
     if problems:
         raise BadRecipe(f"The recipe does not fit {adapter.architecture}: " + "; ".join(problems) + ".")
     return made
+
+
+def left_out(step: Step, ref: LinearRef) -> str | None:
+    """Why a step leaves a linear alone; None where it does not."""
+    override = override_for(step, ref.name, ref.role, ref.block)
+    if override is not None:
+        return f"skipped by the recipe ({override.target})" if override.skip else None
+    targeted = any(matches(target, ref.name, ref.role, ref.block) for target in step.targets)
+    return None if targeted else f"{ref.role} not targeted"
 
 
 def _task(
@@ -127,7 +201,7 @@ def _placed(ref: LinearRef, scheme: Scheme, method: str, step: QuantizeStep, mis
 
 def _untunable(adapter: Adapter, tasks: dict[str, Task]) -> list[str]:
     """Why blocks cannot be tuned as a whole, where a method wants that."""
-    tuned = {name: task for name, task in tasks.items() if METHODS[task.method].tune is not None}
+    tuned = {name: task for name, task in tasks.items() if task.tune is not None}
     if not tuned:
         return []
     methods = "/".join(dict.fromkeys(task.method for task in tuned.values()))
@@ -139,20 +213,20 @@ def _untunable(adapter: Adapter, tasks: dict[str, Task]) -> list[str]:
             f"{methods} learns from what a block gives, and this model runs one block {runs} times in a row; take "
             f"{AUTO_ALONE}"
         )
-    if any(task.scheme.activations for task in tuned.values()):
+    if any(task.activations for task in tuned.values()):
         problems.append(f"{methods} cannot learn where linears round their inputs, too; take {AUTO_ALONE}")
-    scaled = next((task.method for task in tasks.values() if METHODS[task.method].scale is not None), None)
+    scaled = next((task.method for task in tasks.values() if task.scale is not None), None)
     if scaled is not None:
         problems.append(f"{scaled} scales inputs while {methods} keeps the block as it is; take one of them for all")
     return problems
 
 
-def _unknown(adapter: Adapter, step: QuantizeStep) -> list[str]:
+def unknown(adapter: Adapter, step: Step, methods: Collection[str]) -> list[str]:
     """Methods that do not exist, targets and overrides that match nothing."""
     problems = []
     for method in dict.fromkeys([step.method, *(o.method for o in step.overrides if o.method)]):
-        if method not in METHODS and method != "auto":
-            problems.append(f"method '{method}' is not one of auto, {', '.join(METHODS)}")
+        if method not in methods:
+            problems.append(f"method '{method}' is not one of {', '.join(methods)}")
     for target in dict.fromkeys([*step.targets, *(o.target for o in step.overrides)]):
         if not any(matches(target, ref.name, ref.role, ref.block) for ref in adapter.refs):
             hint = f"; roles are {', '.join(ROLES)}" if target not in ROLES else ""

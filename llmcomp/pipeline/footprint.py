@@ -12,7 +12,6 @@ from dataclasses import replace
 
 from llmcomp.adapters.base import Adapter, Block, LinearRef
 from llmcomp.matmul import switch_is_exact
-from llmcomp.methods import METHODS
 from llmcomp.pipeline.assign import Task
 from llmcomp.pipeline.job import Plan
 from llmcomp.pipeline.terms import Footprint, Lanes, MemoryTerms
@@ -81,7 +80,7 @@ def _within(
         places = _places(adapter, block, stages, lanes, size, look)
         follow = _surveyed if block.applications > 1 else _calibrated
         waits = [place.parked for place in places]
-        if any(METHODS[task.method].tune is not None for stage in stages for task in stage):
+        if any(task.tune is not None for stage in stages for task in stage):
             target = FLOAT * lanes.tokens * block.linears[0].in_features
             places = [replace(place, parked=place.parked + target) for place in places]
             waits = [place.parked for place in places]
@@ -126,7 +125,7 @@ def _kernels(stages: Sequence[Sequence[Task]], ranks: int) -> int:
         return 0  # products go to MKL, which compiles none
     shapes: set[tuple[int, ...]] = set()
     for stage in stages:
-        if not METHODS[stage[0].method].factorizes:
+        if not stage[0].factorizes:
             continue
         columns = stage[0].ref.in_features
         rows = -(-sum(task.ref.out_features for task in stage) // ranks)
@@ -209,7 +208,7 @@ def _learning(
 ) -> Iterator[tuple[str, MemoryTerms]]:
     """All weights of the block have a start and are tuned together, while the lanes wait behind it."""
     tasks = [task for stage in stages for task in stage]
-    tuned = [task for task in tasks if METHODS[task.method].tune is not None]
+    tuned = [task for task in tasks if task.tune is not None]
     weights = sum(task.ref.weights for task in tuned)
     size = itemsize[f"{tuned[0].ref.name}.weight"]
     state = adapter.model.state_dict()
@@ -223,7 +222,7 @@ def _learning(
         f"tuning {block.name}",
         MemoryTerms(
             values=weights, installed=sum(task.ref.weights for task in tasks) * size,
-            packed=sum(plan.layout.nbytes(task.ref, size) for task in tasks if METHODS[task.method].tune is None),
+            packed=sum(plan.layout.nbytes(task.ref, size) for task in tasks if task.tune is None),
             parked=min(budget, lanes.count * places[-2].parked), held=lanes.count * places[0].held,
             learning=rounding + backward + look.graph(block, lanes.rows, lanes.length),
         ),
@@ -292,13 +291,13 @@ def _solving(stage: Sequence[Task], size: int, ranks: int) -> tuple[dict[str, in
     columns = stage[0].ref.in_features
     rows = -(-weights // columns // ranks)
     method = _SEARCH_WEIGHTS * _SEARCH_BYTES
-    if METHODS[stage[0].method].factorizes:
+    if stage[0].factorizes:
         chunk = min(rows, max(64, _SWEEP_WEIGHTS // columns)) * columns
         method = max(method, chunk * _SWEEP_BYTES, FLOAT * columns * _TILE)
-    elif METHODS[stage[0].method].calibrated:
+    elif stage[0].calibrated:
         method = max(method, min(rows, _LOSS_ROWS) * columns * _LOSS_BYTES)
     stacked = rows * columns * size if len(stage) > 1 else 0
-    if any(METHODS[task.method].scale is not None for task in stage):
+    if any(task.scale is not None for task in stage):
         stacked += weights * size  # a scaled copy
         method = max(method, min(rows, _SCALED_ROWS) * columns * _SCALED_BYTES)
     values = weights
@@ -328,7 +327,7 @@ def _alone(
 ) -> Iterator[tuple[str, MemoryTerms]]:
     """Embeddings or head as a stage of their own."""
     solving, decoded = _solving([task], size, ranks)
-    gram = FLOAT * ref.in_features**2 if METHODS[task.method].calibrated else 0
+    gram = FLOAT * ref.in_features**2 if task.calibrated else 0
     yield f"solving {ref.name}", MemoryTerms(statistics=gram, **solving)
     packed = plan.layout.nbytes(ref, size)
     yield f"decoding {ref.name}", MemoryTerms(values=solving["values"], installed=2 * decoded, packed=packed)

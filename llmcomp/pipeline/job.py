@@ -20,13 +20,14 @@ from llmcomp.errors import BadData, BadRecipe
 from llmcomp.feeds import around, composite, vocabulary
 from llmcomp.formats import FORMATS, Layout, broken_ties
 from llmcomp.measure.inputs import max_positions
-from llmcomp.methods import AUTO, AUTO_ALONE
+from llmcomp.methods import AUTO, AUTO_ALONE, SPARSE
 from llmcomp.pipeline import feeding
-from llmcomp.pipeline.assign import Assignment, assign
+from llmcomp.pipeline.assign import Assignment
 from llmcomp.pipeline.solve import method_config
+from llmcomp.pipeline.sparsifying import assign_steps
 from llmcomp.progress import Progress
 from llmcomp.ranks import ALONE, World
-from llmcomp.recipe import FIXED, QuantizeStep, Recipe
+from llmcomp.recipe import FIXED, QuantizeStep, Recipe, build
 from llmcomp.report.schema import LayerReport
 
 TOKENS_PER_BATCH = 1024  # of one forward; more gains little speed and costs memory
@@ -56,10 +57,10 @@ class Data:
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe met with a source: the step, what it does to each linear, and how that is stored. `whole`: not by
-    the loop over blocks, but by transformers, from the whole model (`pipeline.whole`)."""
+    """A recipe met with a source: what it does to each linear, and how that is stored. `whole`: not by the loop over
+    blocks, but by transformers, from the whole model (`pipeline.whole`)."""
 
-    step: QuantizeStep
+    recipe: Recipe
     assignment: Assignment
     layout: Layout
     ties: Mapping[str, str]
@@ -75,7 +76,7 @@ class Job:
         adapter: structure, its model's parameters on meta.
         binding: where the parameters lie in the source.
         assignment: what is done with each linear.
-        options: settings of the recipe's method.
+        options, pruning: settings of the methods that quantize and that remove weights.
         layout: how compressed weights are stored.
         ties: {name: name it shares storage with} in the checkpoint that is written.
         batches: inputs of the model for calibration.
@@ -100,6 +101,7 @@ class Job:
     world: World = ALONE
     seed: int = 0
     device: torch.device = CPU
+    pruning: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -140,16 +142,16 @@ def plan_recipe(recipe: Recipe, adapter: Adapter) -> Plan:
     Raises:
         BadRecipe: it does not fit; all problems at once.
     """
-    if len(recipe.steps) != 1:
-        raise BadRecipe(f"A recipe has one step so far, this one has {len(recipe.steps)}.")
     if recipe.format not in FORMATS:
         raise BadRecipe(f"Format '{recipe.format}' is not one of {', '.join(FORMATS)}.")
-    step = recipe.steps[0]
-    asked = replace(step, **_AS_ROUNDING) if recipe.format in FIXED else step
-    assignment = assign(adapter, asked)
-    for method in _asked_methods(asked, assignment):
-        method_config(method, asked.options)
-    entries = [(task.ref, task.scheme) for task in assignment.tasks.values()]
+    asked = _grids_apart(recipe)
+    assignment = assign_steps(adapter, asked.steps)
+    if asked.quantizing is not None:
+        for method in _asked_methods(asked.quantizing, assignment):
+            method_config(method, asked.quantizing.options)
+    if asked.sparsifying is not None:
+        build(SPARSE[asked.sparsifying.method].config, asked.sparsifying.options, "options of the step to sparsify")
+    entries = [(task.ref, task.kind) for task in assignment.tasks.values()]
     layout = FORMATS[recipe.format](entries, adapter.model)
     packed = [ref.name for ref, _ in entries if ref.name not in layout.dense]
     broken = broken_ties(adapter.ties, [ref.name for ref, _ in entries])
@@ -157,14 +159,21 @@ def plan_recipe(recipe: Recipe, adapter: Adapter) -> Plan:
     left = {**assignment.left, **{name: f"stored dense: {why}" for name, why in layout.dense.items()}}
     if not packed and layout.dense:
         left = assignment.left
-    return Plan(step, Assignment(assignment.tasks, left), layout, ties, bool(broken), recipe.format in FIXED)
+    return Plan(recipe, Assignment(assignment.tasks, left), layout, ties, bool(broken), recipe.format in FIXED)
+
+
+def _grids_apart(recipe: Recipe) -> Recipe:
+    """The recipe with steps of a format that is a grid of its own as assignment sees them."""
+    if recipe.format not in FIXED:
+        return recipe
+    return replace(recipe, steps=tuple(replace(step, **_AS_ROUNDING) for step in recipe.steps))
 
 
 def _asked_methods(step: QuantizeStep, assignment: Assignment) -> list[str]:
     """Whose settings the step's options are: of its method, or of what `auto` takes at its width."""
     if step.method != "auto":
         return [step.method]
-    found = {task.method: None for task in assignment.tasks.values() if task.scheme.bits == step.bits}
+    found = {task.method: None for task in assignment.tasks.values() if task.bits == step.bits}
     return [AUTO[step.bits] if AUTO[step.bits] in found else AUTO_ALONE]
 
 

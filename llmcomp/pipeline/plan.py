@@ -19,7 +19,7 @@ from llmcomp.pipeline.job import Plan, plan_recipe
 from llmcomp.pipeline.terms import Lanes, MemoryTerms
 from llmcomp.pipeline.timing import Rates, measure_rates, seconds
 from llmcomp.pipeline.waiting import Look
-from llmcomp.recipe import Calibration, Recipe
+from llmcomp.recipe import Calibration, QuantizeStep, Recipe, pattern_for
 from llmcomp.schemes import INT8_STATIC
 from llmcomp.weights import QuantizedWeight
 
@@ -32,7 +32,7 @@ class Row:
     """What one method at one width would cost.
 
     Attributes:
-        bits: of the step; overrides keep their own.
+        bits: of the step that quantizes, None without one; overrides keep their own.
         bytes_after: weight files with their headers.
         peak_memory: anonymous resident bytes of compressing and saving over those after imports, of each rank.
         moment, terms: when the peak is, and of what it is made.
@@ -45,7 +45,7 @@ class Row:
     """
 
     method: str
-    bits: int
+    bits: int | None
     bytes_after: int
     peak_memory: int
     moment: str
@@ -104,14 +104,15 @@ def prospect(
     dtype = adapter.model.dtype
     assert isinstance(dtype, torch.dtype)
     rates = measure_rates(dtype)
-    step = recipe.steps[0]
     look = Look(adapter)
     own = row(adapter, recipe, calibration, activation_memory, rates, look, ranks)
     rows, planned = [own], plan_recipe(recipe, adapter)
     _check_ranks(recipe, planned, ranks)
     unfit: dict[str, str] = {}
-    for width in () if planned.whole else bits:  # there is nothing to choose
+    step = recipe.quantizing
+    for width in () if step is None or planned.whole or len(recipe.steps) > 1 else bits:  # there is nothing to choose
         for method, entry in METHODS.items():
+            assert step is not None  # else there is no width
             possible = entry.calibrated or step.activations != INT8_STATIC
             if possible and (method, width) != (own.method, step.bits):
                 options = step.options if method == own.method else {}
@@ -161,7 +162,7 @@ def row(
     Raises:
         BadRecipe: it does not fit the model.
     """
-    plan, step = plan_recipe(recipe, adapter), recipe.steps[0]
+    plan, step = plan_recipe(recipe, adapter), recipe.quantizing
     lanes = Lanes.of(calibration.samples, calibration.sequence_length, ranks)
     if encoder_decoder(adapter.model) and adapter.sample_tokens is None:
         lanes = replace(lanes, length=-(-lanes.length // 2))  # a window is read by two chains, half by each
@@ -173,15 +174,14 @@ def row(
     tasks = plan.assignment.tasks
     fallbacks = {name: task.fallback for name, task in tasks.items() if task.fallback}
     fallbacks |= {name: f"stored dense: {why}" for name, why in plan.layout.dense.items()}
-    calibrated = {name for name, task in tasks.items() if METHODS[task.method].calibrated}
+    calibrated = {name for name, task in tasks.items() if task.calibrated}
     stages = [stage for block in adapter.blocks for stage in block.stages]
     passes = sum(any(ref.name in calibrated for ref in stage) for stage in stages)
     if adapter.head is not None and adapter.head.name in calibrated:
         passes += 1
-    taken = dict.fromkeys(task.method for task in tasks.values() if task.scheme.bits == step.bits)
     return Row(
-        method=next(iter(taken), step.method) if step.method == "auto" else step.method,
-        bits=step.bits,
+        method=_method(recipe, plan),
+        bits=None if step is None else step.bits,
         bytes_after=after,
         peak_memory=found.terms.total,
         moment=found.moment,
@@ -193,6 +193,18 @@ def row(
         fallbacks=fallbacks,
         asked=True,
     )
+
+
+def _method(recipe: Recipe, plan: Plan) -> str:
+    """The methods of the recipe's steps; for `auto` what it takes at the step's width."""
+    said = []
+    for step in recipe.steps:
+        method = step.method
+        if isinstance(step, QuantizeStep) and method == "auto":
+            found = (task.method for task in plan.assignment.tasks.values() if task.bits == step.bits)
+            method = next(found, method)
+        said.append(method if isinstance(step, QuantizeStep) else f"{method} {pattern_for(step, None).label}")
+    return " + ".join(said)
 
 
 def bytes_after(adapter: Adapter, plan: Plan, stored: Collection[str] | None = None) -> int:
@@ -220,7 +232,7 @@ def header_bytes(adapter: Adapter, plan: Plan) -> int:
         entries = {name: tensor}
         if leaf == "weight" and module in tasks:
             ref = tasks[module].ref
-            kind = (tuple(tensor.shape), ref.role, tasks[module].scheme, module in plan.layout.dense, tensor.dtype)
+            kind = (tuple(tensor.shape), ref.role, tasks[module].kind, module in plan.layout.dense, tensor.dtype)
             if kind not in alike:
                 alike[kind] = module, _on_meta(plan, module, tensor.dtype)
             first, found = alike[kind]
@@ -235,11 +247,14 @@ def header_bytes(adapter: Adapter, plan: Plan) -> int:
 def _on_meta(plan: Plan, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors that the format would write for a weight, without values."""
     task = plan.assignment.tasks[module]
-    shape, groups = (task.ref.out_features, task.ref.in_features), task.scheme.groups(task.ref.in_features)
+    shape = (task.ref.out_features, task.ref.in_features)
+    if task.scheme is None:  # which no format packs
+        return {f"{module}.weight": torch.empty(shape, dtype=dtype, device="meta")}
+    groups = task.scheme.groups(task.ref.in_features)
     values = torch.empty(shape, dtype=torch.int8, device="meta")
     scale = torch.empty(shape[0], groups, dtype=dtype, device="meta")
     zero = None if task.scheme.symmetric else torch.empty(shape[0], groups, dtype=torch.int8, device="meta")
-    inputs = scale[0, :1] if task.scheme.activations == INT8_STATIC else None
+    inputs = scale[0, :1] if task.activations == INT8_STATIC else None
     return plan.layout.tensors(task.ref, QuantizedWeight(values, scale, zero, task.scheme, inputs))
 
 

@@ -37,7 +37,7 @@ class Ranges:
         handles = [
             quantize_inputs(module, self._static(name) if self._is_static(name) else quantized)
             for name, module in linears.items()
-            if self._tasks[name].scheme.activations
+            if self._tasks[name].activations
         ]
         try:
             yield
@@ -64,7 +64,7 @@ class Ranges:
             self._scales[ref.name] = read(f"{ref.name}.{INPUT_SCALE}")
 
     def _is_static(self, name: str) -> bool:
-        return self._tasks[name].scheme.activations == INT8_STATIC
+        return self._tasks[name].activations == INT8_STATIC
 
     def _static(self, name: str) -> Callable[[Tensor], Tensor]:
         def rounded(inputs: Tensor) -> Tensor:

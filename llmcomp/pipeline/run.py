@@ -261,7 +261,7 @@ class Compression:
         written = {f"{ref.name}.weight" for ref in (self._job.adapter.embeddings, head) if ref and ref.name in tasks}
         self._write("outside", [name for name in self._params.outside if name not in written])
         layout = self._job.layout
-        packed = {name: task.scheme.label for name, task in tasks.items() if name not in layout.dense}
+        packed = {name: task.label for name, task in tasks.items() if name not in layout.dense}
         witness.save(
             self._evidence,
             compressed=packed if layout.config(self._job.adapter.model) else {},
@@ -315,7 +315,7 @@ class Compression:
                 weights = [(weight * scaled.factor).to(weight.dtype) for weight in weights]
                 stats.scale_(scaled.factor)
             self._ranges.find(refs, stats, weights[0])
-            solved = solve_stage(tasks, weights, stats, self._job.options, self._world)
+            solved = solve_stage(tasks, weights, stats, self._job.options, self._world, self._job.pruning)
             del weights, stats
         with self._timed("save"):
             while solved:

@@ -26,7 +26,6 @@ from llmcomp.adapters.base import Adapter, Block, LinearRef
 from llmcomp.adapters.folds import SHIFTS, Fold, folds
 from llmcomp.calibration.stats import InputStats
 from llmcomp.formats.base import divide_rows
-from llmcomp.methods import METHODS
 from llmcomp.methods.smoothquant import search_migration
 from llmcomp.pipeline.assign import Task
 from llmcomp.pipeline.residency import Residency
@@ -131,11 +130,13 @@ class Scaling:
 
     def _search(self, task: Task) -> Callable[..., Tensor] | None:
         """How scales are chosen for what this linear reads: (weights, schemes, stats, channels) → [in]."""
-        if task.scheme.activations == INT8_STATIC:
+        if task.activations == INT8_STATIC:
             return search_migration
-        scale = METHODS[task.method].scale
+        scale = task.scale
+        if scale is None:
+            return None
         options = self._options if method_has(task.method, self._options) else {}
-        return None if scale is None else partial(scale, config=method_config(task.method, options))
+        return partial(scale, config=method_config(task.method, options))
 
     def use(self, refs: Sequence[LinearRef], scaled: Scaled) -> None:
         """From now on these linears divide what they read."""

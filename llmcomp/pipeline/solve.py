@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor
 
 from llmcomp.calibration.stats import InputStats
 from llmcomp.formats import Layout
-from llmcomp.methods import METHODS
-from llmcomp.methods.solution import Solution
+from llmcomp.methods import METHODS, SPARSE
+from llmcomp.methods.solution import Solution, sampled_row_losses
 from llmcomp.pipeline.assign import Task
 from llmcomp.ranks import ALONE, World
 from llmcomp.recipe import build
 from llmcomp.report.schema import LayerReport
+from llmcomp.weights import QuantizedWeight, SparseWeight
 
 
 @dataclass(frozen=True)
@@ -31,38 +33,40 @@ class Solved:
     learned: tuple[float, float] | None = None
 
 
-def method_config(method: str, options: dict[str, Any]) -> Any:
+def method_config(method: str, options: Mapping[str, Any]) -> Any:
     """The method's own config from a recipe's options.
 
     Raises:
         BadRecipe: an option that the method does not have.
     """
-    return build(METHODS[method].config, options, f"options of {method}")
+    return build(METHODS[method].config, dict(options), f"options of {method}")
 
 
 def solve_stage(
-    tasks: Sequence[Task], weights: Sequence[Tensor], stats: InputStats | None, options: dict[str, Any],
-    world: World = ALONE,
+    tasks: Sequence[Task], weights: Sequence[Tensor], stats: InputStats | None, options: Mapping[str, Any],
+    world: World = ALONE, pruning: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Solved]:
-    """Compress weights [out, in] that read the same input; those alike in scheme and method are stacked.
+    """Compress weights [out, in] that read the same input; those that are treated alike are stacked.
 
     Rows do not depend on each other once the statistics are known, so each rank solves an equal part of the stack
     (linears dealt whole would leave ranks idle: a stage often has one), and all get all of it.
+
+    Args:
+        options, pruning: settings of the methods that quantize and that remove weights.
     """
     tasks = [_affordable(task, stats) for task in tasks]
     if stats is not None and not stats.tokens:
         stats = None  # an expert that nothing has reached: no error to state either
-    groups: dict[tuple[Any, str], list[int]] = {}
+    groups: dict[Any, list[int]] = {}
     for position, task in enumerate(tasks):
-        groups.setdefault((task.scheme, task.method), []).append(position)
+        alone = position if _competes(task) else None
+        groups.setdefault((task.scheme, task.method, task.pruning, alone), []).append(position)
     results: list[Solved | None] = [None] * len(tasks)
-    for (scheme, method), members in groups.items():
+    for members in groups.values():
         began = time.perf_counter()
         rows = sum(weights[member].shape[0] for member in members)
         stacked = _stack([weights[member] for member in members], world.rows(rows))
-        entry = METHODS[method]
-        config = method_config(method, options if method_has(method, options) else {})
-        solution = _joined(entry.function(stacked, stats, scheme, stacked.dtype, config), rows, world)
+        solution = _joined(_solution(tasks[members[0]], stacked, stats, options, pruning), rows, world)
         seconds = time.perf_counter() - began
         start = 0
         for member in members:
@@ -71,6 +75,48 @@ def solve_stage(
             results[member] = Solved(tasks[member], solution.rows(start, stop), share)
             start = stop
     return [result for result in results if result is not None]
+
+
+def _competes(task: Task) -> bool:
+    """Whether rows of its weight compete for what is kept, so that another weight's must not join them."""
+    pruning = task.pruning
+    return pruning is not None and pruning.pattern.group is None and not SPARSE[pruning.method].by_row
+
+
+def _solution(
+    task: Task, weight: Tensor, stats: InputStats | None, options: Mapping[str, Any], pruning: Mapping[str, Any]
+) -> Solution:
+    """What the task's methods make of rows of a weight.
+
+    SparseGPT and GPTQ are one sweep. After another method GPTQ rounds what that has left, under its mask and from the
+    same statistics; what else rounds needs no mask, since zero lies on every grid.
+    """
+    if task.pruning is None:
+        return _quantized(task, weight, stats, options)
+    pattern, removing = task.pruning.pattern, SPARSE[task.pruning.method]
+    if task.method == "gptq" and task.pruning.method == "sparsegpt":
+        return _quantized(task, weight, stats, options, pattern=pattern)
+    own = pruning if set(pruning) <= set(removing.config.__dataclass_fields__) else {}
+    config = build(removing.config, dict(own), f"options of {task.pruning.method}")
+    sparse = removing.function(weight, stats, pattern, weight.dtype, config)
+    if task.scheme is None:
+        return sparse
+    left = sparse.weight
+    assert isinstance(left, SparseWeight)  # as methods that remove weights give
+    mask = {"pattern": pattern, "mask": left.mask} if task.method == "gptq" else {}
+    found = _quantized(task, left.dense(), stats, options, **mask)
+    rounded = found.weight
+    assert isinstance(rounded, QuantizedWeight)  # as methods that quantize give
+    errors, norms = sampled_row_losses(weight, rounded, stats)  # of the source's weight, not of what was left
+    rounded = replace(rounded, pattern=pattern, mask=left.mask)
+    return replace(found, weight=rounded, row_error=errors, row_norm=norms)
+
+
+def _quantized(
+    task: Task, weight: Tensor, stats: InputStats | None, options: Mapping[str, Any], **mask: Any
+) -> Solution:
+    config = method_config(task.method, options if method_has(task.method, options) else {})
+    return METHODS[task.method].function(weight, stats, task.scheme, weight.dtype, config, **mask)
 
 
 def _stack(weights: Sequence[Tensor], wanted: slice) -> Tensor:
@@ -102,16 +148,22 @@ def _affordable(task: Task, stats: InputStats | None) -> Task:
     matrix as a weighting is better there, and GPTQ is better from one token a column on.
     """
     routed, width = task.ref.share < 1, task.ref.in_features
-    if stats is None or not routed or not METHODS[task.method].calibrated or stats.tokens >= width:
+    if stats is None or not routed or not task.calibrated or stats.tokens >= width:
         return task
-    method = "rtn-clip" if stats.tokens else "rtn"
-    if method == task.method:
+    humbler, methods = task, []
+    if task.pruning is not None:
+        methods.append("wanda" if stats.tokens else "magnitude")
+        humbler = replace(task, method=methods[0], pruning=replace(task.pruning, method=methods[0]))
+    if task.scheme is not None:
+        methods.append("rtn-clip" if stats.tokens else "rtn")
+        humbler = replace(humbler, method=methods[-1])
+    if humbler == task:
         return task
-    why = f"{stats.tokens} calibration tokens reached this expert, fewer than its width {width}: {method}"
-    return replace(task, method=method, fallback="; ".join(filter(None, (task.fallback, why))))
+    why = f"{stats.tokens} calibration tokens reached this expert, fewer than its width {width}: {', '.join(methods)}"
+    return replace(humbler, fallback="; ".join(filter(None, (task.fallback, why))))
 
 
-def method_has(method: str, options: dict[str, Any]) -> bool:
+def method_has(method: str, options: Mapping[str, Any]) -> bool:
     """Whether the options are this method's: those of a step's main method do not reach an override's."""
     return set(options) <= set(METHODS[method].config.__dataclass_fields__)
 
@@ -122,7 +174,7 @@ def layer_report(solved: Solved, layout: Layout, itemsize: int, scaling: str | N
     Args:
         itemsize: bytes of one value of the source's weight. scaling: what is said of its inputs' scale.
     """
-    ref, solution, scheme = solved.task.ref, solved.solution, solved.task.scheme
+    ref, solution = solved.task.ref, solved.solution
     error = None
     if solution.row_error is not None and solution.row_norm is not None:
         norm = float(solution.row_norm.nansum())
@@ -134,8 +186,8 @@ def layer_report(solved: Solved, layout: Layout, itemsize: int, scaling: str | N
         block=ref.block,
         role=ref.role,
         shape=(ref.out_features, ref.in_features),
-        scheme=scheme.label + (" stored dense" if stored_dense else ""),
-        method=solved.task.method,
+        scheme=solved.task.label + (" stored dense" if stored_dense else ""),
+        method=solved.task.methods,
         bytes_before=ref.weights * itemsize,
         bytes_after=layout.nbytes(ref, itemsize),
         error=error,

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 
 from llmcomp.adapters.base import Adapter, Block
 from llmcomp.matmul import WideProducts, fast_matmul
-from llmcomp.methods import METHODS
 from llmcomp.methods._grid import SEARCH
 from llmcomp.pipeline.assign import Task
 from llmcomp.pipeline.job import Plan
@@ -86,7 +85,7 @@ def seconds(
     for ref in (adapter.embeddings, adapter.head):
         if ref is not None and ref.name in tasks:
             task = tasks[ref.name]
-            total += _stage([task], share if METHODS[task.method].calibrated else 0, rates, ranks)
+            total += _stage([task], share if task.calibrated else 0, rates, ranks)
     state = adapter.model.state_dict()
     return total + sum(value.numel() * value.element_size() for value in state.values()) / _STORED_BYTES
 
@@ -95,10 +94,11 @@ def _learning(block: Block, plan: Plan, tokens: float, lane: float, length: floa
     """Tuning a block as a whole, 0 where nothing is. tokens, lane, length: this rank's share of all, of one batch of
     calibration, of a window in a step's batch."""
     tasks = [plan.assignment.tasks[ref.name] for ref in block.linears if ref.name in plan.assignment.tasks]
-    tuned = [task for task in tasks if METHODS[task.method].tune is not None]
+    tuned = [task for task in tasks if task.tune is not None]
     if not tuned:
         return 0.0
-    config = method_config(tuned[0].method, plan.step.options if method_has(tuned[0].method, plan.step.options) else {})
+    options = plan.recipe.quantizing.options if plan.recipe.quantizing is not None else {}
+    config = method_config(tuned[0].method, options if method_has(tuned[0].method, options) else {})
     computed = sum(ref.weights * ref.share for ref in block.linears)
     batch = min(float(tokens), max(lane, float(config.batch_size * length)))
     return (
@@ -115,14 +115,17 @@ def _stage(stage: list[Task], tokens: float, rates: Rates, ranks: int) -> float:
     total = tokens * stage[0].ref.share * float(columns) ** 2 / rates.exact
     for task in stage:
         share = task.ref.weights / ranks
-        shrinks, refinements = SEARCH[task.scheme.bits] if METHODS[task.method].calibrated else ((1.0,), 0)
+        if task.scheme is None:
+            total += share * _SEARCH_PASSES / rates.elements  # scores, and the least of each group
+            continue
+        shrinks, refinements = SEARCH[task.scheme.bits] if task.calibrated else ((1.0,), 0)
         candidates = len(shrinks) * (2 if task.scheme.symmetric else 1) + 2 * refinements
         total += share * candidates * _SEARCH_PASSES / rates.elements
-    if METHODS[stage[0].method].factorizes:
+    if stage[0].factorizes:
         total += float(columns) ** 3 / 3 / (rates.exact / 2)  # small blocks run at half the rate
         total += 3 * weights * columns / rates.exact  # the sweep's products and two quadratic forms
         total += weights * _COLUMN_PASSES / rates.elements
-    elif METHODS[stage[0].method].calibrated:
+    elif stage[0].calibrated:
         total += 4 * weights * columns / rates.exact  # e'He and w'Hw
     if ranks > 1:  # half of the float32 Gram matrix goes round twice, integers once
         total += ((4.0 * columns**2 if tokens else 0) + weights * ranks) / _LINK

@@ -78,7 +78,7 @@ class Tuning:
     ) -> None:
         self._adapter, self._params, self._options, self._seed = adapter, params, options, seed
         self._parking, self._world = parking, world
-        learning = {task.ref.block for task in tasks.values() if METHODS[task.method].tune is not None}
+        learning = {task.ref.block for task in tasks.values() if task.tune is not None}
         self._waiting = {block.name for block in adapter.blocks if block.index in learning}
         self._order = {block.name: block.index for block in adapter.blocks}
         self._calls: list[Call] = []
@@ -132,7 +132,7 @@ class Tuning:
         Args:
             weight: the source's, [out, in].
         """
-        learns = METHODS[solved.task.method].tune is not None and solved.task.ref.block is not None
+        learns = solved.task.tune is not None and solved.task.ref.block is not None
         if learns:
             self._starts[solved.task.ref.name] = (solved, weight)
         return learns

@@ -37,6 +37,7 @@ from llmcomp.pipeline.plan import bytes_after
 from llmcomp.pipeline.residency import check_finite
 from llmcomp.pipeline.streaming import streamed
 from llmcomp.progress import Progress
+from llmcomp.recipe import FIXED
 from llmcomp.report.schema import LayerReport
 
 
@@ -136,7 +137,7 @@ class Conversion:
             role=ref.role,
             shape=(ref.out_features, ref.in_features),
             scheme=self._layout.kind.label,
-            method=self._plan.step.method,
+            method=FIXED[self._plan.recipe.format]["method"],
             bytes_before=ref.weights * itemsize,
             bytes_after=self._layout.nbytes(ref, itemsize),
             error=error,

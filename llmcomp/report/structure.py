@@ -83,7 +83,7 @@ def structure(
     stages = {
         ref.name: n for block in adapter.blocks for n, stage in enumerate(block.stages) for ref in stage
     }
-    layout = FORMATS[format]([(task.ref, task.scheme) for task in assignment.tasks.values()], adapter.model)
+    layout = FORMATS[format]([(task.ref, task.kind) for task in assignment.tasks.values()], adapter.model)
     untied = broken_ties(binding.ties, set(assignment.tasks) - set(layout.dense))
     items = tuple(
         _item(ref, stages.get(ref.name), assignment, layout, binding, f"{ref.name}.weight" in untied)
@@ -146,7 +146,7 @@ def _item(
         dtype=str(info.dtype).removeprefix("torch."),
         bytes_before=before,
         bytes_after=layout.nbytes(ref, itemsize) if compressed else after,
-        scheme=task.scheme.label if task is not None and compressed else None,
+        scheme=task.label if task is not None and compressed else None,
         reason=f"{why}; {'no longer shares' if untied else 'shares'} its storage with {tied}"
         if tied and not compressed
         else why,

@@ -20,7 +20,7 @@ from tiny import tiny
 
 import llmcomp
 from llmcomp.adapters.discover import discover, skeleton
-from llmcomp.api import QuantizeResult
+from llmcomp.api import CompressResult
 from llmcomp.cli.main import main
 from llmcomp.measure.run import Settings
 from llmcomp.methods import METHODS
@@ -41,7 +41,7 @@ def options_of(method: str) -> dict[str, int]:
     return {} if METHODS[method].tune is None else LEARNED
 
 
-def sample(method: str, device: str, output: Path, **step: object) -> QuantizeResult:
+def sample(method: str, device: str, output: Path, **step: object) -> CompressResult:
     made = QuantizeStep(method=method, options=options_of(method), **step)  # type: ignore[arg-type]
     recipe = Recipe((made,), Calibration(samples=32, sequence_length=128))
     return llmcomp.quantize("sample:lm", recipe=recipe, device=device, output=output, evaluate=False)

@@ -272,10 +272,10 @@ def test_preflight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert partial_of(Path("a/b")) == tmp_path / "a" / ".b.partial"
-    assert default_output("google-bert/bert-base-uncased", "gptq", 4) == Path("bert-base-uncased-gptq-w4")
-    assert default_output("sample:lm", "rtn", 3) == Path("sample-lm-rtn-w3")
-    assert default_output("../models/lm/", "rtn", 3) == Path("lm-rtn-w3")
-    assert default_output(".", "rtn", 3) == Path(f"{tmp_path.name}-rtn-w3")
+    assert default_output("google-bert/bert-base-uncased", "gptq-w4") == Path("bert-base-uncased-gptq-w4")
+    assert default_output("sample:lm", "rtn-w3") == Path("sample-lm-rtn-w3")
+    assert default_output("../models/lm/", "rtn-w3") == Path("lm-rtn-w3")
+    assert default_output(".", "rtn-w3") == Path(f"{tmp_path.name}-rtn-w3")
 
 
 def test_checkpoint_config_keeps_the_source() -> None:
