@@ -39,7 +39,7 @@ ROWS = [
 SHARED = {
     "cli": {"options", "progress"},
     "formats": {"base", "reading", "opening", "save", "witness"},
-    "methods": {"_grid", "_scale", "_solve", "solution", "rtn", "gptq"},
+    "methods": {"_grid", "_project", "_scale", "_solve", "rank_budget", "solution", "rtn", "gptq"},
 }
 COLLECTORS = {"cli.main", "exports", "formats", "kernels", "methods"}  # the five that name every file of their package
 
