@@ -144,7 +144,7 @@ def solve_damped(matrix: Tensor, rhs: Tensor, share: float) -> tuple[Tensor, flo
     d is: `share`, ten times more each time the factorization fails.
 
     Args:
-        matrix: float64 [n, n]; its diagonal is changed.
+        matrix: float64 [n, n], not the caller's any more: its diagonal is changed.
         rhs: float64 [rows, n].
     """
     diagonal = matrix.diagonal().clone()

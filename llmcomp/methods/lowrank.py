@@ -178,6 +178,6 @@ def refit(
     square = left.T @ left
     now = square @ right if base is None else square @ right + left.T @ base
     gradient = times(left.T @ wide, cross) - times(now, gram)
-    across = solve_damped(gram.double(), gradient, damping)[0]  # [rank, in]
+    across = solve_damped(gram.to(torch.float64, copy=True), gradient, damping)[0]  # [rank, in]
     right = right + solve_damped(square, across.T, damping)[0].T
     return replace(low, right=right.to(low.dtype))

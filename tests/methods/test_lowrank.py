@@ -230,6 +230,9 @@ def test_the_update_is_the_least_squares_fit_to_the_new_inputs(rows: int, width:
     left, right = held.factors()
     by_left, by_right = refit(weight, held, gram, cross), refit(weight, held, gram, cross, "left")
     assert torch.allclose(by_left.factors()[0], reference.fitted_left(weight, x, now, right), atol=2e-3)
+    wide = gram.double()
+    refit(weight, held, wide, cross, "left")
+    assert torch.equal(wide, gram.double())  # only read
     wanted = reference.fitted_right(weight, x, now, left)
     assert torch.allclose(by_right.factors()[1], wanted, atol=2e-3 * float(wanted.abs().max()))
 
