@@ -26,12 +26,15 @@ import torch
 from torch import Tensor
 
 from llmcomp.calibration.stats import InputStats
+from llmcomp.errors import NumericalError
 from llmcomp.methods._solve import TILE, Factor
 from llmcomp.methods.solution import Solution, dead_columns
 from llmcomp.weights import CompressedWeight, LowRankWeight
 
 # Share of the largest diagonal entry of R below which W'W is too near singular for its Cholesky factor to be R.
 _WELL_CONDITIONED = 1e-5
+
+_MOST_DAMPING = 1e3  # in means of the diagonal: with so much any finite Gram matrix factors
 
 _MEASURED_ROWS = 128  # of each weight: they stand for all
 
@@ -139,24 +142,38 @@ def _triangular(wide: Tensor) -> tuple[Tensor | None, Tensor]:
     return basis, upper
 
 
-def solve_damped(matrix: Tensor, rhs: Tensor, share: float) -> tuple[Tensor, float]:
-    """x (A + d I) = rhs for a symmetric A [n, n] without negative eigenvalues, and the share of A's mean diagonal that
-    d is: `share`, ten times more each time the factorization fails.
+def solve_damped(matrix: Tensor, rhs: Tensor, share: float) -> Tensor:
+    """x (A + d I) = rhs for a symmetric A [n, n] without negative eigenvalues; zero where A is.
 
     Args:
         matrix: float64 [n, n], not the caller's any more: its diagonal is changed.
         rhs: float64 [rows, n].
+        share: as in `damped_factor`.
+    """
+    if float(matrix.diagonal().mean()) <= 0:  # nothing was ever seen: nothing moves
+        return torch.zeros_like(rhs)
+    return torch.cholesky_solve(rhs.T, damped_factor(matrix, share)).T
+
+
+def damped_factor(matrix: Tensor, share: float) -> Tensor:
+    """L [n, n], lower, with A + d I = L L'; of I where A is zero.
+
+    Args:
+        matrix: float64 [n, n], symmetric, not the caller's any more: its diagonal is changed.
+        share: d as a share of the mean diagonal, ten times more each time the factorization fails.
+
+    Raises:
+        NumericalError: a matrix with NaN or Inf.
     """
     diagonal = matrix.diagonal().clone()
     size = float(diagonal.mean())
-    if size <= 0:  # nothing was ever seen: nothing moves
-        return torch.zeros_like(rhs), share
-    while True:
-        matrix.diagonal().copy_(diagonal + share * size)
+    while share <= _MOST_DAMPING:
+        matrix.diagonal().copy_(diagonal + (share * size if size > 0 else 1.0))
         lower, info = torch.linalg.cholesky_ex(matrix)
-        if int(info) == 0:
-            return torch.cholesky_solve(rhs.T, lower).T, share
+        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+            return lower
         share *= 10
+    raise NumericalError("A Gram matrix does not factor, however much it is damped: it holds NaN or Inf.")
 
 
 def times(rows: Tensor, matrix: Tensor) -> Tensor:

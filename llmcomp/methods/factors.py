@@ -84,7 +84,7 @@ def quantize_factors(
     wanted = weight.double() if low.base is None else weight.double() - low.base.dense().double()
     gram = norm.inner(decoded, decoded)
     gradient = norm.inner(decoded, wanted - left @ decoded).T
-    fitted = (left + solve_damped(gram.clone(), gradient, 1e-6)[0]).float()
+    fitted = (left + solve_damped(gram.clone(), gradient, 1e-6)).float()
     of_left = None if stats is None else _stats_behind(decoded, gram, stats)
     held_left = _integers(quantizer(fitted, of_left, schemes[0], dtype))
     return solution_of(weight, LowRankWeight(held_left, held_right, low.base), stats)

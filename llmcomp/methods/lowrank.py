@@ -173,11 +173,11 @@ def refit(
         gradient = wide @ times(right, cross.T).T - left @ square
         if base is not None:
             gradient -= base @ seen.T
-        left = left + solve_damped(square, gradient, damping)[0]
+        left = left + solve_damped(square, gradient, damping)
         return replace(low, left=left.to(low.dtype))
     square = left.T @ left
     now = square @ right if base is None else square @ right + left.T @ base
     gradient = times(left.T @ wide, cross) - times(now, gram)
-    across = solve_damped(gram.to(torch.float64, copy=True), gradient, damping)[0]  # [rank, in]
-    right = right + solve_damped(square, across.T, damping)[0].T
+    across = solve_damped(gram.to(torch.float64, copy=True), gradient, damping)  # [rank, in]
+    right = right + solve_damped(square, across.T, damping).T
     return replace(low, right=right.to(low.dtype))

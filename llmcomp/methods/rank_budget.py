@@ -96,6 +96,8 @@ def allocate(
     Raises:
         BadRecipe: a budget that the smallest ranks overstep.
     """
+    if not spectra:
+        return {}
     names = sorted(spectra)
     ladders = _ladders([spectra[name] for name in names], itemsize, multiple)
     least = int(ladders.costs[:, 0].sum())

@@ -22,8 +22,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from llmcomp.errors import BadRecipe, NumericalError
-from llmcomp.methods._project import solve_damped
+from llmcomp.errors import BadRecipe
+from llmcomp.methods._project import damped_factor, solve_damped
 
 # Units that go before all scores are renewed, as a share of all that go: between two renewals only those of the least
 # important ones (_POOL times as many as go) are.
@@ -144,7 +144,7 @@ def choose(weight: Tensor, gram: Tensor, units: Tensor, keep: int, damping: floa
         NumericalError: a Gram matrix with NaN or Inf.
     """
     wide, inverse = _seen(weight, gram), _inverse(gram, damping)
-    alive = torch.arange(len(units), device=weight.device)
+    units, alive = units.to(weight.device), torch.arange(len(units), device=weight.device)
     batch = -(-(len(units) - keep) // _ROUNDS)
     while len(alive) > keep:
         count = min(batch, len(alive) - keep)
@@ -174,7 +174,7 @@ def compensate(weight: Tensor, gram: Tensor, kept: Tensor, damping: float = 0.01
     removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     removed[kept] = False
     coupling = weight[:, removed].double() @ gram[removed][:, kept].double()
-    moved, _ = solve_damped(gram[kept][:, kept].double(), coupling, damping)
+    moved = solve_damped(gram[kept][:, kept].double(), coupling, damping)
     return (weight[:, kept].double() + moved).to(weight.dtype)
 
 
@@ -205,17 +205,7 @@ def _scores(wide: Tensor, inverse: Tensor, units: Tensor) -> Tensor:
 
 def _inverse(gram: Tensor, damping: float) -> Tensor:
     """(G + d I)^-1, float64 [in, in]."""
-    wide = gram.to(torch.float64, copy=True)
-    diagonal = wide.diagonal().clone()
-    size = float(diagonal.mean()) or 1.0  # inputs that never were active: H is the identity
-    while damping <= 1e3:
-        wide.diagonal().copy_(diagonal + damping * size)
-        lower, info = torch.linalg.cholesky_ex(wide)
-        if int(info) == 0 and bool(torch.isfinite(lower).all()):
-            del wide
-            return torch.cholesky_inverse(lower)
-        damping *= 10
-    raise NumericalError("The Gram matrix of an output projection's inputs does not factor: it holds NaN or Inf.")
+    return torch.cholesky_inverse(damped_factor(gram.to(torch.float64, copy=True), damping))
 
 
 def _least_in_turn(wide: Tensor, inverse: Tensor, units: Tensor, count: int) -> Tensor:

@@ -143,6 +143,7 @@ def test_what_compresses_badly_gets_more_and_with_bytes_enough_stays_dense() -> 
     assert found["flat"] is None
     assert 5 < found["steep"] < 13
     assert allocate({"flat": flat, "steep": steep}, 2 * whole, 2) == {"flat": None, "steep": None}
+    assert allocate({}, 100, 2) == {}
 
 
 def test_what_gains_nothing_is_not_bought() -> None:
