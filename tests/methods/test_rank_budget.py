@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcomp.errors import BadRecipe
-from llmcomp.methods.rank_budget import Spectrum, allocate, check_rank, largest_rank, rank_for
+from llmcomp.methods.rank_budget import Spectrum, allocate, balanced, check_rank, largest_rank, rank_for
 
 sizes = st.integers(2, 700)
 SHAPES = ((16, 16), (24, 8), (8, 40), (5, 7), (2, 3), (1, 9), (30, 30))
@@ -144,6 +144,25 @@ def test_what_compresses_badly_gets_more_and_with_bytes_enough_stays_dense() -> 
     assert 5 < found["steep"] < 13
     assert allocate({"flat": flat, "steep": steep}, 2 * whole, 2) == {"flat": None, "steep": None}
     assert allocate({}, 100, 2) == {}
+
+
+def test_balanced_matrices_lose_their_size_at_the_ratio_whatever_their_scale() -> None:
+    one, other = made_up((60, 90), 4), made_up((60, 30), 7)
+    for spectrum in (one, other):
+        found = balanced(spectrum, 0.4)
+        size = spectrum.shape[0] * spectrum.shape[1]
+        assert float(found.energies[rank_for(0.4, *spectrum.shape) :].sum()) == pytest.approx(size)
+        assert float(found.energies[3] / found.energies[9]) == pytest.approx(
+            float(spectrum.energies[3] / spectrum.energies[9])
+        )
+    budget = int(0.4 * (cost((60, 90), None) + cost((60, 30), None)))
+    louder = Spectrum(one.energies * 1000, one.shape)
+    found = allocate({"one": balanced(one, 0.4), "other": balanced(other, 0.4)}, budget, 2)
+    assert found == allocate({"one": balanced(louder, 0.4), "other": balanced(other, 0.4)}, budget, 2)
+    row = made_up((1, 9), 0)
+    assert balanced(row, 0.4) is row
+    with pytest.raises(BadRecipe, match="share of bytes kept"):
+        balanced(one, 1.2)
 
 
 def test_what_gains_nothing_is_not_bought() -> None:
