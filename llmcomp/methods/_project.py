@@ -11,7 +11,8 @@ special case (what is truncated is the eigendecomposition of W G W'), and U_r ha
 
 An eigenproblem has the smaller side of W for its size. A weight of more rows than columns is W = Q R first, and
 R G R' [in, in] has the same eigenvalues. Decompositions are in float64: they square singular values, and an input
-whose channels differ a thousandfold leaves nothing of the small ones in float32.
+whose channels differ a thousandfold leaves little of the small ones in float32 (2048 channels, one of them 3000 times
+the others: 2.3 times the least loss; only the product with G in float32, 1.03 times).
 
 Legend: weight [out, in], left [out, rank], right [rank, in], gram [in, in].
 """
