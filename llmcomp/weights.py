@@ -1,7 +1,7 @@
 """What a method returns for one linear: a weight in compressed form that can show itself dense.
 
 A kind of compressed weight is a frozen dataclass with `dense()` and `nbytes`; formats look at the kind and
-choose how to name and pack its tensors.
+choose how to name and pack its tensors. Today there is one kind.
 """
 
 from __future__ import annotations
@@ -53,6 +53,26 @@ class QuantizedWeight:
             zeros = _packed_words(rows, self.scheme.bits) * self.scale.shape[1] * 4
         floats = self.scale.numel() + (0 if self.input_scale is None else self.input_scale.numel())
         return packed + floats * self.scale.element_size() + zeros
+
+
+CompressedWeight = QuantizedWeight
+
+
+def dequantize(values: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """Decode integers [out, in] with scale and zero_point [out, groups]; result in scale's dtype."""
+    rows, columns = values.shape
+    grouped = values.reshape(rows, scale.shape[1], columns // scale.shape[1]).to(scale.dtype)
+    if zero_point is not None:
+        grouped = grouped - zero_point.to(scale.dtype).unsqueeze(-1)
+    return (grouped * scale.unsqueeze(-1)).reshape(rows, columns)
+
+
+def _packed_words(count: int, bits: int) -> int:
+    """32-bit words that `count` densely packed integers take."""
+    return -(-count * bits // 32)
+
+
+_ROWS = 1024  # of a low-rank weight that are multiplied at a time
 
 
 @dataclass(frozen=True)
@@ -109,24 +129,5 @@ class LowRankWeight:
         return self.left.nbytes + self.right.nbytes + (0 if self.base is None else self.base.nbytes)
 
 
-_ROWS = 1024  # of a low-rank weight that are multiplied at a time
-
-CompressedWeight = QuantizedWeight
-
-
 def _decoded(weight: Tensor | QuantizedWeight) -> Tensor:
     return weight if isinstance(weight, Tensor) else weight.dense()
-
-
-def dequantize(values: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    """Decode integers [out, in] with scale and zero_point [out, groups]; result in scale's dtype."""
-    rows, columns = values.shape
-    grouped = values.reshape(rows, scale.shape[1], columns // scale.shape[1]).to(scale.dtype)
-    if zero_point is not None:
-        grouped = grouped - zero_point.to(scale.dtype).unsqueeze(-1)
-    return (grouped * scale.unsqueeze(-1)).reshape(rows, columns)
-
-
-def _packed_words(count: int, bits: int) -> int:
-    """32-bit words that `count` densely packed integers take."""
-    return -(-count * bits // 32)
