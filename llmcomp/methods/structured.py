@@ -118,7 +118,7 @@ def taylor_importance(weight: Tensor, gradients: Iterable[Tensor], units: Tensor
         gradients: floating [out, in] for each batch, of the loss with respect to the weight.
         units: int64 [units, size].
     """
-    wide = weight.double()
+    wide, units = weight.double(), units.to(weight.device)
     total = torch.zeros(len(units), dtype=torch.float64, device=weight.device)
     for gradient in gradients:
         total += (wide * gradient.double()).sum(0)[units].sum(1).square()
@@ -171,7 +171,7 @@ def compensate(weight: Tensor, gram: Tensor, kept: Tensor, damping: float = 0.01
     Returns:
         [out, kept], columns in the order of `kept`.
     """
-    removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    kept, removed = kept.to(weight.device), torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     removed[kept] = False
     coupling = weight[:, removed].double() @ gram[removed][:, kept].double()
     moved = solve_damped(gram[kept][:, kept].double(), coupling, damping)
@@ -187,13 +187,14 @@ def _seen(weight: Tensor, gram: Tensor) -> Tensor:
 
 def _squares(wide: Tensor, units: Tensor) -> Tensor:
     """W_u' W_u, [units, size, size]."""
-    columns = wide.T[units]  # [units, size, out]
+    columns = wide.T[units.to(wide.device)]  # [units, size, out]
     return columns @ columns.transpose(1, 2)
 
 
 def _blocks(matrix: Tensor, units: Tensor) -> Tensor:
     """M_uu, [units, size, size]."""
-    return matrix[units.unsqueeze(2), units.unsqueeze(1)]
+    there = units.to(matrix.device)
+    return matrix[there.unsqueeze(2), there.unsqueeze(1)]
 
 
 def _scores(wide: Tensor, inverse: Tensor, units: Tensor) -> Tensor:
