@@ -3,8 +3,8 @@
 The three differ in the norm in which the factors are the best of their rank (`_project` has the algebra):
 
 * `svd`: every input counts alike. Needs no data.
-* `asvd`: inputs weighted by the power alpha of their size (equation 5; its S is diagonal).
-* `svd_llm`: the exact error of the outputs on the calibration inputs, by their Gram matrix (section 3.1). Where the
+* `asvd`: inputs weighted by the power alpha of their size (its S is diagonal).
+* `svd_llm`: the exact error of the outputs on the calibration inputs, by their Gram matrix. Where the
   paper whitens by a Cholesky factor and multiplies by its inverse, nothing is factorized here.
 
 `refit` is SVD-LLM's second phase: the best left factor for the inputs that the compressed prefix yields, with the

@@ -6,7 +6,7 @@ by whoever knows the module; here are scores and weights. With G = X'X of the pr
 
 * `importance`: tr(W_u G_uu W_u'), the error of the outputs where u is dropped and nothing else is done;
 * `compensated_importance`: tr(W_u ([H^-1]_uu)^-1 W_u'), the error that is left when the other columns are refitted
-  (Optimal Brain Surgeon for groups, as in ZipLM, arXiv:2302.04089, equation 3);
+  (Optimal Brain Surgeon for groups, as in ZipLM, arXiv:2302.04089);
 * `taylor_importance`: the squared change of the loss to first order, from gradients (arXiv:1906.10771);
 * `choose`: greedy removal by the second, scores renewed as units go, so of two neurons that say the same one stays;
 * `compensate`: the weights that are left, refitted by least squares to the outputs of all.

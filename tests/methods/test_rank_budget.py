@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from collections.abc import Mapping
 from fractions import Fraction
 from itertools import product
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcomp.errors import BadRecipe
+from llmcomp.methods import rank_budget
 from llmcomp.methods.rank_budget import Spectrum, allocate, balanced, check_rank, largest_rank, rank_for
 
 sizes = st.integers(2, 700)
@@ -183,3 +185,8 @@ def test_hundreds_of_matrices_take_no_time() -> None:
     budget = int(0.8 * sum(cost(one.shape, None) for one in spectra.values()))
     found = allocate(spectra, budget, 2)
     assert total(spectra, found)[0] <= budget
+
+
+def test_examples_in_docstrings() -> None:
+    result = doctest.testmod(rank_budget)
+    assert result.attempted and not result.failed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from itertools import combinations
 
 import numpy as np
@@ -214,3 +215,8 @@ def test_the_same_number_is_left_everywhere(thousandths: int, units: int, multip
 def test_what_cannot_be_is_one_sentence(ask: object, error: type[Exception], why: str) -> None:
     with pytest.raises(error, match=why):
         ask()  # type: ignore[operator]
+
+
+def test_examples_in_docstrings() -> None:
+    result = doctest.testmod(structured)
+    assert result.attempted and not result.failed
