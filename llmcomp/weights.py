@@ -135,8 +135,6 @@ class SparseWeight:
         return rows * stored * self.values.element_size() + _index_bytes(self.pattern, rows, columns)
 
 
-CompressedWeight = QuantizedWeight | SparseWeight
-
 
 def dequantize(values: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
     """Decode integers [out, in] with scale and zero_point [out, groups]; result in scale's dtype."""
@@ -157,3 +155,76 @@ def _index_bytes(pattern: Pattern | None, rows: int, columns: int) -> int:
 def _packed_words(count: int, bits: int) -> int:
     """32-bit words that `count` densely packed integers take."""
     return -(-count * bits // 32)
+
+
+_ROWS = 1024  # of a low-rank weight that are multiplied at a time
+
+
+@dataclass(frozen=True)
+class LowRankWeight:
+    """Two thin factors instead of one matrix: `dense = left @ right`, on top of `base` where there is one.
+
+    Attributes:
+        left: [out, rank], floating, or quantized (then decoded first, as it decodes itself).
+        right: [rank, in], likewise and of the same dtype.
+        base: [out, in], what the factors correct: dense = base + left @ right.
+    """
+
+    left: Tensor | QuantizedWeight
+    right: Tensor | QuantizedWeight
+    base: QuantizedWeight | None = None
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """left [out, rank] and right [rank, in] as a reader decodes them, in the weight's own dtype."""
+        return _decoded(self.left), _decoded(self.right)
+
+    def dense(self) -> Tensor:
+        """The weight [out, in] in the factors' dtype: decoded factors (and base) are widened to float64, multiplied
+        and added there, and rounded once.
+
+        Products of two 16-bit numbers are exact in float64, so whatever order a machine sums them in, what is rounded
+        differs by less than rank * 2^-53 of its terms: a 16-bit result is the same bit for bit everywhere but for odds
+        of one entry in 10^12; of a float32 weight an entry in 10^7 may differ in its last bit.
+        """
+        left, right = self.factors()
+        dense = torch.empty(self.shape, dtype=left.dtype, device=left.device)
+        wide, base = right.double(), None if self.base is None else self.base.dense()
+        for start in range(0, left.shape[0], _ROWS):
+            part = slice(start, start + _ROWS)
+            product = left[part].double() @ wide
+            dense[part] = product if base is None else product.add_(base[part])
+        return dense
+
+    def by_rows(self, function: Callable[[Tensor], Tensor]) -> LowRankWeight:
+        """The weight whose tensors, of a line for each row, are the function's of this one's; rows share `right`."""
+        left = function(self.left) if isinstance(self.left, Tensor) else self.left.by_rows(function)
+        return replace(self, left=left, base=None if self.base is None else self.base.by_rows(function))
+
+    def rows(self, start: int, stop: int) -> LowRankWeight:
+        """Rows start..stop."""
+        return self.by_rows(lambda tensor: tensor[start:stop])
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.left.shape[0], self.right.shape[1]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the dense weight and of both decoded factors."""
+        return self.left.dtype if isinstance(self.left, Tensor) else self.left.scale.dtype
+
+    @property
+    def rank(self) -> int:
+        return self.right.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both factors and the base, without container overhead."""
+        return self.left.nbytes + self.right.nbytes + (0 if self.base is None else self.base.nbytes)
+
+
+CompressedWeight = QuantizedWeight | SparseWeight | LowRankWeight
+
+
+def _decoded(weight: Tensor | QuantizedWeight) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight.dense()

@@ -37,9 +37,11 @@ ROWS = [
 
 # In these packages every file stands for itself, but for what they share (gptq falls back on rtn and wanda).
 SHARED = {
-    "cli": {"options", "progress"},
+    "cli": {"options", "progress", "running"},
     "formats": {"base", "reading", "opening", "save", "witness"},
-    "methods": {"_grid", "_masks", "_scale", "_solve", "_swept", "solution", "rtn", "gptq", "wanda"},
+    "methods": {
+        "_grid", "_masks", "_project", "_scale", "_solve", "_swept", "rank_budget", "solution", "rtn", "gptq", "wanda",
+    },
 }
 COLLECTORS = {"cli.main", "exports", "formats", "kernels", "methods"}  # the five that name every file of their package
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from llmcomp.methods.alps import ALPSConfig, alps
 from llmcomp.methods.awq import AWQConfig, AWQGPTQConfig, awq, awq_gptq, search_scale
 from llmcomp.methods.gptq import GPTQConfig, gptq
+from llmcomp.methods.lowrank import ASVDConfig, SVDConfig, SVDLLMConfig, asvd, svd, svd_llm
 from llmcomp.methods.rtn import RTNConfig, rtn, rtn_clip
 from llmcomp.methods.signround import SignRoundConfig, Tuned, clip_start, gptq_start, tune
 from llmcomp.methods.solution import Solution
@@ -99,3 +100,25 @@ AUTO: dict[int, str] = {2: "gptq-signround", 3: "gptq", 4: "gptq-signround", 8: 
 
 # What it takes where blocks cannot be tuned as a whole.
 AUTO_ALONE = "gptq"
+
+
+@dataclass(frozen=True)
+class LowRankMethod:
+    """One method of `LOW_RANK`: (weight [out, in], stats, rank, dtype, config) → Solution of a LowRankWeight. Weights
+    that share an input are factorized one by one; statistics are only read.
+
+    Attributes:
+        calibrated: whether it reads statistics at all.
+    """
+
+    function: Callable[..., Solution]
+    config: type[Any]
+    calibrated: bool
+    summary: str
+
+
+LOW_RANK: dict[str, LowRankMethod] = {
+    "svd-llm": LowRankMethod(svd_llm, SVDLLMConfig, True, "the rank-r factors of least output error"),
+    "asvd": LowRankMethod(asvd, ASVDConfig, True, "SVD with inputs weighted by their size"),
+    "svd": LowRankMethod(svd, SVDConfig, False, "the factors nearest to the weight itself; no calibration"),
+}

@@ -135,6 +135,7 @@ def _fallback(
     masked = wanda(weight, stats, pattern, weight.dtype, mask=mask).weight
     assert isinstance(masked, SparseWeight)  # what Wanda gives
     solved = rtn_clip(masked.values, stats, scheme, dtype)
+    assert isinstance(solved.weight, QuantizedWeight)  # what rounding gives
     held = replace(solved.weight, pattern=pattern, mask=masked.mask)
     return Solution(held, fallback=f"{why}, under Wanda's mask", dead_columns=solved.dead_columns)
 
