@@ -1,6 +1,6 @@
 """Quality side by side: every tool on the same model, windows and text; markdown tables on stdout.
 
-    python -m evals.quality [--tools NAME …] [--settings NAME …] [--part lm|sst2] [--threads 1]
+    python -m evals.quality [--tools NAME …] [--settings NAME …] [--part lm|sst2|lm-sparse] [--threads 1]
                              [--seeds 0 1 2] [--kept]
 
 For each setting, calibration seed and tool: quantize in the tool's own environment, open the checkpoint as
@@ -39,6 +39,7 @@ from evals.common import (
     sentence_kl,
     sentence_labels,
 )
+from evals.peers.arguments import PRUNING
 from evals.process import RunFailed, environment, machine, run, versions
 from evals.setup_peers import peer_python
 
@@ -64,11 +65,13 @@ class Tool:
 
 @dataclass(frozen=True)
 class Setting:
-    """Bits and group size of the linear layers (None: one scale per output channel)."""
+    """Bits and group size of the linear layers (None: one scale per output channel), or the pattern by which weights are
+    removed: '2:4', or a share."""
 
     name: str
-    bits: int
-    group_size: int | None
+    bits: int = 16
+    group_size: int | None = None
+    pattern: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ TOOLS = {
         Tool("llmcomp awq", OURS, "awq"),
         Tool("llmcomp awq-gptq", OURS, "awq-gptq"),
         Tool(LEARNED, OURS, "gptq-signround"),
+        *(Tool(f"llmcomp {method}", OURS, method) for method in ("sparsegpt", "alps", "wanda", "magnitude")),
+        *(Tool(f"llmcompressor {method}", "llmcompressor", method) for method in ("sparsegpt", "wanda")),
         Tool("llmcompressor gptq", "llmcompressor", "gptq"),
         Tool("llmcompressor gptq-mse", "llmcompressor", "gptq-mse"),
         Tool("llmcompressor awq", "llmcompressor", "awq"),
@@ -113,7 +118,22 @@ PARTS = {
             Setting("3-bit g128", 3, 128),
             Setting("2-bit g64", 2, 64),
         ),
-        tuple(name for name in TOOLS if "rtn" not in name and name != LEARNED),
+        tuple(
+            name for name, tool in TOOLS.items() if "rtn" not in name and name != LEARNED and tool.method not in PRUNING
+        ),
+    ),
+    "lm-sparse": Part(
+        "lm-sparse",
+        "causal-lm",
+        "models/lm",
+        {"books": "data/books/validation.txt", "wikitext": "data/wikitext-2-raw/test.txt"},
+        (
+            Setting("2:4", pattern="2:4"),
+            Setting("4:8", pattern="4:8"),
+            Setting("50%", pattern="0.5"),
+            Setting("70%", pattern="0.7"),
+        ),
+        tuple(name for name, tool in TOOLS.items() if tool.method in PRUNING),
     ),
     "sst2": Part(
         "sst2",
@@ -174,6 +194,7 @@ def measure(tool: Tool, part: Part, setting: Setting, windows: Path, threads: in
         output = Path(folder) / "checkpoint"
         arguments = ["--model", str(assets_root() / part.model), "--windows", str(windows)]
         arguments += ["--bits", str(setting.bits), "--group-size", group, "--output", str(output)]
+        arguments += [] if setting.pattern is None else ["--pattern", setting.pattern]
         arguments += ["--threads", str(threads), "--method", tool.method, "--task", part.task]
         try:
             measured = run(tool.python, f"evals.peers.{tool.package}_run", arguments, threads)
@@ -187,6 +208,7 @@ def cell_path(tool: Tool, part: Part, setting: Setting, seed: int) -> Path:
     """Where a cell's result is kept: a readable name and a digest of all that shapes the result."""
     found = versions(tool.python, [tool.package, "torch", "transformers"])
     key = [tool.name, found, part.model, part.task, part.texts, setting.bits, setting.group_size, seed]
+    key += [] if setting.pattern is None else [setting.pattern]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     words = f"{part.name} {setting.name} {tool.name} {found.get(tool.package, '')} seed{seed} {digest}"
     return cache_root() / f"{words.replace(' ', '_')}.json"
@@ -219,8 +241,8 @@ def stacked(rows: list[dict], text: str) -> np.ndarray | None:
 
 
 def compared(values: dict[str, np.ndarray], relative: bool) -> str:
-    """llmcomp (`auto`, if it ran) minus the peer with the lowest mean, with its paired interval, as a table cell."""
-    ours = AUTO if AUTO in values else OURS
+    """llmcomp (`auto` or ALPS, if it ran) minus the peer with the lowest mean, with its paired interval, as a table cell."""
+    ours = next((name for name in (AUTO, OURS, "llmcomp alps", "llmcomp sparsegpt") if name in values), OURS)
     peers = {name: value for name, value in values.items() if TOOLS[name].package != OURS and "rtn" not in name}
     if ours not in values or not peers:
         return "–"
@@ -301,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--part", choices=tuple(PARTS), action="append", help="default: both")
+    parser.add_argument("--part", choices=tuple(PARTS), action="append", help="default: all")
     parser.add_argument("--tools", nargs="+", choices=tuple(TOOLS), help="default: those the part names")
     parser.add_argument("--settings", nargs="+", help='for example "3-bit g128"; default: all of the part')
     parser.add_argument("--threads", type=int, default=1)

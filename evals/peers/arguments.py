@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 METHODS = ("gptq", "gptq-mse", "awq", "awq-gptq", "rtn", "rtn-mse", "signround", "gptq-signround", "auto")
+PRUNING = ("sparsegpt", "alps", "wanda", "magnitude")
 TASKS = ("causal-lm", "classification")
 
 
@@ -23,6 +24,7 @@ class Job:
     threads: int
     method: str
     task: str
+    pattern: str | None  # of methods that remove weights: '2:4', or a share such as '0.5' wherever it lies
     iterations: int  # of learned rounding; 0 leaves a tool its own
     extra: tuple[str, ...]  # words passed through to llmcomp's own command line
 
@@ -46,8 +48,9 @@ def parse(argv: list[str] | None = None) -> Job:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--method", choices=METHODS, default="gptq")
+    parser.add_argument("--method", choices=(*METHODS, *PRUNING), default="gptq")
     parser.add_argument("--task", choices=TASKS, default="causal-lm")
+    parser.add_argument("--pattern", help="2:4, or a share")
     parser.add_argument("--iterations", type=int, default=0, help="of learned rounding")
     parser.add_argument("--extra", action="append", default=[], help="one word for llmcomp, repeatable")
     return Job(**{**vars(args := parser.parse_args(argv)), "extra": tuple(args.extra)})

@@ -1,6 +1,6 @@
-"""Quantize one checkpoint with llmcomp's own command line, in this process so that imports can be told apart.
+"""Compress one checkpoint with llmcomp's own command line, in this process so that imports can be told apart.
 
-What runs is what `llmcomp quantize MODEL …` runs, evaluation off as for every tool. The windows go in as
+What runs is what `llmcomp quantize MODEL …` (or `sparsify`) runs, evaluation off as for every tool. The windows go in as
 token ids, sentences as text. Verification is llmcomp's default and reported as its own row: the peers
 do nothing like it. llmcomp imports inside its verbs, so all that they would import is imported here before
 the IMPORTED mark, as the other tools' modules are.
@@ -40,14 +40,19 @@ def import_everything() -> None:
 
 def command(job: Job) -> list[str]:
     """The words after `llmcomp` for a job."""
-    if job.method not in METHOD_WORDS:
+    if job.pattern is None and job.method not in METHOD_WORDS:
         raise SystemExit(f"llmcomp has no method {job.method}; expected one of {', '.join(METHOD_WORDS)}")
     group = "channel" if job.group_size is None else str(job.group_size)
     sentences = job.windows.with_suffix(".jsonl")  # what the windows were tokenized from, for classifiers
     calibration = sentences if job.task == "classification" else job.windows
-    words = ["quantize", str(job.model), "--bits", str(job.bits), "--group-size", group]
+    if job.pattern is None:
+        words = ["quantize", str(job.model), "--bits", str(job.bits), "--group-size", group, *METHOD_WORDS[job.method]]
+    else:
+        share = [] if ":" in job.pattern else ["--sparsity", job.pattern]
+        pattern = "unstructured" if share else job.pattern
+        words = ["sparsify", str(job.model), "--pattern", pattern, *share, "--method", job.method]
     words += ["--calibration", str(calibration), "--samples", str(len(rows(job.windows)))]
-    words += ["--output", str(job.output), "--no-evaluate", *METHOD_WORDS[job.method]]
+    words += ["--output", str(job.output), "--no-evaluate"]
     if job.iterations:
         words += ["--option", f"iterations={job.iterations}"]
     if "signround" in job.method and job.batch_size > 1:

@@ -3,7 +3,8 @@
 `gptq` is GPTQModifier as it comes (static activation order, damping 0.01, min-max scales); `gptq-mse` sets
 the weight observer to `mse`, the tool's own clip search, which is its best GPTQ on every text measured;
 `rtn-mse` is that observer without GPTQ; `awq` and `awq-gptq` put AWQModifier with `duo_scaling: both`, its most
-thorough search, before `rtn-mse` and `gptq-mse`. Symmetric, linear layers of the blocks only.
+thorough search, before `rtn-mse` and `gptq-mse`. Symmetric, linear layers of the blocks only. `sparsegpt` and `wanda` are its
+modifiers as they come, with the pattern.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor import oneshot
+from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
@@ -27,8 +30,13 @@ from evals.peers.arguments import Job, parse, rows
 OUTSIDE_BLOCKS = ["lm_head", "classifier", "re:.*pooler.*"]
 
 
-def recipe(job: Job) -> list[AWQModifier | GPTQModifier | QuantizationModifier]:
+def recipe(job: Job) -> list[Modifier]:
     """The modifiers for a job, in order."""
+    if job.pattern is not None:
+        kind = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[job.method]
+        counts = job.pattern.split(":") if ":" in job.pattern else None
+        share = 1 - int(counts[0]) / int(counts[1]) if counts else float(job.pattern)
+        return [kind(sparsity=share, mask_structure=job.pattern if counts else "0:0", ignore=OUTSIDE_BLOCKS)]
     scaled = job.method.startswith("awq")
     method = {"awq": "rtn-mse", "awq-gptq": "gptq-mse"}.get(job.method, job.method)
     method, _, observer = method.partition("-")

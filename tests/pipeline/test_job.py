@@ -68,7 +68,6 @@ def test_what_a_reader_cannot_decode_is_left_dense_with_its_reason(tmp_path: Pat
     ("recipe", "named"),
     [
         (Recipe(format="gguf"), "Format 'gguf' is not one of compressed-tensors, llmcomp, dense"),
-        (Recipe((QuantizeStep(), QuantizeStep())), "one step so far, this one has 2"),
         (Recipe((QuantizeStep(options={"dampening": 1}),)), "dampening"),
     ],
 )

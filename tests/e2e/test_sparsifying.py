@@ -1,0 +1,183 @@
+"""Weights removed, alone and before they are rounded, end to end: exact patterns in what a fresh process loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from e2e_runs import LENGTH, SAMPLES, Run, broken_run, hashes, quantize, reload
+from tiny import build, tiny
+
+from llmcomp.adapters.discover import discover
+from llmcomp.cli.main import main
+from llmcomp.errors import BadRecipe
+from llmcomp.formats.opening import open_checkpoint
+from llmcomp.patterns import Pattern, holds
+from llmcomp.pipeline.job import plan_recipe
+from llmcomp.recipe import Calibration, Override, QuantizeStep, Recipe, SparsifyStep, Step, check
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    steps: tuple[Step, ...]
+    format: str = "dense"
+    dtype: torch.dtype = torch.float32
+
+
+SKIPPED = (Override("mlp", pattern="1:4"), Override("blocks:0", skip=True))  # of two the later one wins
+CASES = {
+    "llama": Case("llama", (SparsifyStep(),), dtype=torch.bfloat16),
+    "llama overrides": Case("llama", (SparsifyStep("wanda", overrides=SKIPPED),)),
+    "bert alps": Case("bert", (SparsifyStep("alps", "4:8", options={"iterations": 20}),)),
+    "gpt2 magnitude": Case("gpt2", (SparsifyStep("magnitude", "unstructured", 0.6),)),
+    "mixtral": Case("mixtral", (SparsifyStep(),)),  # whose experts few tokens reach
+    "albert": Case("albert", (SparsifyStep("sparsegpt", "unstructured", 0.7),)),  # one block that runs twice
+    "llama one sweep": Case("llama", (SparsifyStep(), QuantizeStep(group_size=64)), "compressed-tensors"),
+    "llama held": Case("llama", (SparsifyStep("wanda"), QuantizeStep(bits=8, symmetric=False)), "llmcomp"),
+    "bert rtn": Case("bert", (SparsifyStep("magnitude", "4:8"), QuantizeStep("rtn")), "compressed-tensors"),
+    "mixtral one sweep": Case("mixtral", (SparsifyStep(), QuantizeStep(group_size=32)), "compressed-tensors"),
+}
+
+
+def recipe_of(text: Path, case: Case) -> Recipe:
+    return Recipe(case.steps, Calibration(str(text), SAMPLES, LENGTH), format=case.format)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, Run]:
+    root, made = tmp_path_factory.mktemp("sparsifying"), {}
+    for name, case in CASES.items():
+        source = root / f"{case.model}-{case.dtype}"
+        if not source.exists():
+            tiny(case.model, source, tokenizer=True, dtype=case.dtype)
+        made[name] = quantize(source, root / name.replace(" ", "-"), recipe_of(text, case))
+    return made
+
+
+@pytest.fixture(scope="module")
+def reloaded(runs: dict[str, Run]) -> dict[str, dict[str, Any]]:
+    return reload({name: run for name, run in runs.items() if CASES[name].format != "llmcomp"})
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.format != "llmcomp"])
+def test_a_fresh_process_computes_what_the_run_computed(name: str, reloaded: dict[str, dict[str, Any]]) -> None:
+    found = reloaded[name]
+    assert found["account"] == {} and found["imported"] == []
+    assert found["from_witness"] < (2e-2 if CASES[name].dtype == torch.bfloat16 else 1e-5)
+    assert found["verification"]["passed"], found["verification"]["checks"]
+    assert found["from_original"] > 1e-4
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_stored_keeps_exactly_its_pattern(name: str, runs: dict[str, Run]) -> None:
+    run, step = runs[name], CASES[name].steps[0]
+    assert isinstance(step, SparsifyStep)
+    opened = open_checkpoint(run.output)
+    stored = dict(opened.dense())
+    for layer in run.report.layers:
+        weight = stored[f"{layer.name}.weight"]
+        weight = weight.t() if opened.ref(layer.name).transposed else weight
+        label = layer.scheme.partition(" + ")[0].removesuffix(" stored dense")
+        if label.startswith("unstructured"):
+            removed = Pattern.parse("unstructured", step.sparsity).removes(weight.numel())
+            assert int((weight == 0).sum()) == removed
+            continue
+        pattern = Pattern.parse(label)
+        groups = (weight != 0).view(len(weight), -1, pattern.of or 1)
+        # A kept weight may be zero, too: rounded to it, or in an input that calibration never saw.
+        assert int(groups.sum(-1).max()) <= (pattern.kept or 0)
+        if len(CASES[name].steps) == 1 and layer.method != "sparsegpt":
+            assert holds(pattern, weight != 0)
+
+
+def test_overrides_have_their_own_pattern(runs: dict[str, Run]) -> None:
+    schemes, left = runs["llama overrides"].schemes(), runs["llama overrides"].left()
+    assert schemes["model.layers.1.mlp.up_proj"] == "1:4"
+    assert schemes["model.layers.1.self_attn.q_proj"] == "2:4"
+    assert "blocks:0" in left["model.layers.0.mlp.up_proj"]
+
+
+def test_experts_that_few_tokens_reach_are_masked_more_humbly(runs: dict[str, Run]) -> None:
+    for name, usual, humbler in (
+        ("mixtral", "sparsegpt", {"wanda", "magnitude"}),
+        ("mixtral one sweep", "sparsegpt + gptq", {"wanda + rtn-clip", "magnitude + rtn"}),
+    ):
+        methods = {layer.method for layer in runs[name].report.layers if ".experts." in layer.name}
+        assert methods <= {usual, *humbler} and methods & humbler
+        assert all(layer.fallback for layer in runs[name].report.layers if layer.method in humbler)
+
+
+def test_the_report_says_what_was_done(runs: dict[str, Run]) -> None:
+    assert runs["llama"].report.command == "sparsify"
+    assert runs["llama one sweep"].report.command == "compress"
+    assert {layer.scheme for layer in runs["llama one sweep"].report.layers} == {"2:4 + int4 g64"}
+    assert all(layer.error and 0 < layer.error < 0.6 for layer in runs["llama one sweep"].report.layers)
+
+
+@pytest.mark.parametrize("name", ["llama one sweep", "bert alps"])
+def test_a_broken_run_ends_bit_identical(name: str, runs: dict[str, Run], text: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(text, CASES[name])
+    output = tmp_path / "again"
+    broken_run(runs[name].source, output, recipe, 1)
+    again = quantize(runs[name].source, output, recipe)
+    assert again.report.resumed_blocks == 1
+    assert hashes(output) == hashes(runs[name].output)
+
+
+@pytest.mark.parametrize(
+    ("steps", "format", "said"),
+    [
+        ((SparsifyStep(pattern="2:5"),), "dense", "5 does not divide"),
+        ((SparsifyStep(pattern="4:2"),), "dense", "N at least 1 and below M"),
+        ((SparsifyStep(pattern="half"),), "dense", "--pattern half cannot be"),
+        ((SparsifyStep(sparsity=0.7),), "dense", "leave --sparsity out"),
+        ((SparsifyStep(pattern="unstructured", sparsity=1.5),), "dense", "share between 0 and 1"),
+        ((SparsifyStep("lottery"),), "dense", "method 'lottery' is not one of sparsegpt, alps"),
+        ((SparsifyStep(targets=("embeddings",)),), "dense", "looked up row by row"),
+        ((SparsifyStep(targets=("convolutions",)),), "dense", "'convolutions' matches no weight"),
+        ((SparsifyStep(options={"iterations": 3}),), "dense", "unknown key 'iterations'"),
+        ((SparsifyStep(overrides=(Override("mlp", bits=8),)),), "dense", "sets bits"),
+        ((QuantizeStep(overrides=(Override("mlp", pattern="2:4"),)),), "dense", "sets pattern"),
+        ((SparsifyStep(),), "compressed-tensors", "take --format dense"),
+        ((SparsifyStep(),), "bnb-nf4", "take --format dense"),
+        ((QuantizeStep(), SparsifyStep()), "dense", "do not go together"),
+        ((QuantizeStep(), QuantizeStep()), "dense", "do not go together"),
+        ((SparsifyStep(), QuantizeStep("signround")), "dense", "move removed weights from zero"),
+        ((SparsifyStep(), QuantizeStep("awq-gptq")), "dense", "move removed weights from zero"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_one_sentence(steps: tuple[Step, ...], format: str, said: str) -> None:
+    recipe = Recipe(steps, format=format)
+    with pytest.raises(BadRecipe, match=said) as caught:
+        check(recipe)
+        plan_recipe(recipe, discover(build("llama")))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_recipes_are_read_as_they_were_written(case: Case) -> None:
+    recipe = Recipe(case.steps, format=case.format)
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+def test_the_commands(
+    runs: dict[str, Run], text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, output, saved = str(runs["bert alps"].source), str(tmp_path / "out"), str(tmp_path / "recipe.yaml")
+    flags = ["--method", "wanda", "--pattern", "unstructured", "--sparsity", "0.6", "--skip", "blocks:0"]
+    shared = ["--calibration", str(text), "--samples", "4", "--sequence-length", "16"]
+    quick = ["--no-evaluate", "--no-verify"]
+    assert main(["sparsify", model, *flags, *shared, *quick, "--save-recipe", saved, "-o", output]) == 0
+    printed = capfd.readouterr().out
+    assert "unstructured 60%" in printed and "llmcomp sparsify" in printed
+    assert main(["compress", model, "--recipe", saved, *quick, "-o", str(tmp_path / "again")]) == 0
+    assert hashes(tmp_path / "again") == hashes(tmp_path / "out")
+    assert main(["plan", model, "--recipe", saved]) == 0
+    assert "wanda unstructured 60%" in capfd.readouterr().out
+    assert main(["sparsify", model, "--sparsity", "0.7", "-o", str(tmp_path / "no")]) == 2
+    assert "leave --sparsity out" in capfd.readouterr().err
+    assert not list(tmp_path.glob("*no*"))
