@@ -65,8 +65,8 @@ class Tool:
 
 @dataclass(frozen=True)
 class Setting:
-    """Bits and group size of the linear layers (None: one scale per output channel), or the pattern by which weights are
-    removed: '2:4', or a share."""
+    """Bits and group size of the linear layers (None: one scale per output channel), or the pattern by which weights
+    are removed: '2:4', or a share."""
 
     name: str
     bits: int = 16
@@ -241,7 +241,7 @@ def stacked(rows: list[dict], text: str) -> np.ndarray | None:
 
 
 def compared(values: dict[str, np.ndarray], relative: bool) -> str:
-    """llmcomp (`auto` or ALPS, if it ran) minus the peer with the lowest mean, with its paired interval, as a table cell."""
+    """llmcomp (`auto` or ALPS, if it ran) minus the peer with the lowest mean, with its paired interval, as a cell."""
     ours = next((name for name in (AUTO, OURS, "llmcomp alps", "llmcomp sparsegpt") if name in values), OURS)
     peers = {name: value for name, value in values.items() if TOOLS[name].package != OURS and "rtn" not in name}
     if ours not in values or not peers:

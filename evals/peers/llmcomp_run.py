@@ -1,7 +1,7 @@
 """Compress one checkpoint with llmcomp's own command line, in this process so that imports can be told apart.
 
-What runs is what `llmcomp quantize MODEL …` (or `sparsify`) runs, evaluation off as for every tool. The windows go in as
-token ids, sentences as text. Verification is llmcomp's default and reported as its own row: the peers
+What runs is what `llmcomp quantize MODEL …` (or `sparsify`) runs, evaluation off as for every tool. The windows go in
+as token ids, sentences as text. Verification is llmcomp's default and reported as its own row: the peers
 do nothing like it. llmcomp imports inside its verbs, so all that they would import is imported here before
 the IMPORTED mark, as the other tools' modules are.
 """

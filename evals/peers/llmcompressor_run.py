@@ -3,8 +3,8 @@
 `gptq` is GPTQModifier as it comes (static activation order, damping 0.01, min-max scales); `gptq-mse` sets
 the weight observer to `mse`, the tool's own clip search, which is its best GPTQ on every text measured;
 `rtn-mse` is that observer without GPTQ; `awq` and `awq-gptq` put AWQModifier with `duo_scaling: both`, its most
-thorough search, before `rtn-mse` and `gptq-mse`. Symmetric, linear layers of the blocks only. `sparsegpt` and `wanda` are its
-modifiers as they come, with the pattern.
+thorough search, before `rtn-mse` and `gptq-mse`. Symmetric, linear layers of the blocks only. `sparsegpt` and `wanda`
+are its modifiers as they come, with the pattern.
 """
 
 from __future__ import annotations
