@@ -152,7 +152,11 @@ def compress(
 ) -> CompressResult:
     """Compress a model by a recipe, of several steps in one pass, verify the checkpoint, and measure what it cost.
 
-    Args, raises: as `quantize`.
+    Args:
+        model, options, progress, run: as `quantize`.
+
+    Raises:
+        UserError, RunError: as `quantize`.
     """
     from llmcomp import hub
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from llmcomp import native
 from llmcomp.calibration.data import Texts
 from llmcomp.calibration.media import Media
 from llmcomp.devices import CPU, choose, describe, forget_peak, peak_bytes
@@ -24,7 +23,6 @@ from llmcomp.formats.save import (
     ShardWriter,
     checkpoint_config,
     clear_scratch,
-    default_output,
     partial_of,
     preflight,
     publish,
@@ -37,7 +35,6 @@ from llmcomp.measure.cost import size_of
 from llmcomp.measure.inputs import MEDIA, evaluation_data
 from llmcomp.measure.machine import this_machine
 from llmcomp.measure.run import evaluate_model
-from llmcomp.pipeline.assign import Task
 from llmcomp.pipeline.job import (
     Data,
     Job,
@@ -49,6 +46,7 @@ from llmcomp.pipeline.job import (
     plan_recipe,
 )
 from llmcomp.pipeline.journal import Journal, fingerprint
+from llmcomp.pipeline.labels import labels
 from llmcomp.pipeline.memory import PeakMemory
 from llmcomp.pipeline.plan import bytes_after
 from llmcomp.pipeline.run import Compression
@@ -56,7 +54,7 @@ from llmcomp.pipeline.streaming import open_streamed
 from llmcomp.pipeline.whole import Conversion, prepare
 from llmcomp.progress import Progress, Silent
 from llmcomp.ranks import ALONE, World
-from llmcomp.recipe import Recipe, pattern_for
+from llmcomp.recipe import Recipe
 from llmcomp.report.html import FILE_NAME as PAGE_NAME
 from llmcomp.report.html import render
 from llmcomp.report.schema import FILE_NAME, Left, Report
@@ -134,7 +132,7 @@ class Session:
             self._measure(report, checkpoint, source, texts)
         report.size_after = size_of(checkpoint, _role_of(source))
         report.phases, report.notes = self.phases, self.notes
-        report.labels = _labels(plan, report)
+        report.labels = labels(plan, report.format)
         with writing(checkpoint):
             (checkpoint / FILE_NAME).write_text(report.to_json(), encoding="utf-8")
             (checkpoint / PAGE_NAME).write_text(render(report), encoding="utf-8")
@@ -334,6 +332,18 @@ class Session:
             self.phases[phase] = self.phases.get(phase, 0.0) + time.perf_counter() - began
 
 
+def default_output(model: str, *steps: str) -> Path:
+    """`./<model>-<step>`, such as 'm-gptq-w4', from a directory, a Hub id or a 'sample:' name.
+
+    Args:
+        steps: what was done, as `llmcomp.recipe` sums steps up.
+    """
+    stem = model.rstrip("/\\").replace(":", "-").replace("\\", "/").split("/")[-1]
+    if stem in ("", ".", ".."):
+        stem = Path(model).resolve().name or "model"
+    return Path("-".join([stem, *steps]))
+
+
 def _role_of(source: Source) -> Any:
     """Tensor name → role, by the module it belongs to."""
     roles = {ref.name: ref.role for ref in source.adapter.refs}
@@ -352,54 +362,3 @@ def _left(source: Source, plan: Plan) -> list[Left]:
         tensor = None if f"{name}.weight" in plan.ties else state.get(f"{name}.weight", state.get(name))
         found.append(Left(name, reason, 0 if tensor is None else tensor.numel() * tensor.element_size()))
     return found
-
-
-def _labels(plan: Plan, report: Report) -> list[str]:
-    """Honest words on what the artefact is good for."""
-    if report.format == "dense":
-        return [_dense_label(plan)]
-    if plan.whole:
-        return [
-            "Smaller on disk and in memory: plain transformers with bitsandbytes computes with the packed weights. "
-            "Made for CUDA GPUs; on a CPU the kernels are there, fast ones for nf4 only with AVX512-BF16."
-        ]
-    if report.format == native.METHOD:
-        return [
-            "Smaller on disk and in memory: llmcomp (`import llmcomp.hf`, `llmcomp.load`) computes with the packed "
-            "weights on a CPU; `llmcomp bench` measures how fast that is here. Other readers cannot open it; "
-            "`llmcomp export` writes what they can."
-        ]
-    labels = [
-        "Smaller on disk and to download. Plain transformers decompresses it to dense weights on a CPU at load or "
-        "at the first forward, so there it is neither smaller in memory nor faster."
-    ]
-    tasks = plan.assignment.tasks.values()
-    if any(task.activations for task in tasks):
-        labels.append(
-            "W8A8: vLLM multiplies 8-bit integers on CUDA GPUs; not run here. On a CPU plain transformers only "
-            "simulates the rounded activations, which takes time."
-        )
-    elif all(_common(task) for task in tasks):
-        labels.append("A format for which vLLM has packed kernels on CUDA GPUs; not run here.")
-    else:
-        labels.append("Not a format for which packed kernels are common: expect smaller, not faster, on GPUs.")
-    return labels
-
-
-def _common(task: Task) -> bool:
-    """Whether packed kernels for such a weight are common."""
-    scheme = task.scheme
-    return scheme is not None and scheme.bits in (4, 8) and scheme.symmetric and not task.ref.transposed
-
-
-def _dense_label(plan: Plan) -> str:
-    sparse = plan.recipe.sparsifying
-    if sparse is None:
-        return "As large and as fast as before: dense weights on the quantization grid, for any software."
-    zeros = "As large as before: zeros are stored like any weight, for any software; an archive of it is smaller."
-    if pattern_for(sparse, None).label == "2:4":
-        return (
-            f"{zeros} As fast as before: CUDA GPUs since Ampere multiply 2:4 weights faster, once a runtime packs them "
-            "(torch.sparse.to_sparse_semi_structured); not run here. CPUs gain nothing."
-        )
-    return f"{zeros} As fast as before: no common kernel makes use of this pattern."

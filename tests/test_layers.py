@@ -30,8 +30,8 @@ ROWS = [
     "native",
     "progress weights losses calibration.stats calibration.files calibration.hub_data calibration.parking sentences",
     "report.schema",
-    "report.words packing bnb schemes patterns activations matmul network aliases samples shards experts feeds "
-    "ranks devices",
+    "report.words building packing bnb schemes patterns activations matmul network aliases samples shards experts "
+    "feeds ranks devices",
     "errors",
 ]
 

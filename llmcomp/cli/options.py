@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from llmcomp.building import build
 from llmcomp.errors import BadRecipe
-from llmcomp.recipe import STEPS, Calibration, Override, Recipe, build, step_of
+from llmcomp.recipe import STEPS, Calibration, Override, Recipe, step_of
 
 Model = Annotated[
     str,

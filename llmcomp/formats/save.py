@@ -225,18 +225,6 @@ def clear_scratch(scratch: Path) -> None:
         scratch.parent.rmdir()
 
 
-def default_output(model: str, *steps: str) -> Path:
-    """`./<model>-<step>`, such as 'm-gptq-w4', from a directory, a Hub id or a 'sample:' name.
-
-    Args:
-        steps: what was done, as `llmcomp.recipe` sums steps up.
-    """
-    stem = model.rstrip("/\\").replace(":", "-").replace("\\", "/").split("/")[-1]
-    if stem in ("", ".", ".."):
-        stem = Path(model).resolve().name or "model"
-    return Path("-".join([stem, *steps]))
-
-
 def preflight(output: Path, overwrite: bool, nbytes: int) -> None:
     """Refuse before any work what `publish` would refuse after it.
 

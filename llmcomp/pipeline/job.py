@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llmcomp.adapters.base import Adapter
 from llmcomp.adapters.discover import discover, skeleton
+from llmcomp.building import build
 from llmcomp.calibration.data import Batch, batches, describe, fingerprint, read_texts, windows
 from llmcomp.calibration.lint import lint
 from llmcomp.checkpoint import Binding, Checkpoint, bind
@@ -27,7 +28,7 @@ from llmcomp.pipeline.solve import method_config
 from llmcomp.pipeline.sparsifying import assign_steps
 from llmcomp.progress import Progress
 from llmcomp.ranks import ALONE, World
-from llmcomp.recipe import FIXED, QuantizeStep, Recipe, build
+from llmcomp.recipe import FIXED, QuantizeStep, Recipe
 from llmcomp.report.schema import LayerReport
 
 TOKENS_PER_BATCH = 1024  # of one forward; more gains little speed and costs memory

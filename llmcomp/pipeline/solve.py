@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmcomp.building import build
 from llmcomp.calibration.stats import InputStats
 from llmcomp.formats import Layout
 from llmcomp.methods import METHODS, SPARSE
 from llmcomp.methods.solution import Solution, sampled_row_losses
 from llmcomp.pipeline.assign import Task
 from llmcomp.ranks import ALONE, World
-from llmcomp.recipe import build
 from llmcomp.report.schema import LayerReport
 from llmcomp.weights import QuantizedWeight, SparseWeight
 

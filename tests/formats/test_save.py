@@ -18,11 +18,11 @@ from llmcomp.formats import save
 from llmcomp.formats.save import (
     ShardWriter,
     checkpoint_config,
-    default_output,
     partial_of,
     preflight,
     publish,
 )
+from llmcomp.session import default_output
 
 
 @pytest.fixture

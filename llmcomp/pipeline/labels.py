@@ -1,0 +1,59 @@
+"""Honest words: where a checkpoint is faster, and where only smaller."""
+
+from __future__ import annotations
+
+from llmcomp import native
+from llmcomp.pipeline.assign import Task
+from llmcomp.pipeline.job import Plan
+from llmcomp.recipe import pattern_for
+
+
+def labels(plan: Plan, format: str) -> list[str]:
+    """Honest words on what the artefact is good for."""
+    if format == "dense":
+        return [_dense_label(plan)]
+    if plan.whole:
+        return [
+            "Smaller on disk and in memory: plain transformers with bitsandbytes computes with the packed weights. "
+            "Made for CUDA GPUs; on a CPU the kernels are there, fast ones for nf4 only with AVX512-BF16."
+        ]
+    if format == native.METHOD:
+        return [
+            "Smaller on disk and in memory: llmcomp (`import llmcomp.hf`, `llmcomp.load`) computes with the packed "
+            "weights on a CPU; `llmcomp bench` measures how fast that is here. Other readers cannot open it; "
+            "`llmcomp export` writes what they can."
+        ]
+    said = [
+        "Smaller on disk and to download. Plain transformers decompresses it to dense weights on a CPU at load or "
+        "at the first forward, so there it is neither smaller in memory nor faster."
+    ]
+    tasks = plan.assignment.tasks.values()
+    if any(task.activations for task in tasks):
+        said.append(
+            "W8A8: vLLM multiplies 8-bit integers on CUDA GPUs; not run here. On a CPU plain transformers only "
+            "simulates the rounded activations, which takes time."
+        )
+    elif all(_common(task) for task in tasks):
+        said.append("A format for which vLLM has packed kernels on CUDA GPUs; not run here.")
+    else:
+        said.append("Not a format for which packed kernels are common: expect smaller, not faster, on GPUs.")
+    return said
+
+
+def _common(task: Task) -> bool:
+    """Whether packed kernels for such a weight are common."""
+    scheme = task.scheme
+    return scheme is not None and scheme.bits in (4, 8) and scheme.symmetric and not task.ref.transposed
+
+
+def _dense_label(plan: Plan) -> str:
+    sparse = plan.recipe.sparsifying
+    if sparse is None:
+        return "As large and as fast as before: dense weights on the quantization grid, for any software."
+    zeros = "As large as before: zeros are stored like any weight, for any software; an archive of it is smaller."
+    if pattern_for(sparse, None).label == "2:4":
+        return (
+            f"{zeros} As fast as before: CUDA GPUs since Ampere multiply 2:4 weights faster, once a runtime packs them "
+            "(torch.sparse.to_sparse_semi_structured); not run here. CPUs gain nothing."
+        )
+    return f"{zeros} As fast as before: no common kernel makes use of this pattern."
