@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -11,7 +12,6 @@ from llmcomp.adapters.base import Adapter, LinearRef
 from llmcomp.errors import BadRecipe
 from llmcomp.formats import Kind
 from llmcomp.methods import AUTO, AUTO_ALONE, METHODS, SPARSE
-from llmcomp.methods.signround import Tuned
 from llmcomp.patterns import Pattern
 from llmcomp.recipe import ROLES, QuantizeStep, Step, matches, override_for, scheme_for
 from llmcomp.schemes import INT8_DYNAMIC, INT8_STATIC, Scheme
@@ -83,7 +83,7 @@ class Task:
         return pruned or (self.scheme is not None and METHODS[self.method].factorizes)
 
     @property
-    def tune(self) -> Callable[..., Tuned] | None:
+    def tune(self) -> Callable[..., Any] | None:
         """As `Method.tune`."""
         return None if self.scheme is None else METHODS[self.method].tune
 

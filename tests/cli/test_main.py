@@ -22,16 +22,16 @@ from llmcomp.errors import (
     VerificationFailed,
 )
 
-VERBS = ("quantize", "inspect", "evaluate", "bench", "generate", "report", "models")
+VERBS = ("quantize", "sparsify", "compress", "inspect", "evaluate", "bench", "generate", "report", "models")
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     """`llmcomp quantize` raises `error`."""
 
-    def quantize(*_: object, **__: object) -> None:
+    def compress(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(api, "quantize", quantize)
+    monkeypatch.setattr(api, "compress", compress)
 
 
 @pytest.mark.parametrize(
@@ -80,10 +80,10 @@ def test_a_reader_that_goes_away_is_no_error(
 
 
 def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def quantize(*_: object, **__: object) -> None:
+    def compress(*_: object, **__: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(api, "quantize", quantize)
+    monkeypatch.setattr(api, "compress", compress)
     before = signal.getsignal(signal.SIGINT)
     assert main(["quantize", "model"]) == 130
     assert capsys.readouterr() == ("", "llmcomp: Interrupted; the same command resumes where it stopped.\n")
@@ -102,13 +102,13 @@ def test_ctrl_c_of_a_verb_that_does_not_resume(
 def test_ctrl_c_of_which_other_code_makes_an_error(
     other: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def quantize(*_: object, **__: object) -> None:
+    def compress(*_: object, **__: object) -> None:
         try:
             signal.raise_signal(signal.SIGINT)
         finally:
             raise other
 
-    monkeypatch.setattr(api, "quantize", quantize)
+    monkeypatch.setattr(api, "compress", compress)
     assert main(["quantize", "model"]) == 130
     assert capsys.readouterr() == ("", "llmcomp: Interrupted; the same command resumes where it stopped.\n")
 

@@ -37,11 +37,11 @@ def asked(monkeypatch: pytest.MonkeyPatch, *flags: str) -> tuple[Recipe, api.Run
     """The recipe and the options that `llmcomp quantize MODEL FLAGS` leads to."""
     calls: list[tuple[Recipe, api.RunOptions]] = []
 
-    def quantize(model: str, *, recipe: Recipe, options: api.RunOptions, progress: object) -> None:
+    def compress(model: str, recipe: Recipe, *, options: api.RunOptions, progress: object) -> None:
         calls.append((recipe, options))
         raise RunError("asked")
 
-    monkeypatch.setattr(api, "quantize", quantize)
+    monkeypatch.setattr(api, "compress", compress)
     assert main(["quantize", "model", *flags]) == 1
     return calls[0]
 
