@@ -21,7 +21,7 @@ def build(kind: Any, data: Any, where: str) -> Any:
     for key in data:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}."
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}." if known else "it has none."
             raise BadRecipe(f"{where}: unknown key '{key}'; {hint}")
     for key, value in data.items():
         _check_type(key, value, str(known[key].type), where)

@@ -133,6 +133,17 @@ class Calibration:
     text_column: str | None = None
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 without numbers to the base of 60, by which an unquoted `pattern: 2:4` would be 124."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in some if tag != "tag:yaml.org,2002:int"]
+    for first, some in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The whole run but for model and output."""
@@ -165,7 +176,7 @@ class Recipe:
             BadRecipe: not YAML, not a mapping, unknown keys or impossible values.
         """
         try:
-            data = yaml.safe_load(text)
+            data = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise BadRecipe(f"{where} is not YAML ({str(error).splitlines()[0]}).") from error
         if not isinstance(data, dict):
@@ -178,6 +189,8 @@ class Recipe:
                 raise BadRecipe(f"{where}: 'steps' must be a non-empty list.")
             fixed = FIXED.get(str(data.get("format")), {})
             data["steps"] = tuple(_step(s, f"{where}: step {n}", fixed) for n, s in enumerate(data["steps"]))
+            if not any(isinstance(step, QuantizeStep) for step in data["steps"]):
+                data.setdefault("format", "dense")  # there is nothing to pack
         return build(cls, data, where)
 
     @classmethod

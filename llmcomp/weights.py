@@ -35,7 +35,7 @@ class QuantizedWeight:
             is the zero point. A kept one may be rounded to zero, too.
 
     Raises:
-        RunError: a mask that is not exactly its pattern's.
+        RunError: a mask that is not exactly its pattern's, or a removed weight that is not zero.
     """
 
     values: Tensor
@@ -51,6 +51,8 @@ class QuantizedWeight:
             raise RunError("A mask comes with its pattern, and a pattern with its mask.")
         if self.pattern is not None and self.mask is not None:
             check_mask(self.pattern, self.mask)
+            if bool((_from_zero(self.values, self.zero_point) & ~self.mask).any()):
+                raise RunError("A weight that its mask removes is not zero.")
 
     def dense(self) -> Tensor:
         """The weight [out, in] as a reader decodes it, bit for bit: arithmetic in the scale's own dtype."""
@@ -134,6 +136,14 @@ class SparseWeight:
         stored = columns if self.pattern.group is None else self.pattern.kept_in_row(columns)
         return rows * stored * self.values.element_size() + _index_bytes(self.pattern, rows, columns)
 
+
+
+def _from_zero(values: Tensor, zero_point: Tensor | None) -> Tensor:
+    """bool [out, in]: which integers stand for something else than zero."""
+    if zero_point is None:
+        return values != 0
+    rows, columns = values.shape
+    return (values.reshape(rows, zero_point.shape[1], -1) != zero_point.unsqueeze(-1)).reshape(rows, columns)
 
 
 def dequantize(values: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
@@ -10,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcomp import packing
+from llmcomp.errors import RunError
+from llmcomp.patterns import Pattern
 from llmcomp.schemes import BITS, Scheme
 from llmcomp.weights import QuantizedWeight
 
@@ -63,3 +67,15 @@ def test_nbytes_are_those_of_the_packed_tensors(bits: int) -> None:
     weight = random_weight(Scheme(bits, 32, False), 24, 96, torch.bfloat16, 0)
     packed = packing.pack(weight.values, bits).nbytes + packing.pack(weight.zero_point, bits, 0).nbytes
     assert weight.nbytes == packed + weight.scale.nbytes
+
+
+def test_a_removed_weight_is_zero_or_it_is_an_error() -> None:
+    mask = torch.tensor([[True, True, False, False]])
+    zero = torch.tensor([[3]], dtype=torch.int8)
+    held = QuantizedWeight(
+        torch.tensor([[7, -8, 3, 3]], dtype=torch.int8), torch.ones(1, 1), zero, Scheme(4, None, False), None,
+        Pattern.parse("2:4"), mask,
+    )  # fmt: skip
+    assert held.dense().tolist() == [[4.0, -11.0, 0.0, 0.0]]
+    with pytest.raises(RunError, match="not zero"):
+        replace(held, zero_point=torch.zeros_like(zero))

@@ -85,8 +85,10 @@ def integers_only(entries: Sequence[Entry], format: str) -> list[Quantized]:
     """
     found = [(ref, kind) for ref, kind in entries if isinstance(kind, Scheme)]
     if len(found) < len(entries):
+        floating = next(ref.name for ref, kind in entries if not isinstance(kind, Scheme))
         raise BadRecipe(
-            f"--format {format} has no form for sparse weights that are not quantized as well; take --format dense."
+            f"Format {format} has no form for sparse weights that are not quantized as well, such as {floating}: skip "
+            "them in both steps, or write 'format: dense' in the recipe."
         )
     return found
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmcomp.methods.alps import ALPSConfig, alps
+from llmcomp.methods.alps import ALPSConfig, alps, alps_flops
 from llmcomp.methods.awq import AWQConfig, AWQGPTQConfig, awq, awq_gptq, search_scale
 from llmcomp.methods.gptq import GPTQConfig, gptq
 from llmcomp.methods.lowrank import ASVDConfig, SVDConfig, SVDLLMConfig, asvd, svd, svd_llm
@@ -58,6 +58,9 @@ class SparseMethod:
         by_row: whether an unstructured pattern is met in each row by itself. Else the rows of what is given compete,
             and weights that are to keep their own sparsity must not be stacked. N:M is always met in each row.
         factorizes: whether it factorizes the Gram matrix, so that the next weight finds the factor in its place.
+        squares: float32 matrices [in, in] that it makes beside the Gram matrix.
+        copies: float32 copies of a chunk of rows that it holds at once.
+        flops: (config, rows, in) → operations beyond one pass over the weights, and what is counted for factorizing.
     """
 
     function: Callable[..., Solution]
@@ -66,6 +69,9 @@ class SparseMethod:
     summary: str
     by_row: bool = False
     factorizes: bool = False
+    squares: int = 0
+    copies: int = 0
+    flops: Callable[[Any, float, float], float] = lambda config, rows, columns: 0.0
 
 
 METHODS: dict[str, Method] = {
@@ -86,7 +92,10 @@ SPARSE: dict[str, SparseMethod] = {
     "sparsegpt": SparseMethod(
         sparsegpt, SparseGPTConfig, True, "what is removed is made up for in the columns that follow", factorizes=True
     ),
-    "alps": SparseMethod(alps, ALPSConfig, True, "the mask searched by ADMM, the best weights on it solved for"),
+    "alps": SparseMethod(
+        alps, ALPSConfig, True, "the mask searched by ADMM, the best weights on it solved for", squares=1, copies=6,
+        flops=alps_flops,
+    ),
     "wanda": SparseMethod(wanda, WandaConfig, True, "what carries least of its input is removed", by_row=True),
     "magnitude": SparseMethod(magnitude, MagnitudeConfig, False, "the smallest are removed; no calibration"),
 }

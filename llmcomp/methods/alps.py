@@ -66,6 +66,13 @@ class ALPSConfig:
             )
 
 
+def alps_flops(config: ALPSConfig, rows: float, columns: float) -> float:
+    """Operations of a weight [rows, in], if ADMM goes to its last iteration: each solves for all rows with a factor of
+    its own, each refinement multiplies by the Gram matrix."""
+    each = 2 * rows * columns**2
+    return config.iterations * (each + columns**3 / 3) + config.refinements * each
+
+
 def alps(
     weight: Tensor, stats: InputStats, pattern: Pattern, dtype: torch.dtype,
     config: ALPSConfig = ALPSConfig(), mask: Tensor | None = None,

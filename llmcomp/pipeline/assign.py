@@ -63,6 +63,11 @@ class Task:
         return " + ".join(filter(None, (removing, self.method)))
 
     @property
+    def one_sweep(self) -> bool:
+        """Whether weights are removed and rounded in one sweep."""
+        return self.pruning is not None and (self.pruning.method, self.method) == ("sparsegpt", "gptq")
+
+    @property
     def activations(self) -> str | None:
         return None if self.scheme is None else self.scheme.activations
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from llmcomp.adapters.base import Adapter, Block, LinearRef
 from llmcomp.matmul import switch_is_exact
+from llmcomp.methods import SPARSE
 from llmcomp.pipeline.assign import Task
 from llmcomp.pipeline.job import Plan
 from llmcomp.pipeline.terms import Footprint, Lanes, MemoryTerms
@@ -296,6 +297,9 @@ def _solving(stage: Sequence[Task], size: int, ranks: int) -> tuple[dict[str, in
         method = max(method, chunk * _SWEEP_BYTES, FLOAT * columns * _TILE)
     elif stage[0].calibrated:
         method = max(method, min(rows, _LOSS_ROWS) * columns * _LOSS_BYTES)
+    removing = [SPARSE[task.pruning.method] for task in stage if task.pruning is not None]
+    chunk = min(rows, max(64, _SWEEP_WEIGHTS // columns)) * columns
+    method = max(method, *(FLOAT * (one.squares * columns**2 + one.copies * chunk) for one in removing), 0)
     stacked = rows * columns * size if len(stage) > 1 else 0
     if any(task.scale is not None for task in stage):
         stacked += weights * size  # a scaled copy

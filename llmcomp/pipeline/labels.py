@@ -5,13 +5,22 @@ from __future__ import annotations
 from llmcomp import native
 from llmcomp.pipeline.assign import Task
 from llmcomp.pipeline.job import Plan
-from llmcomp.recipe import pattern_for
+
+_ZEROS = (
+    "Removed weights are stored as integers like any other, so removing them makes the checkpoint neither smaller nor "
+    "faster than rounding alone."
+)
 
 
 def labels(plan: Plan, format: str) -> list[str]:
     """Honest words on what the artefact is good for."""
     if format == "dense":
         return [_dense_label(plan)]
+    sparse = [_ZEROS] if any(task.pruning for task in plan.assignment.tasks.values()) else []
+    return [*_packed_labels(plan, format), *sparse]
+
+
+def _packed_labels(plan: Plan, format: str) -> list[str]:
     if plan.whole:
         return [
             "Smaller on disk and in memory: plain transformers with bitsandbytes computes with the packed weights. "
@@ -47,13 +56,14 @@ def _common(task: Task) -> bool:
 
 
 def _dense_label(plan: Plan) -> str:
-    sparse = plan.recipe.sparsifying
-    if sparse is None:
+    patterns = {task.pruning.pattern.label for task in plan.assignment.tasks.values() if task.pruning is not None}
+    if not patterns:
         return "As large and as fast as before: dense weights on the quantization grid, for any software."
-    zeros = "As large as before: zeros are stored like any weight, for any software; an archive of it is smaller."
-    if pattern_for(sparse, None).label == "2:4":
+    size = "Larger by the head, which shared the embeddings' storage" if plan.untied else "As large as before"
+    zeros = f"{size}: zeros are stored like any weight, for any software; an archive of it is smaller."
+    if patterns == {"2:4"}:
         return (
             f"{zeros} As fast as before: CUDA GPUs since Ampere multiply 2:4 weights faster, once a runtime packs them "
             "(torch.sparse.to_sparse_semi_structured); not run here. CPUs gain nothing."
         )
-    return f"{zeros} As fast as before: no common kernel makes use of this pattern."
+    return f"{zeros} As fast as before: no common kernel makes use of such patterns."

@@ -94,7 +94,7 @@ def _solution(
     if task.pruning is None:
         return _quantized(task, weight, stats, options)
     pattern, removing = task.pruning.pattern, SPARSE[task.pruning.method]
-    if task.method == "gptq" and task.pruning.method == "sparsegpt":
+    if task.one_sweep:
         return _quantized(task, weight, stats, options, pattern=pattern)
     own = pruning if set(pruning) <= set(removing.config.__dataclass_fields__) else {}
     config = build(removing.config, dict(own), f"options of {task.pruning.method}")
@@ -150,16 +150,18 @@ def _affordable(task: Task, stats: InputStats | None) -> Task:
     routed, width = task.ref.share < 1, task.ref.in_features
     if stats is None or not routed or not task.calibrated or stats.tokens >= width:
         return task
-    humbler, methods = task, []
-    if task.pruning is not None:
-        methods.append("wanda" if stats.tokens else "magnitude")
-        humbler = replace(task, method=methods[0], pruning=replace(task.pruning, method=methods[0]))
-    if task.scheme is not None:
-        methods.append("rtn-clip" if stats.tokens else "rtn")
-        humbler = replace(humbler, method=methods[-1])
+    clipped, masked = ("rtn-clip", "wanda") if stats.tokens else ("rtn", "magnitude")
+    humbler = task
+    if task.pruning is not None and task.pruning.method not in ("magnitude", masked):
+        humbler = replace(task, pruning=replace(task.pruning, method=masked))
+    if task.scheme is None:
+        assert humbler.pruning is not None  # a task does something
+        humbler = replace(humbler, method=humbler.pruning.method)
+    elif METHODS[task.method].calibrated:
+        humbler = replace(humbler, method=clipped)
     if humbler == task:
         return task
-    why = f"{stats.tokens} calibration tokens reached this expert, fewer than its width {width}: {', '.join(methods)}"
+    why = f"{stats.tokens} calibration tokens reached this expert, fewer than its width {width}: {humbler.methods}"
     return replace(humbler, fallback="; ".join(filter(None, (task.fallback, why))))
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from llmcomp.adapters.base import Adapter, LinearRef
 from llmcomp.errors import BadRecipe
-from llmcomp.methods import METHODS, SPARSE
+from llmcomp.methods import AUTO_ALONE, METHODS, SPARSE
 from llmcomp.pipeline.assign import Assignment, Pruning, Task, assign, left_out, unknown
 from llmcomp.recipe import QuantizeStep, SparsifyStep, Step, override_for, pattern_for
 
@@ -18,13 +19,32 @@ def assign_steps(adapter: Adapter, steps: Sequence[Step]) -> Assignment:
     Raises:
         BadRecipe: a step that does not fit, or two that exclude each other on a linear.
     """
-    made = [assign(adapter, step) if isinstance(step, QuantizeStep) else _sparse(adapter, step) for step in steps]
-    if len(made) == 1:
-        return made[0]
-    pruned, quantized = made
+    if len(steps) == 1:
+        return _one(adapter, steps[0])
+    pruned, quantized = (_one(adapter, _under_a_mask(step)) for step in steps)
     tasks = {ref.name: _both(pruned.tasks.get(ref.name), quantized.tasks.get(ref.name)) for ref in adapter.refs}
     done = {name: task for name, task in tasks.items() if task is not None}
+    if steps[0].options and any(task.one_sweep for task in done.values()):
+        said = ", ".join(steps[0].options)
+        raise BadRecipe(
+            f"SparseGPT and GPTQ are one sweep, which GPTQ's settings govern; give {said} as options of the step to "
+            "quantize."
+        )
     return Assignment(done, {name: why for name, why in quantized.left.items() if name not in done})
+
+
+def _one(adapter: Adapter, step: Step) -> Assignment:
+    return assign(adapter, step) if isinstance(step, QuantizeStep) else _sparse(adapter, step)
+
+
+def _under_a_mask(step: Step) -> Step:
+    """A step that follows another: `auto` takes what keeps a mask, at every width."""
+
+    def method(given: str | None) -> Any:
+        return AUTO_ALONE if given == "auto" else given
+
+    overrides = tuple(replace(override, method=method(override.method)) for override in step.overrides)
+    return replace(step, method=method(step.method), overrides=overrides)
 
 
 def _both(pruned: Task | None, quantized: Task | None) -> Task | None:
@@ -32,7 +52,10 @@ def _both(pruned: Task | None, quantized: Task | None) -> Task | None:
         return pruned or quantized
     method = METHODS[quantized.method]
     if method.tune is not None or (method.factorizes and quantized.method != "gptq"):
-        raise BadRecipe(f"{quantized.method} would move removed weights from zero; after sparsifying take gptq or awq.")
+        raise BadRecipe(
+            f"{quantized.method} would move removed weights from zero; after sparsifying take gptq, awq, rtn-clip or "
+            "rtn."
+        )
     return replace(quantized, pruning=pruned.pruning)
 
 
@@ -44,13 +67,19 @@ def _sparse(adapter: Adapter, step: SparsifyStep) -> Assignment:
             that does not divide a width. All problems are said at once.
     """
     problems = unknown(adapter, step, tuple(SPARSE))
+    misfits: dict[str, list[int]] = {}
     tasks: dict[str, Task] = {}
     left = dict(adapter.uncompressed)
     for ref in adapter.refs:
         if (why := left_out(step, ref)) is not None:
             left[ref.name] = why
-        elif (task := _task(ref, step, problems)) is not None:
+        elif (task := _task(ref, step, problems, misfits)) is not None:
             tasks[ref.name] = task
+    problems += [
+        f"--pattern {label} does not divide the widths {sorted(set(widths))} of {len(widths)} weights; take a pattern "
+        "whose M divides them, or unstructured, or skip them"
+        for label, widths in misfits.items()
+    ]
     if not tasks and not problems:
         problems.append("the recipe's targets and overrides leave nothing to sparsify")
     if problems:
@@ -58,21 +87,24 @@ def _sparse(adapter: Adapter, step: SparsifyStep) -> Assignment:
     return Assignment(tasks, left)
 
 
-def _task(ref: LinearRef, step: SparsifyStep, problems: list[str]) -> Task | None:
-    """The task of one linear; None where the recipe cannot be right, with `problems` saying why."""
+def _task(
+    ref: LinearRef, step: SparsifyStep, problems: list[str], misfits: dict[str, list[int]]
+) -> Task | None:
+    """The task of one linear; None where the recipe cannot be right, with `problems` saying why.
+
+    Args:
+        misfits: {pattern: widths that it does not divide}, which this adds to.
+    """
     override = override_for(step, ref.name, ref.role, ref.block)
     method = override.method if override is not None and override.method is not None else step.method
     if method not in SPARSE:
         return None
     if ref.role == "embeddings":
-        problems.append("embeddings are looked up row by row, so no input says which of their weights matter")
+        said = "embeddings are looked up row by row, so no input says which of their weights matter"
+        problems += [] if said in problems else [said]
         return None
-    try:
-        pattern = pattern_for(step, override)
-        pattern.check_width(ref.in_features, ref.name)
-    except BadRecipe as error:
-        said = str(error).removesuffix(".")
-        if said not in problems:
-            problems.append(said)
+    pattern = pattern_for(step, override)  # which can be, or `recipe.check` has said why not
+    if not pattern.fits(ref.in_features):
+        misfits.setdefault(pattern.label, []).append(ref.in_features)
         return None
     return Task(ref, None, method, pruning=Pruning(pattern, method))

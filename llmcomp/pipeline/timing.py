@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from llmcomp.adapters.base import Adapter, Block
 from llmcomp.matmul import WideProducts, fast_matmul
+from llmcomp.methods import SPARSE
 from llmcomp.methods._grid import SEARCH
 from llmcomp.pipeline.assign import Task
 from llmcomp.pipeline.job import Plan
@@ -81,11 +82,11 @@ def seconds(
         for stage in block.stages:
             wanted = [tasks[ref.name] for ref in stage if ref.name in tasks]
             if wanted:
-                total += _stage(wanted, block.applications * share if calibrated else 0, rates, ranks)
+                total += _stage(wanted, plan, block.applications * share if calibrated else 0, rates, ranks)
     for ref in (adapter.embeddings, adapter.head):
         if ref is not None and ref.name in tasks:
             task = tasks[ref.name]
-            total += _stage([task], share if task.calibrated else 0, rates, ranks)
+            total += _stage([task], plan, share if task.calibrated else 0, rates, ranks)
     state = adapter.model.state_dict()
     return total + sum(value.numel() * value.element_size() for value in state.values()) / _STORED_BYTES
 
@@ -107,7 +108,7 @@ def _learning(block: Block, plan: Plan, tokens: float, lane: float, length: floa
     )
 
 
-def _stage(stage: list[Task], tokens: float, rates: Rates, ranks: int) -> float:
+def _stage(stage: list[Task], plan: Plan, tokens: float, rates: Rates, ranks: int) -> float:
     """Statistics of this rank's tokens, its rows of the weights, and what it exchanges."""
     columns = stage[0].ref.in_features
     weights = sum(task.ref.weights for task in stage) / ranks
@@ -115,21 +116,31 @@ def _stage(stage: list[Task], tokens: float, rates: Rates, ranks: int) -> float:
     total = tokens * stage[0].ref.share * float(columns) ** 2 / rates.exact
     for task in stage:
         share = task.ref.weights / ranks
-        if task.scheme is None:
+        if task.pruning is not None:
             total += share * _SEARCH_PASSES / rates.elements  # scores, and the least of each group
+            total += _removing(task.pruning.method, plan, share / columns, columns) / rates.exact
+        if task.scheme is None:
             continue
         shrinks, refinements = SEARCH[task.scheme.bits] if task.calibrated else ((1.0,), 0)
         candidates = len(shrinks) * (2 if task.scheme.symmetric else 1) + 2 * refinements
         total += share * candidates * _SEARCH_PASSES / rates.elements
     if stage[0].factorizes:
         total += float(columns) ** 3 / 3 / (rates.exact / 2)  # small blocks run at half the rate
-        total += 3 * weights * columns / rates.exact  # the sweep's products and two quadratic forms
-        total += weights * _COLUMN_PASSES / rates.elements
+        sweeps = 2 if stage[0].one_sweep else 1  # weights are removed once more to find their scales
+        total += 3 * sweeps * weights * columns / rates.exact  # the sweep's products and two quadratic forms
+        total += sweeps * weights * _COLUMN_PASSES / rates.elements
     elif stage[0].calibrated:
         total += 4 * weights * columns / rates.exact  # e'He and w'Hw
     if ranks > 1:  # half of the float32 Gram matrix goes round twice, integers once
         total += ((4.0 * columns**2 if tokens else 0) + weights * ranks) / _LINK
     return total
+
+
+def _removing(method: str, plan: Plan, rows: float, columns: float) -> float:
+    """Operations of a method that removes weights, with the recipe's settings where they are its own."""
+    entry, step = SPARSE[method], plan.recipe.sparsifying
+    own = step.options if step is not None and step.method == method else {}
+    return entry.flops(entry.config(**own), rows, columns)
 
 
 def _rate(kernel: Callable[[], object]) -> float:

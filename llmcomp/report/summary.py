@@ -269,4 +269,5 @@ def reproduce(report: Report) -> str:
         against = f" --against {shlex.quote(report.source)}" if report.before else ""
         return f"llmcomp evaluate {shlex.quote(report.output or report.model)}{against}"
     output = f" --output {shlex.quote(report.output)}" if report.output else ""
-    return f"llmcomp {shlex.quote(report.command)} {shlex.quote(report.model)} --recipe llmcomp_recipe.yaml{output}"
+    verb = "quantize" if report.command == "quantize" else "compress"  # which take any recipe
+    return f"llmcomp {verb} {shlex.quote(report.model)} --recipe llmcomp_recipe.yaml{output}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import parse
 from e2e_runs import LENGTH, SAMPLES, Run, broken_run, hashes, quantize, reload
 from tiny import build, tiny
 
@@ -17,7 +19,10 @@ from llmcomp.errors import BadRecipe
 from llmcomp.formats.opening import open_checkpoint
 from llmcomp.patterns import Pattern, holds
 from llmcomp.pipeline.job import plan_recipe
+from llmcomp.pipeline.plan import prospect
 from llmcomp.recipe import Calibration, Override, QuantizeStep, Recipe, SparsifyStep, Step, check
+from llmcomp.report.schema import Report
+from llmcomp.report.summary import reproduce
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ def test_a_broken_run_ends_bit_identical(name: str, runs: dict[str, Run], text: 
 @pytest.mark.parametrize(
     ("steps", "format", "said"),
     [
-        ((SparsifyStep(pattern="2:5"),), "dense", "5 does not divide"),
+        ((SparsifyStep(pattern="2:5"),), "dense", "2:5 does not divide the widths"),
         ((SparsifyStep(pattern="4:2"),), "dense", "N at least 1 and below M"),
         ((SparsifyStep(pattern="half"),), "dense", "--pattern half cannot be"),
         ((SparsifyStep(sparsity=0.7),), "dense", "leave --sparsity out"),
@@ -142,7 +147,8 @@ def test_a_broken_run_ends_bit_identical(name: str, runs: dict[str, Run], text: 
         ((SparsifyStep(options={"iterations": 3}),), "dense", "unknown key 'iterations'"),
         ((SparsifyStep(overrides=(Override("mlp", bits=8),)),), "dense", "sets bits"),
         ((QuantizeStep(overrides=(Override("mlp", pattern="2:4"),)),), "dense", "sets pattern"),
-        ((SparsifyStep(),), "compressed-tensors", "take --format dense"),
+        ((SparsifyStep(),), "compressed-tensors", "'format: dense'"),
+        ((SparsifyStep(options={"damping": 0.1}), QuantizeStep()), "dense", "give damping as options of the step to"),
         ((SparsifyStep(),), "bnb-nf4", "take --format dense"),
         ((QuantizeStep(), SparsifyStep()), "dense", "do not go together"),
         ((QuantizeStep(), QuantizeStep()), "dense", "do not go together"),
@@ -156,6 +162,31 @@ def test_what_cannot_be_is_one_sentence(steps: tuple[Step, ...], format: str, sa
         check(recipe)
         plan_recipe(recipe, discover(build("llama")))
     assert "\n" not in str(caught.value)
+
+
+def test_recipes_as_people_write_them() -> None:
+    """A pattern without quotes, which is a number to the base of 60 in YAML 1.1; no format, where nothing is packed."""
+    recipe = Recipe.from_yaml("steps: [{kind: sparsify, pattern: 2:4, overrides: [{target: mlp, pattern: 4:8}]}]")
+    step = recipe.sparsifying
+    assert step is not None and recipe.format == "dense"
+    assert (step.pattern, step.overrides[0].pattern) == ("2:4", "4:8")
+    assert Recipe.from_yaml("seed: 12\nsteps: [{kind: quantize, options: {damping: 1e-2}}]").seed == 12
+
+
+def test_auto_after_sparsifying_takes_what_keeps_the_mask() -> None:
+    recipe = Recipe((SparsifyStep(), QuantizeStep("auto", bits=2)), format="llmcomp")
+    tasks = plan_recipe(recipe, discover(build("llama"))).assignment.tasks
+    assert {task.methods for task in tasks.values()} == {"sparsegpt + gptq"}
+
+
+def test_the_plan_counts_what_admm_takes() -> None:
+    adapter = discover(build("llama", hidden_size=256, intermediate_size=512))
+    found = {}
+    for method in ("wanda", "alps"):
+        recipe = Recipe((SparsifyStep(method),), Calibration(samples=4, sequence_length=64), format="dense")
+        found[method] = prospect(adapter, recipe, (), 8 * 2**20).rows[0]
+    assert found["alps"].seconds > 3 * found["wanda"].seconds
+    assert found["alps"].peak_memory > found["wanda"].peak_memory + 4 * 512**2
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -174,6 +205,8 @@ def test_the_commands(
     assert main(["sparsify", model, *flags, *shared, *quick, "--save-recipe", saved, "-o", output]) == 0
     printed = capfd.readouterr().out
     assert "unstructured 60%" in printed and "llmcomp sparsify" in printed
+    report = Report.read(tmp_path / "out")
+    assert parse(shlex.split(reproduce(report))[1:])["recipe"] == Path("llmcomp_recipe.yaml")
     assert main(["compress", model, "--recipe", saved, *quick, "-o", str(tmp_path / "again")]) == 0
     assert hashes(tmp_path / "again") == hashes(tmp_path / "out")
     assert main(["plan", model, "--recipe", saved]) == 0
