@@ -36,7 +36,8 @@ def recipe(job: Job) -> list[Modifier]:
         kind = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[job.method]
         counts = job.pattern.split(":") if ":" in job.pattern else None
         share = 1 - int(counts[0]) / int(counts[1]) if counts else float(job.pattern)
-        return [kind(sparsity=share, mask_structure=job.pattern if counts else "0:0", ignore=OUTSIDE_BLOCKS)]
+        # These modifiers do not leave a head out by its name in `ignore`: the model was far worse (77.6 for 58.6).
+        return [kind(sparsity=share, mask_structure=job.pattern if counts else "0:0", targets=[r"re:.*_proj$"])]
     scaled = job.method.startswith("awq")
     method = {"awq": "rtn-mse", "awq-gptq": "gptq-mse"}.get(job.method, job.method)
     method, _, observer = method.partition("-")
