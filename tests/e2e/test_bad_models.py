@@ -17,7 +17,7 @@ import llmcomp
 
 def test_unknown_model(command: Command) -> None:
     said = command.refused(2, "no-such-org/no-such-model")
-    assert "neither cached" in said and "llmcomp quantize sample:lm" in said
+    assert "neither cached" in said and "sample:lm" in said
     assert untouched(command)
 
 
