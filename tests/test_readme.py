@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -71,6 +72,7 @@ def few_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_marked_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order and in one directory, as a reader would; the later ones use what the former made."""
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(REPOSITORY / "examples", tmp_path / "examples")  # a reader stands in the clone
     assert len(RUNNABLE) >= 4
     names: dict[str, object] = {}
     for language, text in RUNNABLE:
