@@ -5,14 +5,17 @@ that is decoded) are bound by the bytes of the weight, so they go to torch's ope
 as much again for each further row, so many rows (a prompt) are multiplied with weights decoded a tile at a time, in
 the type that the machine multiplies fastest (`llmcomp.kernels.tiles`).
 
-Milliseconds of a product of [rows, 2048] with a weight [2048, 2048], one thread of an EPYC with AVX2 only, and why the
-change is where it is (`python -m evals.kernels`, which prints this table for another machine):
+Milliseconds of a product of [rows, 2048] with a weight [2048, 2048], as `python -m evals.kernels --threads 1` printed
+them on an EPYC with AVX2 only (it prints this table for any machine):
 
-    rows      dense float32   dense bf16   int4pack   int8pack   _int_mm   int4 by tiles
-       1               0.8          0.9        0.6        0.7        4.5             3.0
-      16               3.8           13        4.0        4.4         71             5.0
-      32               5.7           30        9.9        8.4        166             5.7
-     128                15          116         46         39        584              16
+    rows   dense float32   dense bf16   int4pack   int4 by tiles   int8pack   int8 by tiles   _int_mm
+       1            1.34         1.20       0.74            9.59       0.83            1.71      4.20
+      16            5.38        13.01       5.01           12.02       4.73            5.19     66.44
+      32            7.89        26.23       9.82           14.35       8.98            7.01    133.20
+     128           16.02       101.91      25.86           23.91      26.31           16.55    393.61
+
+Both types change over at one number of rows (`tiles.few_rows`), which is where INT8's tiles win; INT4's were behind
+until about 100 rows in this run, so a number of its own is worth measuring on more machines.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """W8A8: inputs rounded to 8 bits as `llmcomp.activations` says, times integers of 8 bits, one scale a row.
 
-Where the machine multiplies int8 (VNNI, AMX) many rows are products of integers; elsewhere `torch._int_mm` is forty
-times slower than float32 (544 ms against 15 for 128 rows and a weight [2048, 2048], AVX2), and the rounded inputs are
-multiplied as floating numbers, which hold such integers exactly.
+Where the machine multiplies int8 (VNNI, AMX) many rows are products of integers; elsewhere `torch._int_mm` is slower
+than float32 by far (the table in `llmcomp.kernels`), and the rounded inputs are multiplied as floating numbers, which
+hold such integers exactly.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Many rows: weights decoded a few columns of the output at a time, then multiplied as dense ones.
 
-A tile stays in the cache, so decoding costs about half a nanosecond a weight, and what is left is the machine's own
+A tile stays in the cache while it is decoded and multiplied, and what decoding leaves is the machine's own
 dense product. All buffers are made once a call: faulting in fresh pages for each tile would cost as much as decoding.
 """
 
