@@ -27,6 +27,8 @@ from llmcomp.feeds import around, vocabulary
 from llmcomp.measure.fresh import ask
 from llmcomp.measure.load import first_forward, load, prepare
 from llmcomp.measure.resident import resident_now, resident_peak
+from llmcomp.native import SHAPE
+from llmcomp.native_kinds import MARKS
 from llmcomp.packed import Packed
 from llmcomp.report.schema import Size
 from llmcomp.shards import TensorInfo, read_json_object, read_shard, weight_files
@@ -175,8 +177,8 @@ def _parameters(name: str, info: TensorInfo, stored: Mapping[str, TensorInfo]) -
     """The weights that a stored tensor stands for."""
     if name.endswith(_BESIDE):
         return 0
-    if name.endswith(".weight_packed"):
-        beside = name.removesuffix("packed") + "shape"
+    if name.endswith(MARKS):
+        beside = f"{name.rpartition('.')[0]}.{SHAPE}"
         if beside not in stored:
             raise BadCheckpoint(f"{info.file} holds {name} without {beside}; its size cannot be told.")
         return math.prod(_read(stored[beside].file, beside).tolist())
