@@ -6,7 +6,6 @@ with the places of what is kept, and of low-rank ones, whose factors and base ar
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -150,7 +149,7 @@ def mask_of(indices: Tensor, pattern: Pattern, columns: int) -> Tensor:
     Any rows may be given.
     """
     if (pattern.kept, pattern.of) == (2, 4):  # most of the time of decoding is this; a byte is two groups
-        codes = _two_of_four(indices.device).index_select(0, indices.reshape(-1).int())
+        codes = _TWO_OF_FOUR.to(indices.device).index_select(0, indices.reshape(-1).int())
         return codes.view(torch.bool).view(len(indices), -1)[:, :columns]
     places = packing.unpack_bytes(indices, pattern.index_bits, pattern.kept_in_row(columns))
     places = places.reshape(len(indices), -1, pattern.kept or 1)
@@ -161,19 +160,21 @@ def mask_of(indices: Tensor, pattern: Pattern, columns: int) -> Tensor:
     return mask[..., : pattern.of].reshape(len(indices), columns)
 
 
-@functools.cache
-def _two_of_four(device: torch.device) -> Tensor:
+def _two_of_four() -> Tensor:
     """int64 [256]: of a byte of two groups' places the mask of eight columns, a byte each."""
     codes = torch.arange(256)
     nibbles = torch.stack((codes & 15, codes >> 4), 1)
     first, second = (nibbles & 3).unsqueeze(-1), (nibbles >> 2).unsqueeze(-1)
     column = torch.arange(4)
     mask = ((column == first) | (column == second)) & (first < second)
-    return mask.view(256, 8).view(torch.int64).view(-1).to(device)
+    return mask.view(256, 8).view(torch.int64).view(-1)
+
+
+_TWO_OF_FOUR = _two_of_four()  # no cache: torch.compile looks through those
 
 
 def spread(values: Tensor, mask: Tensor, others: Tensor | None = None) -> Tensor:
-    """Kept values [rows, kept] in their columns; the others zero, or as in `others` [rows, columns], which is changed."""
+    """Kept values [rows, kept] in their columns, the others zero, or as in `others` [rows, columns], which changes."""
     if others is None:
         others = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
     return others.masked_scatter_(mask, values)

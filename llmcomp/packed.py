@@ -100,9 +100,9 @@ class Packed(nn.Module):
         if self.kernel and own:
             for part, tensor in own.items():
                 self.register_buffer(part, tensor)
-            self.settle()
-            state_dict = {key: one for key, one in state_dict.items() if key.removeprefix(prefix) not in own}
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        if self.kernel and own:
+            self.settle()
 
 
 def shape_of(replaced: nn.Module) -> tuple[bool, int, int]:

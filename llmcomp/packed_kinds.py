@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmcomp import native, native_kinds
+from llmcomp import native, native_kinds, packing
 from llmcomp.activations import quantized
 from llmcomp.kernels.tiles import product_dtype, tile_rows
 from llmcomp.kinds import LowRank, Sparse
 from llmcomp.matmul import multiplies
 from llmcomp.native_kinds import BASE, FACTOR, INDICES, LEFT, RIGHT, VALUES
 from llmcomp.packed import DecodedWhenUsed, Packed, PackedLinear, Product, shape_of
+from llmcomp.patterns import Pattern
 from llmcomp.schemes import Scheme
 from llmcomp.weights import INPUT_SCALE, LowRankWeight, dequantize
 
@@ -35,7 +36,9 @@ _SEMI_ROWS, _SEMI_COLUMNS = 32, 64
 class PackedSparse(Packed):
     """In the place of `nn.Linear`, or transformers' Conv1D: the tensors of the file, as they lie there.
 
-    `fast`: torch's semi-structured tensor, which then takes the place of the kept values.
+    Attributes:
+        fast: torch's semi-structured tensor, which then takes the place of the kept values.
+        dtype: that tiles are multiplied in, None for that of the inputs.
     """
 
     def __init__(self, replaced: nn.Module, kind: Sparse, expected: Mapping[str, Tensor]) -> None:
@@ -43,6 +46,7 @@ class PackedSparse(Packed):
         self.kind = kind
         self.bias: Any = replaced.bias
         self.fast: Tensor | None = None
+        self.dtype: torch.dtype | None = None
 
     def settle(self) -> None:
         self.fast = None
@@ -50,7 +54,13 @@ class PackedSparse(Packed):
         self._hold()
 
     def _hold(self) -> None:
-        self.kernel = TILES
+        self.kernel, dtype = TILES, self.floating.dtype
+        if self.floating.device.type != "cpu":
+            self.dtype = None
+        elif self.kind.values is not None:  # integers were rounded by more than bf16 rounds
+            self.dtype = product_dtype()
+        else:
+            self.dtype = dtype if multiplies(dtype) else torch.float32
         if self.kind.values is None and semi_structured(self.kind, self.floating):
             self._make_fast()
 
@@ -77,43 +87,24 @@ class PackedSparse(Packed):
 
     def _tiles(self) -> Iterator[Tensor]:
         """The dense weight, a few rows at a time."""
-        scheme, step = self.kind.values, tile_rows(self.in_features, 1)
-        zero = None if scheme is None else native.zero_points(self._held(), scheme)
-        for start in range(0, self.out_features, step):
-            part = slice(start, start + step)
-            mask = native_kinds.mask_of(self.get_buffer(INDICES)[part], self.kind.pattern, self.in_features)
-            if scheme is None:
-                yield native_kinds.spread(self.get_buffer(VALUES)[part], mask)
-            else:
-                yield self._decoded(part, mask, scheme, None if zero is None else zero[part])
-
-    def _decoded(self, part: slice, mask: Tensor, scheme: Scheme, zero: Tensor | None) -> Tensor:
-        columns = self.in_features
-        words = self.get_buffer(native.PACKED)[part]
-        kept = native.integers(words, scheme.bits, self.kind.pattern.kept_in_row(columns))
-        others = None if zero is None else native_kinds.by_column(zero, columns)
-        return dequantize(native_kinds.spread(kept, mask, others), self.get_buffer(native.SCALE)[part], zero)
+        return tiles(self._held(), self.kind, self.out_features, self.in_features)
 
     def _held(self) -> dict[str, Tensor]:
-        return {name: one for name in self.parts if (one := self._buffers.get(name)) is not None}
+        held = {name: self._buffers.get(name) for name in self.parts}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
 
     def multiply(self, x: Tensor) -> Tensor:
         if self.kind.values is not None and self.kind.values.activations is not None:
             x = quantized(x, self._buffers.get(INPUT_SCALE))
         if self.fast is not None:
             return F.linear(x.to(self.fast.dtype), self.fast).to(x.dtype)
-        dtype = self._product_dtype(x)
+        dtype = self.dtype or x.dtype
         rows = x.reshape(-1, self.in_features).to(dtype)
-        tiles = [F.linear(rows, tile.to(dtype)) for tile in self._tiles()]
-        return torch.cat(tiles, -1).to(x.dtype).view(*x.shape[:-1], self.out_features)
-
-    def _product_dtype(self, x: Tensor) -> torch.dtype:
-        """On a CPU without units for the weight's dtype, float32; integers are rounded by more than bf16 rounds."""
-        if x.device.type != "cpu":
-            return x.dtype
-        if self.kind.values is not None:
-            return product_dtype()
-        return self.floating.dtype if multiplies(self.floating.dtype) else torch.float32
+        if torch.compiler.is_compiling():
+            out = F.linear(rows, torch.ops.llmcomp.spread(*_flat(self._held(), self)).to(dtype))
+        else:
+            out = torch.cat([F.linear(rows, tile.to(dtype)) for tile in self._tiles()], -1)
+        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.numel():  # an expert that no token goes to
@@ -137,6 +128,57 @@ class PackedSparse(Packed):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.kind.label}, kernel={self.kernel or None}"
+
+
+def tiles(held: Mapping[str, Tensor], kind: Sparse, rows: int, columns: int) -> Iterator[Tensor]:
+    """The dense weight [rows, columns], a few rows at a time.
+
+    Args:
+        held: its tensors in the file.
+    """
+    scheme, zero, step = kind.values, None, tile_rows(columns, 1)
+    if scheme is not None and not scheme.symmetric:
+        zero = packing.unpack(held[native.ZERO_POINT], scheme.bits, rows, 0)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        mask = native_kinds.mask_of(held[INDICES][part], kind.pattern, columns)
+        if scheme is None:
+            yield native_kinds.spread(held[VALUES][part], mask)
+            continue
+        kept = native.integers(held[native.PACKED][part], scheme.bits, kind.pattern.kept_in_row(columns))
+        own = None if zero is None else zero[part]
+        others = None if own is None else native_kinds.by_column(own, columns)
+        yield dequantize(native_kinds.spread(kept, mask, others), held[native.SCALE][part], own)
+
+
+# For torch.compile, which does not look into how bits are taken apart: the dense weight as one operator.
+torch.library.define(
+    "llmcomp::spread",
+    "(str[] names, Tensor[] held, int rows, int columns, int kept, int of, int? bits, int? group_size, bool symmetric)"
+    " -> Tensor",
+)
+
+
+def _flat(held: Mapping[str, Tensor], module: PackedSparse) -> tuple[Any, ...]:
+    pattern, scheme = module.kind.pattern, module.kind.values
+    own = (None, None, True) if scheme is None else (scheme.bits, scheme.group_size, scheme.symmetric)
+    return (
+        list(held), list(held.values()), module.out_features, module.in_features, pattern.kept, pattern.of, *own,
+    )  # fmt: skip
+
+
+def _kind_of(kept: int, of: int, bits: int | None, group_size: int | None, symmetric: bool) -> Sparse:
+    return Sparse(Pattern(kept, of), None if bits is None else Scheme(bits, group_size, symmetric))
+
+
+@torch.library.impl("llmcomp::spread", "CompositeExplicitAutograd")
+def _spread(names: list[str], held: list[Tensor], rows: int, columns: int, *kind: Any) -> Tensor:
+    return torch.cat(list(tiles(dict(zip(names, held, strict=True)), _kind_of(*kind), rows, columns)))
+
+
+@torch.library.register_fake("llmcomp::spread")
+def _(names: list[str], held: list[Tensor], rows: int, columns: int, *kind: Any) -> Tensor:
+    return held[names.index(native_kinds.floating_of(_kind_of(*kind)))].new_empty(rows, columns)
 
 
 def semi_structured(kind: Sparse, values: Tensor) -> bool:

@@ -108,8 +108,8 @@ def _bytes_from_values(unsigned: Tensor, bits: int) -> Tensor:
         return unsigned
     if bits in _ACROSS:
         octets = unsigned.view(-1, 8)
-        word = octets[:, 7].to(_ACROSS[bits])
-        for place in range(6, -1, -1):
+        word = torch.zeros(len(octets), dtype=_ACROSS[bits], device=unsigned.device)
+        for place in range(7, -1, -1):
             word = word.bitwise_left_shift_(bits).bitwise_or_(octets[:, place])
         return word.view(torch.uint8).view(len(octets), -1)[:, :bits].reshape(-1)
     per_byte = 8 // bits

@@ -23,7 +23,7 @@ from llmcomp import native
 from llmcomp.formats import FORMATS
 from llmcomp.formats.opening import PackedRef
 from llmcomp.formats.save import checkpoint_config
-from llmcomp.kinds import Kind, LowRank, Sparse
+from llmcomp.kinds import Kind, LowRank
 from llmcomp.patterns import Pattern
 from llmcomp.schemes import INT8_STATIC, Scheme
 from llmcomp.weights import CompressedWeight, LowRankWeight, QuantizedWeight, SparseWeight

@@ -93,7 +93,7 @@ KINDS: dict[str, tuple[Kind, int, int]] = {
     "rank 1": (LowRank(1), 1, 9),
     "rank int4 and int8": (LowRank(32, INT4, Scheme(8)), 64, 33),
     "rank on int4": (LowRank(2, None, None, Scheme(4, 32)), 64, 32),
-    "all integers": (LowRank(32, Scheme(4, 32), Scheme(3, 32, False), Scheme(2, 64)), 9, 64),
+    "all integers": (LowRank(32, Scheme(4, 32), Scheme(3, 32, False), Scheme(2, 64)), 40, 64),
 }
 
 
