@@ -28,7 +28,7 @@ from llmcomp.errors import BadCheckpoint
 from llmcomp.experts import SplitExperts, file_renaming, split_experts
 from llmcomp.kinds import Kind, Sparse
 from llmcomp.packed import Packed, PackedEmbedding, PackedLinear, shape_of
-from llmcomp.packed_kinds import PackedLowRank, PackedSparse
+from llmcomp.packed_kinds import PackedLowRank, PackedSparse, PackedSparseIntegers
 from llmcomp.schemes import Scheme
 from llmcomp.shards import read_shard
 
@@ -213,7 +213,7 @@ def _packed(replaced: Any, name: str, kind: Kind, expected: Mapping[str, Tensor]
     except BadCheckpoint as error:
         raise BadCheckpoint(f"The packed weight of {name} cannot be read: {error}.") from error
     if isinstance(kind, Sparse):
-        return PackedSparse(replaced, kind, expected)
+        return (PackedSparse if kind.values is None else PackedSparseIntegers)(replaced, kind, expected)
     return PackedLowRank(replaced, kind, expected)
 
 

@@ -5,7 +5,7 @@ Formats are asked with a kind for each weight, and llmcomp's own layout writes i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmcomp.errors import BadRecipe
 from llmcomp.patterns import Pattern
@@ -76,3 +76,10 @@ def integers_of(kind: Kind) -> Scheme | None:
     if isinstance(kind, Scheme):
         return kind
     return kind.values if isinstance(kind, Sparse) else None
+
+
+def without_inputs(kind: Kind) -> Kind:
+    """The kind of the weight alone: how inputs are rounded is no part of it."""
+    if isinstance(kind, Sparse) and kind.values is not None:
+        return replace(kind, values=replace(kind.values, activations=None))
+    return replace(kind, activations=None) if isinstance(kind, Scheme) else kind

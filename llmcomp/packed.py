@@ -59,10 +59,6 @@ class Packed(nn.Module):
         """
         raise NotImplementedError
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """`x W'` of x [..., in_features], in its dtype."""
-        raise NotImplementedError
-
     def decoded(self) -> Tensor:
         """The dense weight [out_features, in_features]."""
         raise NotImplementedError
@@ -186,9 +182,6 @@ class PackedIntegers(Packed):
     def decoded(self) -> Tensor:
         return self.quantized().dense()
 
-    def multiply(self, x: Tensor) -> Tensor:
-        return KERNELS[self.kernel].product(x, self.held, self.grid)
-
     @property
     def floating(self) -> Tensor:
         return self.scale if self.kernel else self.get_buffer(native.SCALE)
@@ -199,8 +192,12 @@ class PackedIntegers(Packed):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.kernel:
-            for name, tensor in native.to_tensors(self.quantized(), self.looked_up).items():
+            for name, tensor in self.stored().items():
                 destination[prefix + name] = tensor
+
+    def stored(self) -> dict[str, Tensor]:
+        """What a file holds for the weight, by name within the module."""
+        return native.to_tensors(self.quantized(), self.looked_up)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedIntegers:
         """Moves between devices lay the weight out anew; casts touch the scales, as they do a dense weight."""
@@ -270,13 +267,13 @@ class DecodedWhenUsed(Tensor):
 
 
 class Product(torch.autograd.Function):
-    """`x W'` as the module computes it. Gradients go to x alone, through the decoded weight; rounded inputs let them
+    """`x W'` by the module's kernel. Gradients go to x alone, through the decoded weight; rounded inputs let them
     pass (straight through)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: Packed) -> Tensor:
+    def forward(ctx: Any, x: Tensor, module: PackedIntegers) -> Tensor:
         ctx.module = module
-        return module.multiply(x)
+        return KERNELS[module.kernel].product(x, module.held, module.grid)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:

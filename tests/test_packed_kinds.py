@@ -23,13 +23,15 @@ from llmcomp.exports import EXPORTS
 from llmcomp.formats.opening import open_checkpoint
 from llmcomp.formats.reading import auto_class
 from llmcomp.kinds import Kind, LowRank, Sparse
-from llmcomp.measure.cost import size_of, sparsity_of, weights_of
+from llmcomp.measure.cost import loaded_bytes, size_of, sparsity_of, weights_of
 from llmcomp.packed import Packed
-from llmcomp.packed_kinds import PackedLowRank, PackedSparse
+from llmcomp.packed_kinds import PackedLowRank, PackedSparse, PackedSparseIntegers
 from llmcomp.patterns import Pattern
 from llmcomp.schemes import Scheme
+from llmcomp.weights import SparseWeight
 
 TWO_FOUR = Pattern(2, 4)
+KINDS = (PackedSparse, PackedSparseIntegers, PackedLowRank)
 
 
 def module_of(kind: Kind, weight: Any, transposed: bool = False, bias: Tensor | None = None) -> Any:
@@ -40,7 +42,7 @@ def module_of(kind: Kind, weight: Any, transposed: bool = False, bias: Tensor | 
     replaced.bias = None if bias is None else nn.Parameter(bias)
     tensors = native_kinds.to_tensors(weight, kind)
     if isinstance(kind, Sparse):
-        sparse = PackedSparse(replaced, kind, tensors)
+        sparse = (PackedSparse if kind.values is None else PackedSparseIntegers)(replaced, kind, tensors)
         sparse.settle()
         return sparse
     assert isinstance(kind, LowRank)
@@ -131,14 +133,37 @@ def test_two_thin_products_and_never_the_matrix(monkeypatch: pytest.MonkeyPatch)
     assert sum(parameter.numel() for parameter in module.parameters()) == 4 * (96 + 80)
 
 
-def test_tiles_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = Sparse(TWO_FOUR, Scheme(4, 32, False))
-    weight = random_of(kind, (10, 64))
-    module, x = module_of(kind, weight), torch.randn(2, 64, generator=torch.Generator().manual_seed(3))
-    whole = module(x)
-    monkeypatch.setattr("llmcomp.packed_kinds.tile_rows", lambda columns, step: 4)
-    torch.testing.assert_close(module(x), whole)
-    assert torch.equal(module.dense(), weight.dense())
+def test_integers_are_computed_with_by_their_kernels() -> None:
+    """And take the memory of integers, with the places of those that the file has."""
+    kind = Sparse(TWO_FOUR, Scheme(4, 128))
+    module = module_of(kind, random_of(kind, (256, 512)))
+    assert module.kernel == "int4"
+    held = sum(one.nbytes for one in module.buffers())
+    assert held < 256 * 512 * (0.5 + 0.125) + 256 * 4 * 12  # scales twice: as they are, and as the operator reads them
+
+
+def test_semi_structured_tensors_take_the_place_of_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way through torch's kernels with dense tensors in their place; tests/test_gpu.py has the kernels."""
+    monkeypatch.setattr("llmcomp.packed_kinds.semi_structured", lambda pattern, dense: True)
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", torch.clone)
+    kind = Sparse(TWO_FOUR)
+    weight: Any = random_of(kind, (8, 32), torch.bfloat16)
+    module, x = module_of(kind, weight), torch.ones(2, 32, dtype=torch.bfloat16)
+    assert module.kernel == "semi-structured" and module.get_buffer("weight_indices") is not None
+    assert module._buffers["weight_values"] is None
+    assert torch.equal(module(x), nn.functional.linear(x, weight.dense()))
+    tensors = native_kinds.to_tensors(weight, kind)
+    assert all(torch.equal(one, tensors[part]) for part, one in module.state_dict().items())
+    half = copy.deepcopy(module).to(torch.float16)
+    assert torch.equal(half.dense(), weight.dense().half())
+    module.load_state_dict(native_kinds.to_tensors(random_of(kind, (8, 32), torch.bfloat16, 5), kind))
+    assert not torch.equal(module.dense(), weight.dense())
+    values = weight.values.clone()
+    values[0, int(weight.mask[0].int().argmax())] = -0.0  # which a kernel may give back as 0.0
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda dense: dense + 0.0)
+    kept = module_of(kind, SparseWeight(values, weight.mask, TWO_FOUR))
+    assert kept.kernel == "dense"
+    assert torch.equal(kept.dense().view(torch.int16), values.view(torch.int16))
 
 
 # --- inside models ---
@@ -187,9 +212,9 @@ def test_every_kind_in_a_model_by_both_ways_and_saved_to_the_byte(
     auto = auto_class(transformers.AutoConfig.from_pretrained(directory))
     model = auto.from_pretrained(directory, dtype="auto").eval()
     kinds = open_checkpoint(directory).kinds
-    kept = {key: one for key, one in model.named_modules() if isinstance(one, PackedSparse | PackedLowRank)}
+    kept = {key: one for key, one in model.named_modules() if isinstance(one, KINDS)}
     assert {key for key, kind in kinds.items() if not isinstance(kind, Scheme)} == set(kept)
-    assert {type(one) for one in kept.values()} == {PackedSparse, PackedLowRank}
+    assert {type(one) for one in kept.values()} >= {PackedSparse, PackedLowRank}
     found, expected = output(model), output(decoded(directory, model))
     assert float((found - expected).norm() / expected.norm()) < 0.03
     assert torch.equal(output(llmcomp.load(directory)), found)
@@ -217,6 +242,9 @@ def test_sizes_and_zeros_are_counted(small: Path) -> None:
         whole = ref.out_features * ref.in_features
         dense += kind.rank * (ref.out_features + ref.in_features) - (0 if kind.base is not None else whole)
     assert size.parameters == dense
+    zeros_between = [opened.ref(key) for key, kind in opened.kinds.items() if kind == Sparse(TWO_FOUR)]
+    spread = sum(ref.out_features * ref.in_features // 2 * 4 for ref in zeros_between)
+    assert loaded_bytes(small) == size.bytes_on_disk + spread > size.bytes_on_disk
     model = llmcomp.load(small)
     zeros = sparsity_of(weights_of(model, small))
     assert 0.05 < zeros < 0.5  # a few linears of two blocks are half zero

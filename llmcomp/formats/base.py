@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from llmcomp import native_kinds
 from llmcomp.errors import BadRecipe
 from llmcomp.kinds import Kind, LowRank, integers_of
 from llmcomp.schemes import INT8_STATIC, Scheme
@@ -39,6 +40,8 @@ class Ref(Protocol):
 
 
 Entry = tuple[Ref, Kind]
+# How the names of a weight's tensors go on after that of its module, before "weight": a low-rank one has parts.
+PARTS = ("", *(f"{part}." for part in native_kinds.PARTS))
 _DIVIDED = ("weight_scale", "weight_values")
 Quantized = tuple[Ref, Scheme]
 

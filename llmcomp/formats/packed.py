@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llmcomp import native, native_kinds
 from llmcomp.errors import BadRecipe
 from llmcomp.formats.base import Entry, Ref, blank_integers
-from llmcomp.kinds import Kind, Sparse
+from llmcomp.kinds import Kind, Sparse, without_inputs
 from llmcomp.schemes import Scheme
 from llmcomp.weights import CompressedWeight
 
@@ -38,7 +38,7 @@ class NativeLayout:
 
     def decode(self, ref: Ref, tensors: Mapping[str, Tensor]) -> Tensor:
         own = {name.removeprefix(f"{ref.name}."): tensor for name, tensor in tensors.items()}
-        dense = native_kinds.from_tensors(own, self.kinds[ref.name]).dense()
+        dense = native_kinds.from_tensors(own, without_inputs(self.kinds[ref.name])).dense()
         return dense.t().contiguous() if ref.transposed else dense
 
     def nbytes(self, ref: Ref, itemsize: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,8 +20,8 @@ from llmcomp import bnb, native, native_kinds
 from llmcomp.errors import BadCheckpoint, LlmcompError, VerificationFailed
 from llmcomp.experts import file_renaming, split_experts
 from llmcomp.formats.save import INDEX
-from llmcomp.kinds import Kind, LowRank, Sparse, integers_of
-from llmcomp.schemes import INT8_DYNAMIC, INT8_STATIC, Scheme
+from llmcomp.kinds import Kind, LowRank, integers_of, without_inputs
+from llmcomp.schemes import INT8_DYNAMIC, INT8_STATIC
 from llmcomp.weights import INPUT_SCALE
 
 _AUTO = (
@@ -88,8 +88,8 @@ class Native:
 
     @property
     def tolerance(self) -> float:
-        """Of integers: scales rounded to bf16, inputs to bf16 or int8, sums in float32. Of floating numbers a little:
-        products come in another order."""
+        """Of integers: scales rounded to bf16, inputs to bf16 or int8, sums in float32. Of floating numbers hardly any:
+        two products come in another order than one."""
         kind = self.kind
         parts = (kind.left, kind.right, kind.base) if isinstance(kind, LowRank) else (integers_of(kind),)
         return 1e-5 if all(part is None for part in parts) else 3e-2
@@ -98,15 +98,8 @@ class Native:
         return [f"{module}.{part}" for part in native_kinds.names_of(self.kind) if part != INPUT_SCALE]
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        dense = native_kinds.from_tensors(tensors, _alone(self.kind)).dense()
+        dense = native_kinds.from_tensors(tensors, without_inputs(self.kind)).dense()
         return dense.t().contiguous() if self.transposed else dense
-
-
-def _alone(kind: Kind) -> Kind:
-    """The kind of the weight without its inputs: how they are rounded is no part of it."""
-    if isinstance(kind, Sparse) and kind.values is not None:
-        return replace(kind, values=replace(kind.values, activations=None))
-    return replace(kind, activations=None) if isinstance(kind, Scheme) else kind
 
 
 class Place(NamedTuple):
