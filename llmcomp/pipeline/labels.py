@@ -30,10 +30,10 @@ def _packed_labels(plan: Plan, format: str) -> list[str]:
     if format == native.METHOD:
         if any(isinstance(task.kind, Sparse) and task.scheme is None for task in plan.assignment.tasks.values()):
             return [
-                "Smaller on disk: only what is kept is stored. llmcomp (`import llmcomp.hf`, `llmcomp.load`) puts it in its "
-                "columns, so in memory and in time it is as before on a CPU; CUDA GPUs since Ampere multiply 2:4 weights "
-                "of 16 bits by torch's semi-structured kernels, not run here. Other readers cannot open it; `llmcomp "
-                "export` writes what they can."
+                "Smaller on disk: only what is kept is stored. llmcomp (`import llmcomp.hf`, `llmcomp.load`) puts it in "
+                "its columns, so in memory and in time it is as before on a CPU; CUDA GPUs since Ampere multiply 2:4 "
+                "weights of 16 bits by torch's semi-structured kernels, not run here. Other readers cannot open it; "
+                "`llmcomp export` writes what they can."
             ]
         return [
             "Smaller on disk and in memory: llmcomp (`import llmcomp.hf`, `llmcomp.load`) computes with the packed "
