@@ -45,6 +45,8 @@ def _write(form: str, opened: Opened, target: Path) -> list[str]:
     """
     if form != "dense" and not opened.kinds:
         raise BadRecipe(f"{opened.directory} holds no packed weights; `llmcomp quantize` makes some.")
+    if form == "compressed-tensors":
+        opened.require_integers(form)
     entries = [(opened.ref(module), kind) for module, kind in opened.kinds.items()]
     layout = FORMATS[form](entries, opened.skeleton)
     require_room(target, nbytes(opened, layout), f"The export to {form}")

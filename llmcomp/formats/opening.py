@@ -77,7 +77,7 @@ class Opened:
         Raises:
             BadRecipe: a weight of low rank, or a sparse one that is not quantized.
         """
-        for module in self.kinds.keys() - self.schemes.keys():
+        if (module := next((module for module in self.kinds if module not in self.schemes), None)) is not None:
             what = "low-rank" if isinstance(self.kinds[module], LowRank) else "sparse"
             raise BadRecipe(
                 f"{target} has no form for {what} weights such as {module}; `llmcomp export --format dense` writes "
