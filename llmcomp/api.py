@@ -255,11 +255,11 @@ def load(directory: str | Path, *, progress: Progress | None = None) -> Any:
         (progress or Silent()).note(f"Loaded as plain transformers does: {error}")
         return load_model(path)
     auto = auto_class(opened.skeleton.config)
-    if not opened.schemes:
+    if not opened.kinds:
         return load_model(path, auto=auto)
     from llmcomp import hf, native
 
-    wrapped = native.wrap(opened.config, native.describe(opened.schemes))
+    wrapped = native.wrap(opened.config, native.describe(opened.kinds))
     return load_model(path, config=hf.config_of(wrapped), auto=auto)
 
 

@@ -23,10 +23,12 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmcomp import native
+from llmcomp import native, native_kinds
 from llmcomp.errors import BadCheckpoint
 from llmcomp.experts import SplitExperts, file_renaming, split_experts
-from llmcomp.packed import Packed, PackedEmbedding, PackedLinear
+from llmcomp.kinds import Kind, Sparse
+from llmcomp.packed import Packed, PackedEmbedding, PackedLinear, shape_of
+from llmcomp.packed_kinds import PackedLowRank, PackedSparse, PackedSparseIntegers
 from llmcomp.schemes import Scheme
 from llmcomp.shards import read_shard
 
@@ -45,7 +47,7 @@ class PackedConfig(PreTrainedConfig):  # type: ignore[misc]
                 "newer one may."
             )
         quantization = config_dict.get("quantization_config")
-        native.schemes_of(quantization)  # refused here rather than in the middle of loading
+        native.kinds_of(quantization)  # refused here rather than in the middle of loading
         kind = _packed_class(own["model_type"])
         return kind.from_dict({**own, "quantization_config": quantization}, **kwargs)
 
@@ -109,15 +111,17 @@ class LlmcompQuantizer(HfQuantizer):
                 f"A packed checkpoint is opened by transformers' Auto classes or llmcomp.load, not by "
                 f"{type(model).__name__}, which would read its config as another model's."
             )
-        schemes = native.schemes_of(self.quantization_config.to_dict())
-        if any(".experts." in name for name in schemes):
+        kinds = native.kinds_of(self.quantization_config.to_dict())
+        if any(".experts." in name for name in kinds):
             split_experts(model)
         held = _held(model, checkpoint_files or ())
-        for name, scheme in _of_this_model(model, schemes).items():
-            expected = {part: held[f"{name}.{part}"] for part in native.PARTS if f"{name}.{part}" in held}
-            if native.SCALE not in expected:
-                raise BadCheckpoint(f"This checkpoint lacks {name}.{native.SCALE}, which its config.json promises.")
-            model.set_submodule(name, _packed(model.get_submodule(name), name, scheme, expected))
+        for name, kind in _of_this_model(model, kinds).items():
+            parts = native.PARTS if isinstance(kind, Scheme) else native_kinds.names_of(kind)
+            expected = {part: held[f"{name}.{part}"] for part in parts if f"{name}.{part}" in held}
+            main = native_kinds.floating_of(kind)
+            if main not in expected:
+                raise BadCheckpoint(f"This checkpoint lacks {name}.{main}, which its config.json promises.")
+            model.set_submodule(name, _packed(model.get_submodule(name), name, kind, expected))
 
     def _process_model_after_weight_loading(self, model: Any, **unused: Any) -> None:
         for name, module in model.named_modules():
@@ -135,7 +139,7 @@ class LlmcompQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         for name, module in list(model.named_modules()):
-            if isinstance(module, Packed):
+            if isinstance(module, Packed | PackedLowRank):
                 raise BadCheckpoint(f"{name} stays packed; `llmcomp export --format dense` writes dense weights.")
         return model
 
@@ -156,17 +160,17 @@ def _place(model: Any) -> Callable[[str], str | None]:
     return place
 
 
-def _of_this_model(model: Any, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
-    """The schemes by names in `model`.
+def _of_this_model(model: Any, kinds: Mapping[str, Kind]) -> dict[str, Kind]:
+    """The kinds by names in `model`.
 
     Raises:
         BadCheckpoint: the very model that was saved lacks one of the modules.
     """
     place, found = _place(model), {}
-    for name, scheme in schemes.items():
+    for name, kind in kinds.items():
         here = place(name)
         if here is not None:
-            found[here] = scheme
+            found[here] = kind
         elif type(model).__name__ in (model.config.architectures or ()):
             raise BadCheckpoint(f"config.json names {name} as packed, which {type(model).__name__} does not have.")
     return found
@@ -179,8 +183,11 @@ def _held(model: Any, files: Sequence[str]) -> dict[str, Tensor]:
 
     def here(key: str) -> str | None:
         module, _, part = key.rpartition(".")
-        found = place(module)
-        return None if found is None else f"{found}.{part}"
+        if (found := place(module)) is not None:
+            return f"{found}.{part}"
+        whole, _, factor = module.rpartition(".")  # of a low-rank weight, whose parts are not there yet
+        found = place(whole) if factor in native_kinds.PARTS else None
+        return None if found is None else f"{found}.{factor}.{part}"
 
     for file in files:
         for key, info in read_shard(Path(file)).tensors.items():
@@ -189,14 +196,25 @@ def _held(model: Any, files: Sequence[str]) -> dict[str, Tensor]:
     return held
 
 
-def _packed(replaced: Any, name: str, scheme: Scheme, expected: Mapping[str, Tensor]) -> Packed:
-    kind = type(replaced)
-    looks_up = kind.forward is nn.Embedding.forward or hasattr(replaced, "embed_scale")
+def _packed(replaced: Any, name: str, kind: Kind, expected: Mapping[str, Tensor]) -> nn.Module:
+    looks_up = type(replaced).forward is nn.Embedding.forward or hasattr(replaced, "embed_scale")
     if looks_up and isinstance(replaced, nn.Embedding):
-        return PackedEmbedding(replaced, scheme, expected)
-    if kind.forward is nn.Linear.forward or kind.__name__ == "Conv1D":
-        return PackedLinear(replaced, scheme, expected)
-    raise BadCheckpoint(f"config.json names {name} as packed, a {kind.__name__}, which no packed module stands in for.")
+        if isinstance(kind, Scheme):
+            return PackedEmbedding(replaced, kind, expected)
+        raise BadCheckpoint(f"config.json says {kind.label} of {name}, which looks rows up; only integers are read so.")
+    if type(replaced).forward is not nn.Linear.forward and type(replaced).__name__ != "Conv1D":
+        raise BadCheckpoint(
+            f"config.json names {name} as packed, a {type(replaced).__name__}, which no packed module stands in for."
+        )
+    if isinstance(kind, Scheme):
+        return PackedLinear(replaced, kind, expected)
+    try:
+        native_kinds.check_headers(expected, kind, shape_of(replaced)[1:])
+    except BadCheckpoint as error:
+        raise BadCheckpoint(f"The packed weight of {name} cannot be read: {error}.") from error
+    if isinstance(kind, Sparse):
+        return (PackedSparse if kind.values is None else PackedSparseIntegers)(replaced, kind, expected)
+    return PackedLowRank(replaced, kind, expected)
 
 
 AutoConfig.register(native.METHOD, PackedConfig)

@@ -13,8 +13,13 @@ config.json of such a checkpoint:
                     "modules": ["model.layers.0.self_attn.q_proj", …]}, …]}}
 
 Every compressed module is named once. A further kind of weight is a further `kind` with fields and tensor names of
-its own, which may hold kinds in its fields; a reader that does not know a kind refuses the checkpoint, so kinds come
-without a new version. A new version is a change in what is said here.
+its own, which may hold kinds in its fields; a reader that does not know a kind or a field refuses the checkpoint, so
+kinds come without a new version. A new version is a change in what is said here. The other two kinds:
+
+    {"kind": "sparse", "kept": 2, "of": 4, "values": null, "modules": […]}
+    {"kind": "low_rank", "rank": 64, "left": null, "right": null, "base": null, "modules": […]}
+
+where in the place of each null a quantized kind may stand, without its modules.
 
 A quantized weight [out, in] of the module `m`, always as [out, in], whatever the module itself holds (Conv1D):
 
@@ -29,13 +34,30 @@ A quantized weight [out, in] of the module `m`, always as [out, in], whatever th
 
 CPU kernels compute with the first two forms, so files are mapped and not laid out anew; the third is that of
 compressed-tensors' `pack-quantized`, as are the other tensors. Decoding is `(q - zero_point) * scale`, in the
-scale's dtype. docs/layout.md says the same to writers of other readers.
+scale's dtype.
+
+A sparse weight keeps the same `kept` of every `of` columns' places in each row, kept = in / of * kept of them in all:
+
+    m.weight_values      [out, kept], floating; or the kept integers instead, with scales and zero points as above, of
+                         groups of the whole weight's columns:
+    m.weight_packed      int8 [out, kept] (8 bits), int32 [out, words(kept, bits)]
+    m.weight_indices     uint8 [out, ⌈kept * b / 8⌉]: the place of each in its group, ascending, in b bits, those of
+                         of - 1 (2 for 2:4, 3 for 4:8); least significant first, each row in bytes of its own
+    m.weight_shape       int64 [2]: out, in
+
+A removed weight is zero. A low-rank weight is three modules in the place of one, `left @ right`, added to `base`:
+
+    m.left.weight        [out, rank], floating, or the tensors of a quantized weight m.left
+    m.right.weight       [rank, in], likewise
+    m.base.…             the tensors of a quantized weight m.base [out, in], where there is a base
+
+docs/layout.md says the same to writers of other readers. Tensors of the last two kinds: `llmcomp.native_kinds`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -44,12 +66,13 @@ from torch import Tensor
 
 from llmcomp import packing
 from llmcomp.errors import BadCheckpoint, BadRecipe
+from llmcomp.kinds import Kind, LowRank, Sparse
+from llmcomp.patterns import Pattern
 from llmcomp.schemes import INT8_STATIC, Scheme
 from llmcomp.weights import INPUT_SCALE, QuantizedWeight
 
 METHOD, VERSION = "llmcomp", 1
-QUANTIZED = "quantized"
-_FIELDS = {"bits": int, "group_size": int | None, "symmetric": bool, "activations": str | None}  # of a group
+QUANTIZED, SPARSE, LOW_RANK = "quantized", "sparse", "low_rank"
 # Without a guard `LlamaForCausalLM.from_pretrained` takes a config of another type with a warning, drops a quantizer
 # that it does not know, and fills in random weights. These two are no text in any config; the first can be overridden
 # by an argument, the second's error says less.
@@ -60,23 +83,33 @@ TENSORS = (PACKED, SCALE, ZERO_POINT, SHAPE, INPUT_SCALE)
 PARTS = ("weight", *TENSORS)  # with what compressed-tensors' `int-quantized` holds
 
 
-def describe(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
-    """`quantization_config` for these modules, in their order."""
-    groups: dict[Scheme, list[str]] = {}
-    for name, scheme in schemes.items():
-        groups.setdefault(scheme, []).append(name)
-    weights = [
-        {
-            "kind": QUANTIZED,
-            "bits": scheme.bits,
-            "group_size": scheme.group_size,
-            "symmetric": scheme.symmetric,
-            "activations": scheme.activations,
-            "modules": names,
-        }
-        for scheme, names in groups.items()
-    ]
+def describe(kinds: Mapping[str, Kind]) -> dict[str, Any]:
+    """`quantization_config` for these modules, in their order.
+
+    Raises:
+        BadRecipe: an unstructured pattern, which nothing packs.
+    """
+    groups: dict[Kind, list[str]] = {}
+    for name, kind in kinds.items():
+        groups.setdefault(kind, []).append(name)
+    weights = [{**_described(kind), "modules": names} for kind, names in groups.items()]
     return {"quant_method": METHOD, "version": VERSION, "weights": weights}
+
+
+def _described(kind: Kind) -> dict[str, Any]:
+    if isinstance(kind, Scheme):
+        return {"kind": QUANTIZED, **{field: getattr(kind, field) for field in _SCHEME}}
+    if isinstance(kind, LowRank):
+        parts = {part: _described_or_none(getattr(kind, part)) for part in ("left", "right", "base")}
+        return {"kind": LOW_RANK, "rank": kind.rank, **parts}
+    if kind.pattern.group is None:
+        raise BadRecipe(f"llmcomp's layout packs N:M patterns, not {kind.pattern.label}; take --format dense.")
+    kept, of = kind.pattern.kept, kind.pattern.of
+    return {"kind": SPARSE, "kept": kept, "of": of, "values": _described_or_none(kind.values)}
+
+
+def _described_or_none(scheme: Scheme | None) -> dict[str, Any] | None:
+    return None if scheme is None else _described(scheme)
 
 
 def wrap(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,11 +155,11 @@ def unwrap(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**inner, "model_type": model_type, "architectures": config.get("architectures")}
 
 
-def schemes_of(quantization: Any) -> dict[str, Scheme]:
-    """{module: scheme} of a `quantization_config` in this layout.
+def kinds_of(quantization: Any) -> dict[str, Kind]:
+    """{module: kind} of a `quantization_config` in this layout.
 
     Raises:
-        BadCheckpoint: a version, kind or scheme that this release does not read, or a module that is named twice.
+        BadCheckpoint: a version, kind or field that this release does not read, or a module that is named twice.
     """
     version = quantization.get("version") if isinstance(quantization, Mapping) else None
     if version != VERSION:
@@ -134,34 +167,60 @@ def schemes_of(quantization: Any) -> dict[str, Scheme]:
             f"This checkpoint is in version {version} of llmcomp's layout, and this release reads version {VERSION}; "
             "update llmcomp, or export the checkpoint again with the release that wrote it."
         )
-    found: dict[str, Scheme] = {}
+    found: dict[str, Kind] = {}
     groups = quantization.get("weights")
     if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
         raise BadCheckpoint('quantization_config of a packed checkpoint needs a list of groups under "weights".')
     for group in groups:
-        scheme = _scheme(group)
+        kind = _kind({field: value for field, value in group.items() if field != "modules"}, _KINDS)
         names = group.get("modules")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise BadCheckpoint('A group of quantization_config needs a list of names under "modules".')
         for name in names:
             if name in found:
                 raise BadCheckpoint(f"quantization_config names {name} twice.")
-            found[name] = scheme
+            found[name] = kind
     return found
 
 
-def _scheme(group: Mapping[str, Any]) -> Scheme:
-    if (kind := group.get("kind")) != QUANTIZED:
+def _kind(group: Mapping[str, Any], known: Mapping[str, tuple[Mapping[str, Any], Callable[..., Any]]]) -> Any:
+    said = group.get("kind")
+    if not isinstance(said, str) or said not in known:
         raise BadCheckpoint(
-            f"This checkpoint holds weights of kind '{kind}', and this release reads '{QUANTIZED}'; update llmcomp."
+            f"This checkpoint holds weights of kind '{said}' where this release reads {' or '.join(known)}; "
+            "update llmcomp."
         )
+    fields, make = known[said]
+    problem = next((f"it lacks {field}" for field in fields if field not in group), None)
+    problem = problem or next((f"{one} is no field of {said}" for one in group if one not in {"kind", *fields}), None)
+    wrong = [one for one, kinds in fields.items() if one in group and not _is(group[one], kinds)]
+    if problem is None and wrong:
+        problem = f"{wrong[0]} is {group[wrong[0]]!r}"
+    if problem is not None:
+        raise BadCheckpoint(f"quantization_config holds a group that cannot be read: {problem}.")
+    given = {one: _kind(group[one], _NESTED) if isinstance(group[one], Mapping) else group[one] for one in fields}
     try:
-        given = {field: group[field] for field in _FIELDS}
-        if wrong := [field for field, kinds in _FIELDS.items() if not isinstance(given[field], kinds)]:
-            raise BadRecipe(f"{wrong[0]} is {given[wrong[0]]!r}.")
-        return Scheme(**given)
-    except (KeyError, BadRecipe) as error:
+        return make(**given)
+    except BadRecipe as error:
         raise BadCheckpoint(f"quantization_config holds a group that cannot be read: {error}") from error
+
+
+def _is(value: Any, kinds: Any) -> bool:
+    return isinstance(value, kinds) and not (isinstance(value, bool) and kinds is not bool)
+
+
+def _sparse(kept: int, of: int, values: Scheme | None) -> Sparse:
+    return Sparse(Pattern(kept, of), values)
+
+
+_SCHEME = {"bits": int, "group_size": int | None, "symmetric": bool, "activations": str | None}
+_NESTED: dict[str, tuple[Mapping[str, Any], Callable[..., Any]]] = {QUANTIZED: (_SCHEME, Scheme)}
+_INSIDE = Mapping | None  # a kind within another; without one, numbers stay floating
+_KINDS: dict[str, tuple[Mapping[str, Any], Callable[..., Any]]] = {
+    **_NESTED,
+    SPARSE: ({"kept": int, "of": int, "values": _INSIDE}, _sparse),
+    LOW_RANK: ({"rank": int, "left": _INSIDE, "right": _INSIDE, "base": _INSIDE}, LowRank),
+}
 
 
 def to_tensors(weight: QuantizedWeight, looked_up: bool) -> dict[str, Tensor]:
@@ -226,7 +285,24 @@ def check(tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[int, int]:
         BadCheckpoint: a tensor that is missing, or of another shape or dtype than the scheme asks for.
     """
     shape = tensors[SHAPE].flatten().tolist() if SHAPE in tensors else []
-    shapes = shapes_of(shape, scheme, tensors[PACKED].dtype if PACKED in tensors else torch.int32)
+    form = tensors[PACKED].dtype if PACKED in tensors else torch.int32
+    require(tensors, shapes_of(shape, scheme, form))
+    rows, columns = shape
+    return rows, columns
+
+
+Shapes = dict[str, tuple[torch.dtype | None, tuple[int, ...]]]
+
+
+def require(tensors: Mapping[str, Tensor], shapes: Shapes) -> None:
+    """Refuse tensors that are not of these dtypes and shapes.
+
+    Args:
+        shapes: {tensor: its dtype, None for any floating one, and shape}.
+
+    Raises:
+        BadCheckpoint: the first that is missing, or of another shape or dtype.
+    """
     for name, (dtype, expected) in shapes.items():
         if name not in tensors:
             raise BadCheckpoint(f"{name} is missing")
@@ -235,8 +311,6 @@ def check(tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[int, int]:
             found = f"{tensors[name].dtype} {list(tensors[name].shape)}".removeprefix("torch.")
             wanted = f"{dtype or 'a floating type'} {list(expected)}".removeprefix("torch.")
             raise BadCheckpoint(f"{name} is {found}, expected {wanted}")
-    rows, columns = tensors[SHAPE].tolist()
-    return rows, columns
 
 
 def read(state: Mapping[str, Tensor], scheme: Scheme, transposed: bool) -> QuantizedWeight:
@@ -291,9 +365,7 @@ def _packs_zeros(zero: Tensor) -> bool:
     return zero.dtype == torch.int32  # others are int8, one each
 
 
-def shapes_of(
-    shape: Any, scheme: Scheme, form: torch.dtype
-) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
+def shapes_of(shape: Any, scheme: Scheme, form: torch.dtype) -> Shapes:
     """{tensor within its module: its dtype, None for any floating one, and shape} of a weight of `shape` [out, in].
 
     Args:
@@ -306,7 +378,7 @@ def shapes_of(
         raise BadCheckpoint(f"{SHAPE} {list(shape)} is not that of a weight of {scheme.label}")
     rows, columns = (int(size) for size in shape)
     groups = scheme.groups(columns)
-    shapes: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {
+    shapes: Shapes = {
         PACKED: (torch.int32, (rows, packing.words(columns, scheme.bits))),
         SCALE: (None, (rows, groups)),
         SHAPE: (torch.int64, (2,)),

@@ -1,4 +1,7 @@
-"""Modules that keep their weight packed: what `llmcomp.hf` puts where a linear or an embedding was."""
+"""Modules that keep their weight packed: what `llmcomp.hf` puts where a linear or an embedding was.
+
+Here are those of integers; sparse and low-rank ones are in `llmcomp.packed_kinds`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import ctypes
 import mmap
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,27 +29,24 @@ _HELD = "held_"  # what a kernel keeps, as buffers that no checkpoint has
 
 
 class Packed(nn.Module):
-    """A module [out_features, in_features] whose weight lies packed.
+    """A module [out_features, in_features] whose weight lies packed, of whatever kind.
 
-    It is made with buffers that a checkpoint's tensors are loaded into, whatever their layout (`native.read`);
-    `settle` makes of them what the kernel wants. `state_dict` gives llmcomp's own layout again, to the bit.
+    It is made with buffers that a checkpoint's tensors are loaded into; `settle` makes of them what products want.
+    `state_dict` gives llmcomp's own layout again, to the bit.
 
     Args:
         replaced: what stood in its place; its bias stays.
-        scheme: of the weight.
+        parts: the names in the file, within the module, of the tensors that it may have.
         expected: {tensor within the module: its dtype and shape in the file}.
+
+    Attributes:
+        kernel: by what it computes, '' before it has settled.
     """
 
-    looked_up = False  # row by row, rather than multiplied with
-    scale: Tensor
-    zero_point: Tensor | None
-
-    def __init__(self, replaced: nn.Module, scheme: Scheme, expected: Mapping[str, Tensor]) -> None:
+    def __init__(self, replaced: nn.Module, parts: tuple[str, ...], expected: Mapping[str, Tensor]) -> None:
         super().__init__()
-        held: Any = replaced.weight
-        self.transposed = type(replaced).__name__ == "Conv1D"
-        self.out_features, self.in_features = held.shape[::-1] if self.transposed else held.shape
-        self.scheme = scheme
+        self.transposed, self.out_features, self.in_features = shape_of(replaced)
+        self.parts = parts
         self.kernel = ""
         for name, tensor in expected.items():
             self.register_buffer(name, tensor)
@@ -57,6 +57,74 @@ class Packed(nn.Module):
         Raises:
             BadCheckpoint: a tensor of another shape than the module's.
         """
+        raise NotImplementedError
+
+    def decoded(self) -> Tensor:
+        """The dense weight [out_features, in_features]."""
+        raise NotImplementedError
+
+    @property
+    def floating(self) -> Tensor:
+        """Of the dense weight's dtype and device, loaded or not."""
+        raise NotImplementedError
+
+    def require_shape(self, shape: tuple[int, int]) -> None:
+        """Refuse a weight [out, in] that is not the module's.
+
+        Raises:
+            BadCheckpoint: it is not.
+        """
+        if shape != (self.out_features, self.in_features):
+            raise BadCheckpoint(f"it is {list(shape)}, and the model wants {[self.out_features, self.in_features]}")
+
+    def dense(self) -> Tensor:
+        """The dense weight as the replaced module held it."""
+        return self.decoded().t() if self.transposed else self.decoded()
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight for code that goes past `forward`, decoded when something is computed with it."""
+        if self.kernel:
+            return DecodedWhenUsed(self)
+        # Not loaded yet: for initializations, which are lost on it.
+        empty = torch.empty(self.out_features, self.in_features, dtype=self.floating.dtype, device="meta")
+        return empty.t() if self.transposed else empty
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """The inverse of `_save_to_state_dict`, once the module has settled."""
+        own = {part: state_dict[prefix + part] for part in self.parts if prefix + part in state_dict}
+        if self.kernel and own:
+            for part, tensor in own.items():
+                self.register_buffer(part, tensor)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if self.kernel and own:
+            self.settle()
+
+
+def shape_of(replaced: nn.Module) -> tuple[bool, int, int]:
+    """Of a linear, Conv1D or embedding: whether it holds [in, out], and out and in."""
+    held: Any = replaced.weight
+    transposed = type(replaced).__name__ == "Conv1D"
+    rows, columns = held.shape[::-1] if transposed else held.shape
+    return transposed, rows, columns
+
+
+class PackedIntegers(Packed):
+    """Integers in any layout that `native.read` knows, laid out for a kernel of `llmcomp.kernels`.
+
+    Args:
+        scheme: of the weight.
+    """
+
+    looked_up = False  # row by row, rather than multiplied with
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def __init__(self, replaced: nn.Module, scheme: Scheme, expected: Mapping[str, Tensor]) -> None:
+        super().__init__(replaced, native.PARTS, expected)
+        self.scheme = scheme
+
+    def settle(self) -> None:
         # Not by attribute: `weight`, as compressed-tensors calls integers of 8 bits, is a property here.
         loaded = {name: one for name in native.PARTS if (one := self._buffers.get(name)) is not None}
         if native.is_own(loaded, self.scheme, self.transposed):  # as they lie: unpacking would take most of the time
@@ -68,8 +136,7 @@ class Packed(nn.Module):
             shape = (weight.shape[0], weight.shape[1])
             stored, scale, zero = native.stored(weight, self.looked_up), weight.scale, weight.zero_point
             input_scale = weight.input_scale
-        if shape != (self.out_features, self.in_features):
-            raise BadCheckpoint(f"it is {list(shape)}, and the model wants {[self.out_features, self.in_features]}")
+        self.require_shape(shape)
         for name in loaded:
             del self._buffers[name]
         self.hold(stored, Grid(self.scheme, self.in_features, scale, zero, input_scale))
@@ -112,19 +179,12 @@ class Packed(nn.Module):
         _, _, scale, zero, input_scale = self.grid
         return QuantizedWeight(KERNELS[self.kernel].values(self.held, self.grid), scale, zero, self.scheme, input_scale)
 
-    def dense(self) -> Tensor:
-        """The dense weight as the replaced module held it."""
-        weight = self.quantized().dense()
-        return weight.t() if self.transposed else weight
+    def decoded(self) -> Tensor:
+        return self.quantized().dense()
 
     @property
-    def weight(self) -> Tensor:
-        """The dense weight for code that goes past `forward`, decoded when something is computed with it."""
-        if self.kernel:
-            return DecodedWhenUsed(self)
-        shape = (self.out_features, self.in_features)  # not loaded yet: for initializations, which are lost on it
-        empty = torch.empty(shape, dtype=self.get_buffer(native.SCALE).dtype, device="meta")
-        return empty.t() if self.transposed else empty
+    def floating(self) -> Tensor:
+        return self.scale if self.kernel else self.get_buffer(native.SCALE)
 
     def _kernel(self, device: str) -> str:
         return kernel_for(self.scheme, self.out_features, self.in_features, device)
@@ -132,20 +192,14 @@ class Packed(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.kernel:
-            for name, tensor in native.to_tensors(self.quantized(), self.looked_up).items():
+            for name, tensor in self.stored().items():
                 destination[prefix + name] = tensor
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """The inverse of `_save_to_state_dict`, once the module has settled."""
-        own = {part: state_dict[prefix + part] for part in native.PARTS if prefix + part in state_dict}
-        if self.kernel and own:
-            for part, tensor in own.items():
-                self.register_buffer(part, tensor)
-            self.settle()
-            state_dict = {key: one for key, one in state_dict.items() if key.removeprefix(prefix) not in own}
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+    def stored(self) -> dict[str, Tensor]:
+        """What a file holds for the weight, by name within the module."""
+        return native.to_tensors(self.quantized(), self.looked_up)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedIntegers:
         """Moves between devices lay the weight out anew; casts touch the scales, as they do a dense weight."""
         if not self.kernel:
             super()._apply(fn, recurse)
@@ -176,17 +230,30 @@ def page_out(tensor: Tensor) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_PAGEOUT)
 
 
+class Decodes(Protocol):
+    """A module that knows its dense weight."""
+
+    transposed: bool
+    out_features: int
+    in_features: int
+
+    @property
+    def floating(self) -> Tensor: ...
+
+    def dense(self) -> Tensor: ...
+
+
 class DecodedWhenUsed(Tensor):
     """A packed module's dense weight, decoded by each operation on it and not before: models ask linears for the dtype
     of their weight at each call (T5)."""
 
-    module: Packed
+    module: Decodes
 
     @staticmethod
-    def __new__(cls, module: Packed) -> DecodedWhenUsed:
+    def __new__(cls, module: Decodes) -> DecodedWhenUsed:
         shape = (module.out_features, module.in_features)
         made: Any = torch.Tensor._make_wrapper_subclass(
-            cls, shape[::-1] if module.transposed else shape, dtype=module.scale.dtype, device=module.scale.device
+            cls, shape[::-1] if module.transposed else shape, dtype=module.floating.dtype, device=module.floating.device
         )
         made.module = module
         return cast(DecodedWhenUsed, made)
@@ -200,20 +267,20 @@ class DecodedWhenUsed(Tensor):
 
 
 class Product(torch.autograd.Function):
-    """`x W'` by the module's kernel. Gradients go to x alone, through the decoded weight; rounded inputs let them pass
-    (straight through)."""
+    """`x W'` by the module's kernel. Gradients go to x alone, through the decoded weight; rounded inputs let them
+    pass (straight through)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: Packed) -> Tensor:
+    def forward(ctx: Any, x: Tensor, module: PackedIntegers) -> Tensor:
         ctx.module = module
         return KERNELS[module.kernel].product(x, module.held, module.grid)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
-        return gradients[0] @ ctx.module.quantized().dense().to(gradients[0].dtype), None
+        return gradients[0] @ ctx.module.decoded().to(gradients[0].dtype), None
 
 
-class PackedLinear(Packed):
+class PackedLinear(PackedIntegers):
     """In the place of `nn.Linear`, or transformers' Conv1D."""
 
     def __init__(self, replaced: nn.Module, scheme: Scheme, expected: Mapping[str, Tensor]) -> None:
@@ -228,7 +295,7 @@ class PackedLinear(Packed):
         return out if self.bias is None else out + self.bias
 
 
-class PackedEmbedding(Packed):
+class PackedEmbedding(PackedIntegers):
     """In the place of `nn.Embedding`: only the rows that are looked up are decoded.
 
     `embed_scale`: what some models' embeddings multiply by (Gemma), in their own dtype.

@@ -1,4 +1,5 @@
-"""Integers of 2, 3, 4 or 8 bits in 32-bit words, those of 4 bits in blocks of rows as well, and back.
+"""Integers of 2, 3, 4 or 8 bits in 32-bit words, those of 4 bits in blocks of rows as well, and back; and numbers of up
+to 8 bits, such as places in a group, in bytes.
 
 Words: the layout is that of compressed-tensors' `pack-quantized`: value i of a row, shifted into [0, 2^bits), stands
 at bits [i * bits, (i + 1) * bits) of the row's words, least significant bit first, with no bit wasted; only a
@@ -18,6 +19,8 @@ from torch import Tensor
 
 BLOCK = 32  # rows
 _OFFSET = 8  # a nibble holds the integer plus this
+# Widths that no byte is a multiple of: eight numbers fill `bits` bytes, which this word has room for.
+_ACROSS = {3: torch.int32, 5: torch.int64, 6: torch.int64, 7: torch.int64}
 
 
 def words(count: int, bits: int) -> int:
@@ -84,16 +87,31 @@ def unpack_blocks(packed: Tensor) -> Tensor:
     return values.view(torch.int8).sub_(_OFFSET)
 
 
+def pack_bytes(numbers: Tensor, bits: int) -> Tensor:
+    """uint8 [rows, columns] below 2^bits to uint8 [rows, ⌈columns * bits / 8⌉]: number i of a row at bits
+    [i * bits, (i + 1) * bits) of its bytes, least significant first."""
+    rows, columns = numbers.shape
+    padded = F.pad(numbers, (0, -columns % 8)) if columns % 8 else numbers.contiguous()
+    packed = _bytes_from_values(padded.view(-1), bits).view(rows, -1)
+    return packed[:, : -(-columns * bits // 8)].contiguous()
+
+
+def unpack_bytes(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Undo `pack_bytes`: uint8 [rows, count]."""
+    padded = F.pad(packed, (0, -packed.shape[1] % bits)) if packed.shape[1] % bits else packed.contiguous()
+    return _values_from_bytes(padded.view(-1), bits).view(len(packed), -1)[:, :count]
+
+
 def _bytes_from_values(unsigned: Tensor, bits: int) -> Tensor:
-    """uint8 [n] below 2^bits, n a multiple of 32, to uint8 [n * bits / 8]."""
+    """uint8 [n] below 2^bits, n a multiple of 8, to uint8 [n * bits / 8]."""
     if bits == 8:
         return unsigned
-    if bits == 3:
+    if bits in _ACROSS:
         octets = unsigned.view(-1, 8)
-        word = octets[:, 7].int()
-        for place in range(6, -1, -1):
-            word = word.bitwise_left_shift_(3).bitwise_or_(octets[:, place])
-        return word.view(torch.uint8).view(-1, 4)[:, :3].reshape(-1)
+        word = torch.zeros(len(octets), dtype=_ACROSS[bits], device=unsigned.device)
+        for place in range(7, -1, -1):
+            word = word.bitwise_left_shift_(bits).bitwise_or_(octets[:, place])
+        return word.view(torch.uint8).view(len(octets), -1)[:, :bits].reshape(-1)
     per_byte = 8 // bits
     parts = unsigned.view(-1, per_byte)
     packed = parts[:, per_byte - 1].clone()
@@ -107,9 +125,9 @@ def _values_from_bytes(packed: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return packed
     mask = (1 << bits) - 1
-    if bits == 3:
-        three = F.pad(packed.view(-1, 3), (0, 1)).view(torch.int32)  # [n / 8, 1]: 24 bits each
-        return torch.cat([(three >> (3 * place) & mask).to(torch.uint8) for place in range(8)], -1)
+    if bits in _ACROSS:
+        word = F.pad(packed.view(-1, bits), (0, _ACROSS[bits].itemsize - bits)).view(_ACROSS[bits])  # [n / 8, 1]
+        return torch.cat([(word >> (bits * place) & mask).to(torch.uint8) for place in range(8)], -1)
     values = torch.empty(len(packed), 8 // bits, dtype=torch.uint8, device=packed.device)
     for place in range(8 // bits):
         torch.bitwise_and(packed if place == 0 else packed >> (bits * place), mask, out=values[:, place])

@@ -349,7 +349,8 @@ def _role_of(source: Source) -> Any:
     roles = {ref.name: ref.role for ref in source.adapter.refs}
 
     def role(name: str) -> str:
-        return roles.get(name.rpartition(".")[0], "other")
+        module = name.rpartition(".")[0]
+        return roles.get(module) or roles.get(module.rpartition(".")[0], "other")  # a factor is a module in a linear
 
     return role
 

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from packed import random_of
+from test_packed_kinds import module_of
 from tiny import build
 
+from llmcomp import native_kinds
 from llmcomp.adapters.discover import discover
 from llmcomp.calibration.stats import GramAccumulator, InputStats
+from llmcomp.kinds import Kind, LowRank, Sparse
 from llmcomp.methods import METHODS
+from llmcomp.patterns import Pattern
 from llmcomp.pipeline.assign import Task, assign
 from llmcomp.pipeline.solve import solve_stage
 from llmcomp.recipe import QuantizeStep
+from llmcomp.schemes import Scheme
 
 WIDTH = 256
 SCHEMES = [(4, 128, True), (3, 64, False), (2, 64, True), (8, "channel", True)]
@@ -85,3 +91,30 @@ def test_every_search_for_scales(method: str) -> None:
     ]
     assert found[0].is_cuda
     assert float((found[0].cpu() == found[1]).double().mean()) > 0.95
+
+
+@pytest.mark.parametrize(
+    ("kind", "kernel"),
+    [
+        (Sparse(Pattern(2, 4)), "semi-structured"), (Sparse(Pattern(4, 8)), "dense"),
+        (Sparse(Pattern(2, 4), Scheme(4, 64)), "plain"), (LowRank(32), "dense"),
+        (LowRank(32, Scheme(4), Scheme(8)), "plain"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sparse_and_low_rank_modules(kind: Kind, kernel: str, dtype: torch.dtype) -> None:
+    """There and back again: what is computed there is near float64, and what is saved there is the file."""
+    if kernel == "semi-structured" and not torch.backends.cusparselt.is_available():
+        pytest.skip("this torch has no cuSPARSELt")
+    weight = random_of(kind, (256, 512), dtype)
+    tensors = native_kinds.to_tensors(weight, kind)
+    module = module_of(kind, weight).to("cuda")
+    assert module.kernel == kernel
+    for tokens in (1, 17):
+        x = torch.randn(2, tokens, 512, generator=torch.Generator().manual_seed(1)).to(dtype)
+        expected = x.double() @ weight.dense().double().t()
+        found = module(x.to("cuda")).detach()
+        assert float((found.cpu().double() - expected).norm() / expected.norm()) < 2e-2
+    state = module.state_dict()
+    assert all(torch.equal(state[part].cpu(), one) for part, one in tensors.items())
+    assert torch.equal(module.to("cpu").dense(), weight.dense())

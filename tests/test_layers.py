@@ -23,12 +23,15 @@ ROWS = [
     "pipeline exports generation",
     "formats measure adapters checkpoint calibration.capture calibration.lint",
     "hf",
+    "packed_kinds",
     "packed",
     "calibration.data calibration.batching calibration.media calibration.pairs calibration.processors",
     "recipe",
     "methods kernels",
+    "native_kinds",
     "native",
-    "progress weights losses calibration.stats calibration.files calibration.hub_data calibration.parking sentences",
+    "progress weights losses kinds calibration.stats calibration.files calibration.hub_data calibration.parking "
+    "sentences",
     "report.schema",
     "report.words building packing bnb schemes patterns activations matmul network aliases samples shards experts "
     "feeds ranks devices",

@@ -16,7 +16,7 @@ from llmcomp.formats.reading import auto_class, decoded, model_config, stored_mo
 from llmcomp.formats.save import ShardWriter, checkpoint_config, require_room
 from llmcomp.measure.cost import loaded_bytes
 from llmcomp.measure.load import load
-from llmcomp.native import SCALE
+from llmcomp.native_kinds import floating_of
 from llmcomp.shards import read_shard
 from llmcomp.weights import INPUT_SCALE
 
@@ -43,9 +43,11 @@ def _write(form: str, opened: Opened, target: Path) -> list[str]:
         UserError: the disk has no room for it.
         VerificationFailed: what was written decodes to something else, or transformers cannot load it.
     """
-    if form != "dense" and not opened.schemes:
+    if form != "dense" and not opened.kinds:
         raise BadRecipe(f"{opened.directory} holds no packed weights; `llmcomp quantize` makes some.")
-    entries = [(opened.ref(module), scheme) for module, scheme in opened.schemes.items()]
+    if form == "compressed-tensors":
+        opened.require_integers(form)
+    entries = [(opened.ref(module), kind) for module, kind in opened.kinds.items()]
     layout = FORMATS[form](entries, opened.skeleton)
     require_room(target, nbytes(opened, layout), f"The export to {form}")
     writer, order = ShardWriter(target.parent), list[str]()
@@ -63,7 +65,7 @@ def nbytes(opened: Opened, layout: Layout) -> int:
     """Bytes of the tensors that will be written, from the headers of those that are read."""
     files = {path: read_shard(path).tensors for path in {place.path for place in opened.tensors.values()}}
     stored = {name: files[place.path][place.key] for name, place in opened.tensors.items()}
-    scales = {module: stored.get(f"{module}.{SCALE}") for module in opened.schemes}
+    scales = {module: stored.get(f"{module}.{floating_of(kind)}") for module, kind in opened.kinds.items()}
     packed = sum(
         layout.nbytes(opened.ref(module), scale.dtype.itemsize)
         for module, scale in scales.items()
@@ -86,7 +88,7 @@ def _shards(opened: Opened, layout: Layout) -> Iterator[dict[str, Tensor]]:
 
 
 def _tensors(opened: Opened, layout: Layout) -> Iterator[dict[str, Tensor]]:
-    for module in opened.schemes:
+    for module in opened.kinds:
         yield layout.tensors(opened.ref(module), opened.weight(module))
     for name in opened.plain:
         yield {name: opened.tensor(name)}
@@ -94,7 +96,7 @@ def _tensors(opened: Opened, layout: Layout) -> Iterator[dict[str, Tensor]]:
 
 def _compare(opened: Opened, target: Path) -> str:
     tensors = stored_tensors(target)
-    source = {f"{module}.weight": module for module in opened.schemes}
+    source = {f"{module}.weight": module for module in opened.kinds}
     scales = {f"{module}.{INPUT_SCALE}" for module in opened.schemes} & opened.tensors.keys()
     missing = {*source, *opened.plain, *scales}
     for name, tensor in decoded(tensors, stored_modules(target, tensors)):

@@ -82,6 +82,7 @@ def export(opened: Opened, directory: Path) -> list[str]:
     config: Any = opened.skeleton.config
     architecture = (opened.config.get("architectures") or ["This model"])[0]
     family = gguf_models.family_of(architecture, config)
+    opened.require_integers("GGUF")
     written = plan(opened, family)
     said = Said()
     writer = gguf.GGUFWriter(directory / FILE, family.arch)
@@ -185,7 +186,7 @@ def _data(opened: Opened, family: Family, one: Written, said: Said) -> np.ndarra
                 raise BadCheckpoint(f"{opened.directory} holds {one.source} as {shapes}.")
             data = gguf_models.as_dense(tensor, one.source, family)
         else:
-            weight = opened.weight(module)
+            weight = opened.quantized(module)
             if one.kind in gguf_blocks.BLOCK_BYTES:
                 data, rounding = gguf_blocks.pack(weight)
                 said.rounding += rounding
@@ -212,7 +213,7 @@ def _compare(opened: Opened, family: Family, written: list[Written], rounding: R
             raise VerificationFailed(f"{path.name} holds {one.name} as {tensor.tensor_type.name}{tensor.shape}.")
         if one.kind not in gguf_blocks.BLOCK_BYTES:
             continue
-        weight = opened.weight(one.source)
+        weight = opened.quantized(one.source)
         order = gguf_models.row_order(one.source, family, opened.skeleton.config)
         rows = np.arange(one.shape[0]) if order is None else order
         for start in range(0, len(rows), _ROWS):

@@ -24,7 +24,9 @@ def require_known(opened: Opened, target: str) -> None:
 
     Raises:
         UnknownArchitecture: an encoder-decoder, a model of several, one that reads no text, or a mixture of experts.
+        BadRecipe: weights that are no integers on a grid.
     """
+    opened.require_integers(target)
     model, problem = opened.skeleton, None
     if encoder_decoder(model):
         problem = "is an encoder-decoder"
@@ -80,7 +82,7 @@ def _packed(opened: Opened, name: str, module: nn.Module, choose: Choose) -> nn.
     """What stands for a packed module, None for one that computes more than a product or a look-up."""
 
     def read() -> Any:
-        return opened.weight(name)
+        return opened.quantized(name)
 
     if type(module) is nn.Embedding:
         return NBitsEmbedding(read)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from llmcomp.formats import bitsandbytes, compressed_tensors, dense, packed
-from llmcomp.formats.base import Entry, Format, Kind, Layout, Ref, broken_ties, dense_tensors
+from llmcomp.formats.base import Entry, Format, Layout, Ref, broken_ties, dense_tensors
+from llmcomp.kinds import Kind
 
 FORMATS: dict[str, Format] = {
     "compressed-tensors": compressed_tensors.layout,

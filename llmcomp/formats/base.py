@@ -13,10 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from llmcomp import native_kinds
 from llmcomp.errors import BadRecipe
-from llmcomp.patterns import Pattern
-from llmcomp.schemes import Scheme
-from llmcomp.weights import CompressedWeight
+from llmcomp.kinds import Kind, LowRank, integers_of
+from llmcomp.schemes import INT8_STATIC, Scheme
+from llmcomp.weights import CompressedWeight, QuantizedWeight
 
 
 class Ref(Protocol):
@@ -38,8 +39,10 @@ class Ref(Protocol):
     def transposed(self) -> bool: ...
 
 
-Kind = Scheme | Pattern  # what a weight is made: integers on a grid, or floating numbers of which some are zero
 Entry = tuple[Ref, Kind]
+# How the names of a weight's tensors go on after that of its module, before "weight": a low-rank one has parts.
+PARTS = ("", *(f"{part}." for part in native_kinds.PARTS))
+_DIVIDED = ("weight_scale", "weight_values")
 Quantized = tuple[Ref, Scheme]
 
 
@@ -61,6 +64,10 @@ class Layout(Protocol):
     def tensors(self, ref: Ref, weight: CompressedWeight) -> dict[str, Tensor]:
         """What the file holds for this weight, by full tensor name; every tensor contiguous."""
 
+    def blank(self, ref: Ref, kind: Kind, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What `tensors` returns for a weight of that kind, on meta: names, dtypes and shapes. `dtype`: of the dense
+        weight."""
+
     def decode(self, ref: Ref, tensors: Mapping[str, Tensor]) -> Tensor:
         """The inverse of `tensors`: the dense weight as the module holds it, decoded as a reader does."""
 
@@ -78,18 +85,23 @@ class Format(Protocol):
 
 
 def integers_only(entries: Sequence[Entry], format: str) -> list[Quantized]:
-    """The entries of a format that holds integers.
+    """The entries of a format that holds integers, which those of a quantized weight are wherever it is sparse, too.
 
     Raises:
-        BadRecipe: a weight that stays floating.
+        BadRecipe: a weight that stays floating, or one of low rank.
     """
-    found = [(ref, kind) for ref, kind in entries if isinstance(kind, Scheme)]
-    if len(found) < len(entries):
-        floating = next(ref.name for ref, kind in entries if not isinstance(kind, Scheme))
-        raise BadRecipe(
-            f"Format {format} has no form for sparse weights that are not quantized as well, such as {floating}: skip "
-            "them in both steps, or write 'format: dense' in the recipe."
-        )
+    found: list[Quantized] = []
+    for ref, kind in entries:
+        if (scheme := integers_of(kind)) is None:
+            low = isinstance(kind, LowRank)
+            what, skip = ("low-rank weights", "skip them") if low else (
+                "sparse weights that are not quantized as well", "skip them in both steps"
+            )  # fmt: skip
+            raise BadRecipe(
+                f"Format {format} has no form for {what}, such as {ref.name}: {skip}, or write 'format: dense' in the "
+                "recipe."
+            )
+        found.append((ref, scheme))
     return found
 
 
@@ -99,14 +111,28 @@ def dense_tensors(ref: Ref, weight: CompressedWeight) -> dict[str, Tensor]:
     return {f"{ref.name}.weight": (dense.t() if ref.transposed else dense).contiguous()}
 
 
+def blank_dense(ref: Ref, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What `dense_tensors` returns, on meta."""
+    shape = (ref.out_features, ref.in_features)
+    return {f"{ref.name}.weight": torch.empty(shape[::-1] if ref.transposed else shape, dtype=dtype, device="meta")}
+
+
+def blank_integers(ref: Ref, scheme: Scheme, dtype: torch.dtype) -> QuantizedWeight:
+    """A quantized weight without values."""
+    values = torch.empty(ref.out_features, ref.in_features, dtype=torch.int8, device="meta")
+    scale = torch.empty(ref.out_features, scheme.groups(ref.in_features), dtype=dtype, device="meta")
+    zero = None if scheme.symmetric else torch.empty(scale.shape, dtype=torch.int8, device="meta")
+    return QuantizedWeight(values, scale, zero, scheme, scale[0, :1] if scheme.activations == INT8_STATIC else None)
+
+
 def divide_rows(ref: Ref, tensors: Mapping[str, Tensor], divisor: Tensor) -> dict[str, Tensor]:
-    """A weight's tensors in the file with its rows divided: of a packed one the scales, else the weight itself.
+    """A weight's tensors in the file with its rows divided: of integers the scales, of a sparse one what is kept, else
+    the weight itself.
 
     Args:
         tensors: by full name, as `Layout.tensors` returns them. divisor: float32 [out].
     """
-    scales = f"{ref.name}.weight_scale"
-    name = scales if scales in tensors else f"{ref.name}.weight"
+    name = next((f"{ref.name}.{part}" for part in _DIVIDED if f"{ref.name}.{part}" in tensors), f"{ref.name}.weight")
     shape = (1, -1) if ref.transposed else (-1, 1)
     divided = (tensors[name] / divisor.view(shape)).to(tensors[name].dtype)
     return {**tensors, name: divided}

@@ -24,6 +24,7 @@ from llmcomp import bnb
 from llmcomp.errors import BadRecipe
 from llmcomp.experts import expert_shares
 from llmcomp.formats.base import Entry, Ref, made_when_alone
+from llmcomp.kinds import Kind
 from llmcomp.weights import CompressedWeight
 
 _SHARD = "5GB"
@@ -45,6 +46,10 @@ class BnbLayout:
 
     def tensors(self, ref: Ref, weight: CompressedWeight) -> dict[str, Tensor]:
         return {f"{ref.name}.{part}": value for part, value in bnb.encode(self.kind, weight.dense()).items()}
+
+    def blank(self, ref: Ref, kind: Kind, dtype: torch.dtype) -> dict[str, Tensor]:
+        dense = torch.empty(ref.out_features, ref.in_features, dtype=dtype, device="meta")
+        return {f"{ref.name}.{part}": value for part, value in bnb.encode(self.kind, dense).items()}
 
     def decode(self, ref: Ref, tensors: Mapping[str, Tensor]) -> Tensor:
         own = {name.removeprefix(f"{ref.name}."): tensor for name, tensor in tensors.items()}

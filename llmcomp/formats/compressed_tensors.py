@@ -46,11 +46,14 @@ from llmcomp.formats.base import (
     Entry,
     Quantized,
     Ref,
+    blank_dense,
+    blank_integers,
     dense_tensors,
     integers_only,
     linears_of,
     made_when_alone,
 )
+from llmcomp.kinds import Kind, integers_of
 from llmcomp.schemes import INT8_DYNAMIC, INT8_STATIC, Scheme
 from llmcomp.weights import INPUT_SCALE, CompressedWeight, QuantizedWeight
 
@@ -136,6 +139,12 @@ class PackedLayout:
             return tensors | {prefix: values.contiguous()}
         shape = torch.tensor(values.shape, dtype=torch.int64)
         return tensors | {f"{prefix}_packed": packing.pack(values, storage.bits), f"{prefix}_shape": shape}
+
+    def blank(self, ref: Ref, kind: Kind, dtype: torch.dtype) -> dict[str, Tensor]:
+        scheme = integers_of(kind)
+        if ref.name in self.dense or scheme is None:
+            return blank_dense(ref, dtype)
+        return self.tensors(ref, blank_integers(ref, scheme, dtype))
 
     def decode(self, ref: Ref, tensors: Mapping[str, Tensor]) -> Tensor:
         if ref.name in self.dense:

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llmcomp.errors import BadRecipe
-from llmcomp.formats.base import Entry, Ref, dense_tensors
-from llmcomp.schemes import Scheme
+from llmcomp.formats.base import Entry, Ref, blank_dense, dense_tensors
+from llmcomp.kinds import Kind, integers_of
 from llmcomp.weights import CompressedWeight
 
 
@@ -23,6 +24,9 @@ class DenseLayout:
 
     def tensors(self, ref: Ref, weight: CompressedWeight) -> dict[str, Tensor]:
         return dense_tensors(ref, weight)
+
+    def blank(self, ref: Ref, kind: Kind, dtype: torch.dtype) -> dict[str, Tensor]:
+        return blank_dense(ref, dtype)
 
     def decode(self, ref: Ref, tensors: Mapping[str, Tensor]) -> Tensor:
         # Not mapped: where a weight begins in memory may decide how products with few tokens are rounded.
@@ -41,6 +45,6 @@ def layout(entries: Sequence[Entry], model: nn.Module | None = None) -> DenseLay
     Raises:
         BadRecipe: activations are to be rounded, which a dense checkpoint cannot say.
     """
-    if any(isinstance(kind, Scheme) and kind.activations for _, kind in entries):
+    if any((scheme := integers_of(kind)) is not None and scheme.activations for _, kind in entries):
         raise BadRecipe("--format dense cannot say that activations are rounded; leave one of the two out.")
     return DenseLayout()

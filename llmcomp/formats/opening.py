@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llmcomp import bnb, native
+from llmcomp import bnb, native, native_kinds
 from llmcomp.errors import BadCheckpoint, BadRecipe, VerificationFailed
 from llmcomp.experts import file_renaming
 from llmcomp.formats.reading import (
@@ -28,8 +28,9 @@ from llmcomp.formats.reading import (
     stored_tensor,
     stored_tensors,
 )
+from llmcomp.kinds import Kind, LowRank, integers_of
 from llmcomp.schemes import GROUP_SIZES, Scheme
-from llmcomp.weights import QuantizedWeight
+from llmcomp.weights import CompressedWeight, QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,13 @@ class Opened:
     Attributes:
         directory: where it lies.
         config: the model's own config.json, without `quantization_config`.
-        schemes: {packed module: its scheme}, in the order of the modules.
+        kinds: {packed module: its kind}, in the order of the modules.
         tensors: {tensor in the model: its place}, of all tensors.
     """
 
     directory: Path
     config: Mapping[str, Any]
-    schemes: Mapping[str, Scheme]
+    kinds: Mapping[str, Kind]
     tensors: Mapping[str, Place]
 
     @cached_property
@@ -65,9 +66,28 @@ class Opened:
         return skeleton_of(self.directory)
 
     @cached_property
+    def schemes(self) -> Mapping[str, Scheme]:
+        """{packed module: the scheme of its integers}, of all that are integers on a grid, sparse or not."""
+        found = {module: integers_of(kind) for module, kind in self.kinds.items()}
+        return {module: scheme for module, scheme in found.items() if scheme is not None}
+
+    def require_integers(self, target: str) -> None:
+        """Refuse to be written as `target` ('GGUF'), which holds integers and dense weights alone.
+
+        Raises:
+            BadRecipe: a weight of low rank, or a sparse one that is not quantized.
+        """
+        if (module := next((module for module in self.kinds if module not in self.schemes), None)) is not None:
+            what = "low-rank" if isinstance(self.kinds[module], LowRank) else "sparse"
+            raise BadRecipe(
+                f"{target} has no form for {what} weights such as {module}; `llmcomp export --format dense` writes "
+                "them dense."
+            )
+
+    @cached_property
     def plain(self) -> list[str]:
         """Names of the tensors that belong to no packed weight: norms, biases, dense weights."""
-        packed = {f"{module}.{part}" for module in self.schemes for part in native.PARTS}
+        packed = {f"{module}.{part}" for module, kind in self.kinds.items() for part in self._parts(kind)}
         return [name for name in self.tensors if name not in packed]
 
     def ref(self, module: str) -> PackedRef:
@@ -81,17 +101,31 @@ class Opened:
         head = getattr(self.skeleton, "get_output_embeddings", lambda: None)()
         return PackedRef(module, "head" if found is head else role, shape[0], shape[1], transposed)
 
-    def weight(self, module: str) -> QuantizedWeight:
+    @staticmethod
+    def _parts(kind: Kind) -> tuple[str, ...]:
+        return native.PARTS if isinstance(kind, Scheme) else native_kinds.names_of(kind)
+
+    def quantized(self, module: str) -> QuantizedWeight:
+        """A packed weight [out, in] of `schemes`, its removed integers included; raises as `weight`."""
+        weight = self.weight(module)
+        assert isinstance(weight, QuantizedWeight)  # it has a scheme
+        return weight
+
+    def weight(self, module: str) -> CompressedWeight:
         """A packed weight [out, in], as a Linear holds it, of a Conv1D, too.
 
         Raises:
             BadCheckpoint: tensors that are missing or of wrong shapes.
         """
-        names = {part: f"{module}.{part}" for part in native.PARTS}
+        ref, kind = self.ref(module), self.kinds[module]
+        names = {part: f"{module}.{part}" for part in self._parts(kind)}
         state = {part: stored_tensor(self.tensors[name]) for part, name in names.items() if name in self.tensors}
-        ref, scheme = self.ref(module), self.schemes[module]
+        weight: CompressedWeight
         try:
-            weight = native.read(state, scheme, ref.transposed)
+            if isinstance(kind, Scheme):
+                weight = native.read(state, kind, ref.transposed)
+            else:
+                weight = native_kinds.from_tensors(state, kind)
         except (BadCheckpoint, RuntimeError, ValueError) as error:
             raise BadCheckpoint(f"{self.directory} holds a weight that cannot be read: {module}: {error}.") from error
         if tuple(weight.shape) != (ref.out_features, ref.in_features):
@@ -105,7 +139,7 @@ class Opened:
 
     def dense(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter and buffer of the files by its name in the model, decoded, one at a time."""
-        for module in self.schemes:
+        for module in self.kinds:
             weight = self.weight(module).dense()
             yield f"{module}.weight", (weight.t().contiguous() if self.ref(module).transposed else weight)
         for name in self.plain:
@@ -131,19 +165,19 @@ def open_checkpoint(directory: Path) -> Opened:
             raise BadCheckpoint(f"{directory} has a quantization_config that is no object.")
         method = (quantization or {}).get("quant_method")
         if native.is_native(config):
-            schemes = native.schemes_of(quantization)
+            kinds = native.kinds_of(quantization)
             own = native.unwrap(config)
         elif method in (None, "compressed-tensors"):
             if (quantization or {}).get("transform_config"):
                 raise BadCheckpoint(f"{directory} wants its inputs rotated (transform_config), which is not done here.")
-            schemes = _foreign_schemes(directory, tensors)
+            kinds = dict[str, Kind](_foreign_schemes(directory, tensors))
             own = {key: value for key, value in config.items() if key != "quantization_config"}
         else:
             raise BadCheckpoint(
                 f"{directory} is in the format '{method}'; compressed-tensors, llmcomp's own and dense checkpoints "
                 "can be opened."
             )
-        return _with_models_names(Opened(directory, own, schemes, tensors))
+        return _with_models_names(Opened(directory, own, kinds, tensors))
     except VerificationFailed as error:
         raise BadCheckpoint(f"{directory} cannot be opened: {error}") from error
 
@@ -151,6 +185,8 @@ def open_checkpoint(directory: Path) -> Opened:
 def _with_models_names(opened: Opened) -> Opened:
     """The same with every tensor by its name in the model: files may hold older ones (GPT-NeoX's `embed_out`)."""
     modules = {name for name, _ in opened.skeleton.named_modules()}
+    modules |= {f"{name}.{part}" for name, kind in opened.kinds.items() if isinstance(kind, LowRank)
+                for part in native_kinds.PARTS}  # fmt: skip
     if all(name.rpartition(".")[0] in modules for name in opened.tensors):
         return opened
     rename = file_renaming(opened.skeleton)

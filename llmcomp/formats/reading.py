@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -16,11 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from llmcomp import bnb, native
+from llmcomp import bnb, native, native_kinds
 from llmcomp.errors import BadCheckpoint, LlmcompError, VerificationFailed
 from llmcomp.experts import file_renaming, split_experts
 from llmcomp.formats.save import INDEX
-from llmcomp.schemes import INT8_DYNAMIC, INT8_STATIC, Scheme
+from llmcomp.kinds import Kind, LowRank, integers_of, without_inputs
+from llmcomp.schemes import INT8_DYNAMIC, INT8_STATIC
 from llmcomp.weights import INPUT_SCALE
 
 _AUTO = (
@@ -80,18 +81,24 @@ class Packed:
 
 @dataclass(frozen=True)
 class Native:
-    """`Stored` of llmcomp's own layout, whose readers compute with the integers (`llmcomp.kernels`)."""
+    """`Stored` of llmcomp's own layout, whose readers compute with what is packed (`llmcomp.packed`)."""
 
-    scheme: Scheme
+    kind: Kind
     transposed: bool
-    tolerance: float = 3e-2  # scales rounded to bf16, inputs to bf16 or int8, sums in float32
+
+    @property
+    def tolerance(self) -> float:
+        """Of integers: scales rounded to bf16, inputs to bf16 or int8, sums in float32. Of floating numbers hardly any:
+        two products come in another order than one."""
+        kind = self.kind
+        parts = (kind.left, kind.right, kind.base) if isinstance(kind, LowRank) else (integers_of(kind),)
+        return 1e-5 if all(part is None for part in parts) else 3e-2
 
     def names(self, module: str) -> list[str]:
-        return [f"{module}.{part}" for part in native.TENSORS if part != INPUT_SCALE]
+        return [f"{module}.{part}" for part in native_kinds.names_of(self.kind) if part != INPUT_SCALE]
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        scheme = replace(self.scheme, activations=None)  # how inputs are rounded is no part of the weight
-        dense = native.from_tensors(tensors, scheme).dense()
+        dense = native_kinds.from_tensors(tensors, without_inputs(self.kind)).dense()
         return dense.t().contiguous() if self.transposed else dense
 
 
@@ -194,13 +201,14 @@ def _stored_by_bnb(directory: Path, tensors: Iterable[str]) -> dict[str, Stored]
 
 def _stored_by_us(directory: Path, tensors: Iterable[str]) -> dict[str, Stored]:
     """The modules that config.json names, compared with those that have packed tensors."""
-    schemes = native.schemes_of(config_of(directory).get("quantization_config"))
-    suffix = f".{native.PACKED}"
-    packed = {key.removesuffix(suffix) for key in tensors if key.endswith(suffix)}
-    require_same(set(schemes), packed, "compressed by config.json", "stored compressed")
+    kinds, held = native.kinds_of(config_of(directory).get("quantization_config")), set(tensors)
+    packed = {name for name, kind in kinds.items() if f"{name}.{native_kinds.main_of(kind)}" in held}
+    promised = {f"{name}.{part}" for name, kind in kinds.items() for part in native_kinds.names_of(kind)}
+    packed |= {key.rpartition(".")[0] for key in held - promised if key.endswith(native_kinds.MARKS)}
+    require_same(set(kinds), packed, "compressed by config.json", "stored compressed")
     modules = dict(skeleton_of(directory).named_modules())
     require_same(packed, packed & set(modules), "stored compressed", "a module of the model")
-    return {name: Native(scheme, type(modules[name]).__name__ == "Conv1D") for name, scheme in schemes.items()}
+    return {name: Native(kind, type(modules[name]).__name__ == "Conv1D") for name, kind in kinds.items()}
 
 
 def rounding(stored: Mapping[str, Stored]) -> dict[str, str]:
@@ -211,8 +219,8 @@ def rounding(stored: Mapping[str, Stored]) -> dict[str, str]:
     """
     found = {}
     for name, one in stored.items():
-        if isinstance(one, Native) and one.scheme.activations is not None:
-            found[name] = one.scheme.activations
+        if isinstance(one, Native) and (scheme := integers_of(one.kind)) is not None and scheme.activations is not None:
+            found[name] = scheme.activations
         args = one.scheme.input_activations if isinstance(one, Packed) else None
         if args is None:
             continue

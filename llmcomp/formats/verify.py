@@ -43,6 +43,7 @@ from llmcomp.formats.reading import (
 from llmcomp.formats.witness import Digest, Witness, digest, dtype_name, model_output
 from llmcomp.matmul import WideProducts
 from llmcomp.packed import Packed
+from llmcomp.packed_kinds import PackedLowRank
 from llmcomp.report.schema import Verification
 from llmcomp.schemes import ACTIVATIONS
 from llmcomp.weights import INPUT_SCALE
@@ -193,7 +194,7 @@ def _compare_model(model: nn.Module, stored: Mapping[str, Stored], known: Witnes
         tensor, module = state[name], model.get_submodule(name.rpartition(".")[0])
         if name.endswith(".weight") and bnb.holds(module):
             tensor = bnb.dense_of(module, getattr(torch, expected.dtype))
-        if name.endswith(".weight") and isinstance(module, Packed):
+        if name.endswith(".weight") and isinstance(module, Packed | PackedLowRank):
             tensor = module.dense()
         _compare_tensor(name, tensor, expected, known)
 

@@ -27,6 +27,8 @@ from llmcomp.feeds import around, vocabulary
 from llmcomp.measure.fresh import ask
 from llmcomp.measure.load import first_forward, load, prepare
 from llmcomp.measure.resident import resident_now, resident_peak
+from llmcomp.native import SHAPE
+from llmcomp.native_kinds import MARKS, VALUES
 from llmcomp.packed import Packed
 from llmcomp.report.schema import Size
 from llmcomp.shards import TensorInfo, read_json_object, read_shard, weight_files
@@ -68,14 +70,16 @@ def loaded_bytes(directory: str | Path, *, allow_pickle: bool = False) -> int:
     """Bytes of the model in memory once it has run: every parameter dense, in the dtype the config names.
 
     compressed-tensors models are decompressed by their first forward (measured on transformers 5.23, CPU);
-    those of bitsandbytes and in llmcomp's own layout stay packed.
+    those of bitsandbytes and in llmcomp's own layout stay packed, but for floating sparse weights.
 
     Raises:
         BadCheckpoint: as `size_of`.
     """
     settings = read_json_object(Path(directory) / "config.json")
-    if bnb.is_bnb(settings) or native.is_native(settings):
+    if bnb.is_bnb(settings):
         return size_of(directory).bytes_on_disk
+    if native.is_native(settings):
+        return size_of(directory).bytes_on_disk + _spread_bytes(Path(directory))
     dtype = str(settings.get("dtype") or settings.get("torch_dtype") or "float32")
     itemsize = 2 if dtype.endswith("16") else 8 if dtype == "float64" else 4
     return size_of(directory, allow_pickle=allow_pickle).parameters * itemsize
@@ -171,12 +175,21 @@ def peak_memory(
     return int(found["peak_memory"])
 
 
+def _spread_bytes(directory: Path) -> int:
+    """Bytes of the zeros between kept floating values, which a file in llmcomp's own layout leaves out."""
+    _, files = weight_files(directory, False)
+    stored = {name: info for file in files for name, info in read_shard(file).tensors.items()}
+    kept = {name: info for name, info in stored.items() if name.endswith(f".{VALUES}")}
+    removed = {name: _parameters(name, info, stored) - math.prod(info.shape) for name, info in kept.items()}
+    return sum(count * kept[name].dtype.itemsize for name, count in removed.items())
+
+
 def _parameters(name: str, info: TensorInfo, stored: Mapping[str, TensorInfo]) -> int:
     """The weights that a stored tensor stands for."""
     if name.endswith(_BESIDE):
         return 0
-    if name.endswith(".weight_packed"):
-        beside = name.removesuffix("packed") + "shape"
+    if name.endswith(MARKS):
+        beside = f"{name.rpartition('.')[0]}.{SHAPE}"
         if beside not in stored:
             raise BadCheckpoint(f"{info.file} holds {name} without {beside}; its size cannot be told.")
         return math.prod(_read(stored[beside].file, beside).tolist())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmcomp.adapters.base import Adapter, LinearRef
 from llmcomp.errors import BadRecipe
-from llmcomp.formats import Kind
+from llmcomp.kinds import Kind, Sparse
 from llmcomp.methods import AUTO, AUTO_ALONE, METHODS, SPARSE
 from llmcomp.patterns import Pattern
 from llmcomp.recipe import ROLES, QuantizeStep, Step, matches, override_for, scheme_for
@@ -44,11 +44,11 @@ class Task:
 
     @property
     def kind(self) -> Kind:
-        """As formats want it. Integers of which some were removed lie in files as integers."""
-        if self.scheme is not None:
-            return self.scheme
-        assert self.pruning is not None  # a task does something
-        return self.pruning.pattern
+        """As formats want it."""
+        if self.pruning is not None:
+            return Sparse(self.pruning.pattern, self.scheme)
+        assert self.scheme is not None  # a task does something
+        return self.scheme
 
     @property
     def label(self) -> str:

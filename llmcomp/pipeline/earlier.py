@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmcomp.adapters.base import LinearRef
 from llmcomp.formats import Layout
+from llmcomp.formats.base import PARTS
 from llmcomp.ranks import World
 
 
@@ -30,10 +31,11 @@ class EarlierShard:
         """The weight of a linear. room: a tensor of its shape and dtype, which ranks without the file fill."""
         if self.file is None:
             return self.world.from_first(room)
-        weight = f"{ref.name}.weight"
-        prefix = self.file_name(weight)
-        parts = {name: name.removeprefix(prefix) for name in self.file.keys() if name.startswith(prefix)}  # noqa: SIM118
-        own = {weight + part: self.file.get_tensor(name) for name, part in parts.items()}
+        own: dict[str, Tensor] = {}
+        for weight in (f"{ref.name}.{part}weight" for part in PARTS):
+            prefix = self.file_name(weight)
+            names = [name for name in self.file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            own |= {weight + name.removeprefix(prefix): self.file.get_tensor(name) for name in names}
         return self.world.from_first(self.layout.decode(ref, own))
 
     def tensor(self, name: str) -> Tensor:

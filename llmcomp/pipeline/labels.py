@@ -10,14 +10,26 @@ _ZEROS = (
     "Removed weights are stored as integers like any other, so removing them makes the checkpoint neither smaller nor "
     "faster than rounding alone."
 )
+_PLACES = (
+    "Of N:M weights only what is kept is stored, with its places. llmcomp puts it in its columns when it loads them, "
+    "so in memory and in time nothing is gained by what was removed."
+)
+_SEMI = "CUDA GPUs since Ampere multiply 2:4 weights of 16 bits by torch's semi-structured kernels; not run here."
 
 
 def labels(plan: Plan, format: str) -> list[str]:
     """Honest words on what the artefact is good for."""
     if format == "dense":
         return [_dense_label(plan)]
-    sparse = [_ZEROS] if any(task.pruning for task in plan.assignment.tasks.values()) else []
-    return [*_packed_labels(plan, format), *sparse]
+    return [*_packed_labels(plan, format), *_sparse_labels(plan, format)]
+
+
+def _sparse_labels(plan: Plan, format: str) -> list[str]:
+    tasks = [(task.pruning.pattern, task.scheme) for task in plan.assignment.tasks.values() if task.pruning is not None]
+    packed = [(pattern, scheme) for pattern, scheme in tasks if format == native.METHOD and pattern.group is not None]
+    said = [_ZEROS] if len(packed) < len(tasks) else []
+    floating = any(scheme is None and pattern.label == "2:4" for pattern, scheme in packed)
+    return [*said, *([_PLACES] if packed else []), *([_SEMI] if floating else [])]
 
 
 def _packed_labels(plan: Plan, format: str) -> list[str]:
@@ -27,6 +39,11 @@ def _packed_labels(plan: Plan, format: str) -> list[str]:
             "Made for CUDA GPUs; on a CPU the kernels are there, fast ones for nf4 only with AVX512-BF16."
         ]
     if format == native.METHOD:
+        if all(task.scheme is None for task in plan.assignment.tasks.values()):
+            return [
+                "Smaller on disk. Only llmcomp (`import llmcomp.hf`, `llmcomp.load`) opens it; `llmcomp export` writes "
+                "what other readers can."
+            ]
         return [
             "Smaller on disk and in memory: llmcomp (`import llmcomp.hf`, `llmcomp.load`) computes with the packed "
             "weights on a CPU; `llmcomp bench` measures how fast that is here. Other readers cannot open it; "

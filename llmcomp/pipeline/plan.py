@@ -21,7 +21,6 @@ from llmcomp.pipeline.timing import Rates, measure_rates, seconds
 from llmcomp.pipeline.waiting import Look
 from llmcomp.recipe import Calibration, QuantizeStep, Recipe, pattern_for
 from llmcomp.schemes import INT8_STATIC
-from llmcomp.weights import QuantizedWeight
 
 # What a shard's header says of a tensor beside its name, shape and offsets.
 _EMPTY: dict[str, Any] = {"dtype": "F32", "shape": [], "data_offsets": [0, 0]}
@@ -234,7 +233,7 @@ def header_bytes(adapter: Adapter, plan: Plan) -> int:
             ref = tasks[module].ref
             kind = (tuple(tensor.shape), ref.role, tasks[module].kind, module in plan.layout.dense, tensor.dtype)
             if kind not in alike:
-                alike[kind] = module, _on_meta(plan, module, tensor.dtype)
+                alike[kind] = module, plan.layout.blank(ref, tasks[module].kind, tensor.dtype)
             first, found = alike[kind]
             entries = {module + own.removeprefix(first): value for own, value in found.items()}
         shard = shards.setdefault(adapter.block_of(name), {"__metadata__": {"format": "pt"}})
@@ -242,20 +241,6 @@ def header_bytes(adapter: Adapter, plan: Plan) -> int:
             offset = value.numel() * value.element_size() * max(1, len(shard) // 2)
             shard[key] = {**_EMPTY, "shape": list(value.shape), "data_offsets": [offset, offset]}
     return sum(8 + len(json.dumps(shard, separators=(",", ":"))) + 4 for shard in shards.values())
-
-
-def _on_meta(plan: Plan, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors that the format would write for a weight, without values."""
-    task = plan.assignment.tasks[module]
-    shape = (task.ref.out_features, task.ref.in_features)
-    if task.scheme is None:  # which no format packs
-        return {f"{module}.weight": torch.empty(shape, dtype=dtype, device="meta")}
-    groups = task.scheme.groups(task.ref.in_features)
-    values = torch.empty(shape, dtype=torch.int8, device="meta")
-    scale = torch.empty(shape[0], groups, dtype=dtype, device="meta")
-    zero = None if task.scheme.symmetric else torch.empty(shape[0], groups, dtype=torch.int8, device="meta")
-    inputs = scale[0, :1] if task.activations == INT8_STATIC else None
-    return plan.layout.tensors(task.ref, QuantizedWeight(values, scale, zero, task.scheme, inputs))
 
 
 def _written(adapter: Adapter, plan: Plan, stored: Collection[str] | None) -> dict[str, Tensor]:

@@ -41,6 +41,7 @@ CASES = {
     "gpt2 magnitude": Case("gpt2", (SparsifyStep("magnitude", "unstructured", 0.6),)),
     "mixtral": Case("mixtral", (SparsifyStep(),)),  # whose experts few tokens reach
     "albert": Case("albert", (SparsifyStep("sparsegpt", "unstructured", 0.7),)),  # one block that runs twice
+    "llama packed": Case("llama", (SparsifyStep("wanda"),), "llmcomp", torch.bfloat16),
     "llama one sweep": Case("llama", (SparsifyStep(), QuantizeStep(group_size=64)), "compressed-tensors"),
     "llama held": Case("llama", (SparsifyStep("wanda"), QuantizeStep(bits=8, symmetric=False)), "llmcomp"),
     "bert rtn": Case("bert", (SparsifyStep("magnitude", "4:8"), QuantizeStep("rtn")), "compressed-tensors"),

@@ -27,8 +27,9 @@ from llmcomp.adapters.base import LinearRef
 from llmcomp.formats import FORMATS, broken_ties, witness
 from llmcomp.formats.base import Layout
 from llmcomp.formats.save import ShardWriter, checkpoint_config, partial_of
+from llmcomp.kinds import Kind, LowRank, integers_of
 from llmcomp.schemes import INT8_STATIC, Scheme
-from llmcomp.weights import INPUT_SCALE, QuantizedWeight
+from llmcomp.weights import INPUT_SCALE, CompressedWeight, LowRankWeight, QuantizedWeight, SparseWeight
 
 INPUTS = {
     "input_ids": torch.tensor([[5, 17, 3, 80, 9, 41, 2, 6], [7, 1, 99, 23, 0, 0, 0, 0]]),
@@ -85,6 +86,26 @@ def rtn(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
     return QuantizedWeight(values, scale, None if scheme.symmetric else zero.to(torch.int8), scheme)
 
 
+def made(weight: Tensor, kind: Kind) -> CompressedWeight:
+    """A weight [out, in] as that kind, the plainest way: nearest integers, largest of each group, SVD."""
+    if isinstance(kind, Scheme):
+        return rtn(weight, kind)
+    if isinstance(kind, LowRank):
+        u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
+        left, right = u[:, : kind.rank] * s[: kind.rank], v[: kind.rank]
+        held = LowRankWeight(left.to(weight.dtype), right.to(weight.dtype))
+        parts = {"left": held.left, "right": held.right, "base": weight}
+        whole = {part: rtn(one, scheme) for part, one in parts.items() if (scheme := getattr(kind, part)) is not None}
+        return replace(held, **whole)
+    assert kind.pattern.kept is not None and kind.pattern.of is not None
+    groups = weight.abs().reshape(len(weight), -1, kind.pattern.of)
+    mask = (groups.argsort(-1, descending=True).argsort(-1) < kind.pattern.kept).view(weight.shape)
+    sparse = weight.masked_fill(~mask, 0)
+    if kind.values is None:
+        return SparseWeight(sparse, mask, kind.pattern)
+    return replace(rtn(sparse, kind.values), pattern=kind.pattern, mask=mask)
+
+
 def ref(model: nn.Module, name: str) -> LinearRef:
     weight = model.get_submodule(name).weight
     transposed = isinstance(model.get_submodule(name), Conv1D)
@@ -113,7 +134,7 @@ class Written:
 
 
 def write(
-    folder: Path, model: nn.Module, schemes: Mapping[str, Scheme], form: str = "compressed-tensors"
+    folder: Path, model: nn.Module, schemes: Mapping[str, Kind], form: str = "compressed-tensors"
 ) -> Written:
     """Quantize `schemes`' modules and write everything, one shard a block."""
     entries = [(ref(model, name), scheme) for name, scheme in schemes.items()]
@@ -122,7 +143,7 @@ def write(
     ties = dict(model.all_tied_weights_keys)
     packed = {} if form == "dense" else {r.name: s.label for r, s in entries if r.name not in layout.dense}
     broken = broken_ties(ties, list(schemes))
-    scales = _input_scales(model, [r.name for r, scheme in entries if scheme.activations == INT8_STATIC])
+    scales = _input_scales(model, [r.name for r, kind in entries if _activations(kind) == INT8_STATIC])
     shards, sizes = _shards(model, entries, layout, scales)
     for name in set(ties) - set(broken):
         shards["block-99999"].pop(name, None)
@@ -138,7 +159,7 @@ def write(
         if broken:
             model.config.tie_word_embeddings = False
         for r, scheme in entries:
-            if scheme.activations:
+            if _activations(scheme):
                 quantize_inputs(model.get_submodule(r.name), partial(quantized, scale=scales.get(r.name)))
         output = witness.model_output(model(**INPUTS))
     witness.save(place, compressed=packed, source=source, inputs=INPUTS, output=output)
@@ -162,13 +183,20 @@ def _shards(
         shard = shards.setdefault(f"block-{int(inside[1]):05d}" if inside else "block-99999", {})
         if last == "weight" and name in chosen:
             r, scheme = chosen[name]
-            made = rtn(tensor.t() if r.transposed else tensor, scheme)
-            new = layout.tensors(r, replace(made, input_scale=scales.get(name)))
+            weight = made(tensor.t() if r.transposed else tensor, scheme)
+            if isinstance(weight, QuantizedWeight):
+                weight = replace(weight, input_scale=scales.get(name))
+            new = layout.tensors(r, weight)
             sizes[name] = sum(t.nbytes for t in new.values())
             shard.update(new)
         else:
             shard[key] = tensor.clone()
     return dict(sorted(shards.items())), sizes
+
+
+def _activations(kind: Kind) -> str | None:
+    scheme = integers_of(kind)
+    return None if scheme is None else scheme.activations
 
 
 def _input_scales(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
@@ -192,7 +220,7 @@ def _replaced(model: nn.Module, entries: list) -> dict[str, Tensor]:
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for r, scheme in entries:
         weight = state[f"{r.name}.weight"]
-        dense = rtn(weight.t() if r.transposed else weight, scheme).dense()
+        dense = made(weight.t() if r.transposed else weight, scheme).dense()
         state[f"{r.name}.weight"] = dense.t().contiguous() if r.transposed else dense
     untied = broken_ties(model.all_tied_weights_keys, [r.name for r, _ in entries])
     for target, source in untied.items():
