@@ -41,7 +41,7 @@ ROWS = [
 # In these packages every file stands for itself, but for what they share (gptq falls back on rtn and wanda).
 SHARED = {
     "cli": {"options", "progress", "running"},
-    "formats": {"base", "reading", "opening", "save", "witness"},
+    "formats": {"base", "loading", "reading", "opening", "save", "witness"},
     "methods": {
         "_grid", "_masks", "_project", "_scale", "_solve", "_swept", "rank_budget", "solution", "rtn", "gptq", "wanda",
     },

@@ -27,12 +27,10 @@ Decoding is `(q - zero_point) * scale` in the scale's dtype in each of them.
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -41,7 +39,6 @@ from torch import Tensor, nn
 from llmcomp import packing
 from llmcomp.errors import BadRecipe
 from llmcomp.experts import expert_shares
-from llmcomp.feeds import encoder_decoder
 from llmcomp.formats.base import (
     Entry,
     Quantized,
@@ -53,6 +50,7 @@ from llmcomp.formats.base import (
     linears_of,
     made_when_alone,
 )
+from llmcomp.formats.loading import check_widths, generates, initializes_weights, passes_the_hook
 from llmcomp.kinds import Kind, integers_of
 from llmcomp.schemes import INT8_DYNAMIC, INT8_STATIC, Scheme
 from llmcomp.weights import INPUT_SCALE, CompressedWeight, QuantizedWeight
@@ -216,13 +214,13 @@ def layout(entries: Sequence[Entry], model: nn.Module | None = None) -> PackedLa
         BadRecipe: sparse weights that are not quantized, activations that no reader of such a checkpoint would round,
             experts that are not all packed by one symmetric scheme, or weights whose dtype a reader would change.
     """
-    _check_widths(model)
+    check_widths(model)
     return _layout(integers_only(entries, "compressed-tensors"), model)
 
 
 def _layout(entries: Sequence[Quantized], model: nn.Module | None) -> PackedLayout:
     transposed = any(ref.transposed for ref, _ in entries)
-    passed = None if model is None else _passes_the_hook(model)
+    passed = None if model is None else passes_the_hook(model)
     _check_experts(entries, model)
     if transposed or (passed and entries):
         kind = "Conv1D weights" if transposed else f"the weights of {passed}"
@@ -230,11 +228,11 @@ def _layout(entries: Sequence[Quantized], model: nn.Module | None) -> PackedLayo
         return _one_storage(entries, transposed, 2 if model is None else next(model.parameters()).element_size())
     linears = [entry for entry in entries if entry[0].role != "embeddings"]
     schemes = {scheme for _, scheme in linears}
-    bound = model is not None and _initializes_weights(model, tuple(ref.name for ref, _ in linears))
+    bound = model is not None and initializes_weights(model, tuple(ref.name for ref, _ in linears))
     if any(scheme.activations for scheme in schemes):
         # The layout that kernels for 8-bit activations read.
         return PackedLayout({ref.name: _standard(scheme, PLAIN) for ref, scheme in entries}, {}, (), dequantize=False)
-    at_load = bound or (model is not None and not _generates(model)) or not all(one.symmetric for one in schemes)
+    at_load = bound or (model is not None and not generates(model)) or not all(one.symmetric for one in schemes)
     if len(schemes) == 1 and len(linears) == len(entries) and at_load:
         storage = {ref.name: _standard(scheme) for ref, scheme in linears}
         return PackedLayout(storage, {}, (), dequantize=True)
@@ -252,20 +250,6 @@ def _layout(entries: Sequence[Quantized], model: nn.Module | None) -> PackedLayo
     if any(kept.strategy == "block" for kept in storage.values()):
         notes.append("Zero points of mixed asymmetric schemes are stored as int8; vLLM may not read them.")
     return PackedLayout(storage, {}, tuple(notes), dequantize=False)
-
-
-def _check_widths(model: nn.Module | None) -> None:
-    """T5's `wo` overflows in float16, so transformers keeps it in float32, but not in a compressed checkpoint."""
-    names: set[str] = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    if model is None or getattr(model, "dtype", None) != torch.float16 or not names:
-        return
-    wide = (key for key, value in model.named_parameters() if value.dtype == torch.float32)
-    kept = [key for key in wide if names & {*key.split(".")}]
-    if kept:
-        raise BadRecipe(
-            f"transformers keeps {len(kept)} weights of this float16 model in float32, such as {kept[0]}, but not "
-            "those of a packed checkpoint; convert the model to bfloat16 or float32 first, or use --format dense."
-        )
 
 
 def _check_experts(entries: Sequence[Quantized], model: nn.Module | None) -> None:
@@ -288,24 +272,6 @@ def _check_experts(entries: Sequence[Quantized], model: nn.Module | None) -> Non
     )
 
 
-@lru_cache(maxsize=1)  # who compares plans of one model asks for each of them, and the copy takes its time
-def _initializes_weights(model: nn.Module, names: tuple[str, ...]) -> bool:
-    """Whether transformers, when it loads this model, initializes the `weight` of these linears by name."""
-    initialize = getattr(model, "initialize_weights", None)
-    if initialize is None or not names:
-        return False
-    skeleton: Any = copy.deepcopy(model).to("meta")
-    for module in skeleton.modules():
-        module.__dict__.pop("_is_hf_initialized", None)
-    for name in names:
-        del skeleton.get_submodule(name).weight
-    try:
-        skeleton.initialize_weights()
-    except AttributeError as error:
-        return "'weight'" in str(error)
-    return False
-
-
 def _standard(scheme: Scheme, form: str = PACKED) -> Storage:
     strategy = "channel" if scheme.group_size is None else "group"
     return Storage(form, scheme.bits, strategy, scheme.group_size, scheme.symmetric, activations=scheme.activations)
@@ -314,18 +280,6 @@ def _standard(scheme: Scheme, form: str = PACKED) -> Storage:
 def _refuse_activations(entries: Sequence[Quantized], reason: str) -> None:
     if any(scheme.activations for _, scheme in entries):
         raise BadRecipe(f"--activations does not apply here: {reason}; leave it out.")
-
-
-def _generates(model: Any) -> bool:
-    """Whether it is a language model that writes text; encoders are what sentence-transformers opens."""
-    return bool(model.can_generate()) if hasattr(model, "can_generate") else True
-
-
-def _passes_the_hook(model: nn.Module) -> str | None:
-    """What it is, if others call into it past the hook that decodes at the first call of the model."""
-    if encoder_decoder(model):
-        return "an encoder-decoder"
-    return "a model without a head" if getattr(model, "base_model", None) is model else None
 
 
 def _one_storage(entries: Sequence[Quantized], transposed: bool, itemsize: int) -> PackedLayout:
