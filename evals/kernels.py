@@ -1,6 +1,6 @@
 """Milliseconds of one product on every route of `llmcomp.kernels`, beside the dense one, taking turns.
 
-    python -m evals.kernels [--threads 1] [--size 2048] [--rows 1 16 32 128 512] [--repeats 7]
+    python -m evals.kernels [--threads 1] [--size 2048] [--rows 1 16 32 64 128 512] [--repeats 7]
 
 The table in llmcomp/kernels/__init__.py and the thresholds of llmcomp/kernels/tiles.py come from here. Each round
 times every route once, so that what else the machine does falls on all of them; medians are shown, and below them
@@ -68,14 +68,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--size", type=int, default=2048)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 32, 128, 512])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 32, 64, 128, 512])
     parser.add_argument("--repeats", type=int, default=7)
     given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
     machine = this_machine()
     capability = torch.backends.cpu.get_cpu_capability()
     print(f"{machine.cpu}, {capability}, {given.threads} thread(s), torch {torch.__version__}")
-    print(f"few rows: up to {tiles.few_rows()}; tiles in {tiles.product_dtype()}\n")
+    few = ", ".join(f"{tiles.few_rows(bits)} of INT{bits}" for bits in (8, 4))
+    print(f"few rows: up to {few}; tiles in {tiles.product_dtype()}\n")
     table = {rows: medians(rows, given.size, given.repeats) for rows in given.rows}
     names = list(table[given.rows[0]])
     lines = [[str(rows), *(f"{one[name]:.2f}" for name in names)] for rows, one in table.items()]

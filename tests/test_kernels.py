@@ -84,7 +84,10 @@ SCHEMES = {
 }
 
 
-@pytest.mark.parametrize("rows", [1, 3, tiles.few_rows(), tiles.few_rows() + 1, 150])
+FEW = {tiles.few_rows(bits) for bits in (4, 8)}
+
+
+@pytest.mark.parametrize("rows", sorted({1, 3, *FEW, *(few + 1 for few in FEW), 150}))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("kernel", "scheme"), [(name, one) for name, some in SCHEMES.items() for one in some])
 def test_a_product_is_that_of_the_decoded_weight(
@@ -145,7 +148,7 @@ def test_int4_tiles_are_what_the_operator_computes(monkeypatch: pytest.MonkeyPat
     weight = made(Scheme(4, 64, False), 160, 512)
     x = torch.randn(16, 512, generator=torch.Generator().manual_seed(4)).bfloat16()
     operator, _ = product(x, weight, "int4")
-    monkeypatch.setattr(int4, "few_rows", lambda: 0)
+    monkeypatch.setattr(int4, "few_rows", lambda bits: 0)
     monkeypatch.setattr(int4, "tile_rows", lambda columns, step: 2 * step)  # three tiles, the last one smaller
     tiled, _ = product(x, weight, "int4")
     assert error(tiled, operator.double()) < (2e-2 if tiles.product_dtype() == torch.bfloat16 else BF16)
@@ -158,7 +161,7 @@ def test_rounded_inputs_with_and_without_units_for_int8(monkeypatch: pytest.Monk
     for tokens in (1, 40):
         x = torch.randn(1, tokens, 1024, generator=torch.Generator().manual_seed(5))
         found, _ = product(x, weight, "a8")
-        exact = units or (tokens > tiles.few_rows() and tiles.product_dtype() == torch.float32)
+        exact = units or (tokens > tiles.few_rows(8) and tiles.product_dtype() == torch.float32)
         assert error(found, reference(x, weight)) < (1e-6 if exact else BF16)
 
 

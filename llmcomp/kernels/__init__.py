@@ -9,13 +9,15 @@ Milliseconds of a product of [rows, 2048] with a weight [2048, 2048], as `python
 them on an EPYC with AVX2 only (it prints this table for any machine):
 
     rows   dense float32   dense bf16   int4pack   int4 by tiles   int8pack   int8 by tiles   _int_mm
-       1            1.34         1.20       0.74            9.59       0.83            1.71      4.20
-      16            5.38        13.01       5.01           12.02       4.73            5.19     66.44
-      32            7.89        26.23       9.82           14.35       8.98            7.01    133.20
-     128           16.02       101.91      25.86           23.91      26.31           16.55    393.61
+       1            1.13         1.10       0.79           10.02       0.75            1.53      4.47
+      16            4.96        13.40       5.04           10.54       4.69            4.45     63.46
+      32            6.68        26.02       9.64           13.85       8.46            6.63    129.31
+      64           10.89        52.05      19.23           18.72      17.25           10.19    276.12
+      96           16.38        81.83      27.36           24.58      25.62           15.16    424.00
+     128           16.67       107.63      41.10           26.80      33.79           18.64    536.72
 
-Both types change over at one number of rows (`tiles.few_rows`), which is where INT8's tiles win; INT4's were behind
-until about 100 rows in this run, so a number of its own is worth measuring on more machines.
+Where tiles take over is `tiles.few_rows`: between 16 and 32 rows for INT8, near 64 for INT4; in wider weights earlier
+(`--size 4096`: 64 rows of INT4 took 67.8 by tiles and 87.8 packed).
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ def paired(blocks: Tensor) -> Tensor:
 def product(x: Tensor, held: Mapping[str, Tensor], grid: Grid) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     packed, scales = held["packed"], held["scales"]
-    if len(rows) <= few_rows():
+    if len(rows) <= few_rows(4):
         columns, padded = x.shape[-1], scales.shape[1]
         flat = packed.view(padded, columns // 2)
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(

@@ -29,7 +29,7 @@ def hold(stored: Tensor, grid: Grid) -> dict[str, Tensor]:
 
 def product(x: Tensor, held: Mapping[str, Tensor], grid: Grid) -> Tensor:
     rows, integers = x.reshape(-1, x.shape[-1]), held["integers"]
-    if len(rows) <= few_rows():
+    if len(rows) <= few_rows(8):
         out = torch.ops.aten._weight_int8pack_mm(rows.to(torch.bfloat16).contiguous(), integers, held["factors"])
     else:
         out = by_tiles(rows.to(product_dtype()), integers).mul_(grid.scale.view(-1))

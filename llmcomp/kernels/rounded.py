@@ -41,7 +41,7 @@ def product(x: Tensor, held: Mapping[str, Tensor], grid: Grid) -> Tensor:
     rows, integers = rounded.reshape(-1, x.shape[-1]), held["integers"]
     if multiplies_int8():
         out = torch._int_mm(rows.to(torch.int8), integers.t()).float()
-    elif len(rows) <= few_rows():
+    elif len(rows) <= few_rows(8):
         out = torch.ops.aten._weight_int8pack_mm(rows.to(torch.bfloat16).contiguous(), integers, held["ones"]).float()
     else:
         out = by_tiles(rows.to(product_dtype()), integers).float()

@@ -36,13 +36,17 @@ def product_dtype() -> torch.dtype:
 
 
 @functools.cache
-def few_rows() -> int:
-    """Up to how many rows torch's packed operators beat tiles (see the table in `llmcomp.kernels`).
+def few_rows(bits: int) -> int:
+    """Up to how many rows torch's packed operators beat tiles of 8- or 4-bit integers (see the table in
+    `llmcomp.kernels`): nibbles take longer to decode, so their tiles win later.
 
-    Where bf16 products are fast, the packed operators, which multiply row by row, fall behind later: decoding a
-    tile costs the same there, and the operators are twice as fast with AVX512.
+    Where bf16 products are fast, the packed operators, which multiply row by row, fall behind INT8's tiles later:
+    decoding a tile costs the same there, and the operators are twice as fast with AVX512. INT4's number has not been
+    measured apart there.
     """
-    return 32 if product_dtype() == torch.bfloat16 else 20
+    if product_dtype() == torch.bfloat16:
+        return 32
+    return 20 if bits == 8 else 48
 
 
 def tile_rows(columns: int, step: int) -> int:
