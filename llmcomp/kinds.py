@@ -83,3 +83,9 @@ def without_inputs(kind: Kind) -> Kind:
     if isinstance(kind, Sparse) and kind.values is not None:
         return replace(kind, values=replace(kind.values, activations=None))
     return replace(kind, activations=None) if isinstance(kind, Scheme) else kind
+
+
+def check_ratio(ratio: float) -> None:
+    """Raises BadRecipe where a ratio of low-rank factors saves nothing or keeps nothing."""
+    if not 0 < ratio < 1:
+        raise BadRecipe(f"--ratio {ratio} cannot be: it is the share of bytes kept, above 0 and below 1, such as 0.8.")

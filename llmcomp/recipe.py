@@ -13,16 +13,14 @@
       - {target: down_proj, bits: 8}
       - {target: 'blocks:0-1', skip: true}
 
-A *target* is a role (`attention`, `mlp`, `embeddings`, `head`), a block range (`blocks:0-1`), a regular
-expression over the full module name (`re:.*down_proj$`), or the last part(s) of a module name (`down_proj`,
-`self_attn.q_proj`). Of several overrides that match a linear, the later one wins.
+The steps themselves, and what a target is: `llmcomp.steps`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,97 +28,49 @@ import yaml
 
 from llmcomp.building import build
 from llmcomp.errors import BadRecipe
-from llmcomp.patterns import Pattern
-from llmcomp.schemes import Scheme
+from llmcomp.steps import (
+    ORDERS,
+    ROLES,
+    STEPS,
+    FactorizeStep,
+    Override,
+    QuantizeStep,
+    SparsifyStep,
+    Step,
+    default_bits,
+    matches,
+    override_for,
+    pattern_for,
+    scheme_for,
+    size_for,
+)
 
-ROLES = ("attention", "mlp", "embeddings", "head")
+__all__ = [  # with what a recipe is made of
+    "FIXED",
+    "ROLES",
+    "STEPS",
+    "Calibration",
+    "FactorizeStep",
+    "Override",
+    "QuantizeStep",
+    "Recipe",
+    "SparsifyStep",
+    "Step",
+    "check",
+    "default_bits",
+    "matches",
+    "override_for",
+    "pattern_for",
+    "scheme_for",
+    "size_for",
+    "step_of",
+]
 
 # Formats that are a grid of their own, and what their step then says: there is nothing to choose.
 FIXED: dict[str, dict[str, Any]] = {
     "bnb-nf4": {"method": "bitsandbytes", "bits": 4, "group_size": 64},
     "bnb-int8": {"method": "bitsandbytes", "bits": 8, "group_size": "channel"},
 }
-
-
-@dataclass(frozen=True)
-class Override:
-    """What differs for the linears that `target` matches; None keeps the step's own value."""
-
-    target: str
-    bits: int | None = None
-    group_size: int | str | None = None
-    symmetric: bool | None = None
-    pattern: str | None = None
-    sparsity: float | None = None
-    method: str | None = None
-    skip: bool = False
-
-
-@dataclass(frozen=True)
-class QuantizeStep:
-    """Weight-only quantization of the linears that `targets` match.
-
-    Attributes:
-        method: a name in `llmcomp.methods.METHODS`, 'auto' for what its table takes at each width, or 'bitsandbytes'
-            for its formats (`FIXED`).
-        bits: 2, 3, 4 or 8.
-        group_size: weights that share a scale, or 'channel', or None for the default: 128 where the width
-            allows it, else the largest of 64 and 32 that divides it, else per channel (the report counts it).
-        symmetric: no zero points.
-        activations: lets each linear round its inputs to 8 bits; the weights then have 8 bits per channel.
-            'int8-dynamic': token by token; 'int8-static': by one scale for all, found in calibration, after loud
-            channels were scaled down where something before the linear can take that over.
-        options: the method's own settings, such as {damping: 0.01}; unknown ones are errors.
-    """
-
-    method: str = "gptq"
-    bits: int = 4
-    group_size: int | str | None = None
-    symmetric: bool = True
-    activations: str | None = None
-    targets: tuple[str, ...] = ("attention", "mlp")
-    overrides: tuple[Override, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)
-
-    kind = "quantize"
-
-    @property
-    def summary(self) -> str:
-        """Such as 'gptq-w4', for names of directories."""
-        return f"{self.method}-w{self.bits}" + ("" if self.activations is None else "a8")
-
-
-@dataclass(frozen=True)
-class SparsifyStep:
-    """Weights set to zero in the linears that `targets` match.
-
-    Attributes:
-        method: a name in `llmcomp.methods.SPARSE`.
-        pattern: '2:4', '4:8', any 'N:M' (N of every M consecutive inputs are kept), or 'unstructured'.
-        sparsity: share that an unstructured pattern removes; a half where none is given.
-        options: the method's own settings.
-    """
-
-    method: str = "sparsegpt"
-    pattern: str = "2:4"
-    sparsity: float | None = None
-    targets: tuple[str, ...] = ("attention", "mlp")
-    overrides: tuple[Override, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)
-
-    kind = "sparsify"
-
-    @property
-    def summary(self) -> str:
-        """Such as 'sparsegpt-2of4', for names of directories."""
-        pattern = pattern_for(self, None)
-        share = f"{100 * pattern.sparsity:.4g}%" if pattern.of is None else f"{pattern.kept}of{pattern.of}"
-        return f"{self.method}-{share.replace('%', 'pct')}"
-
-
-Step = QuantizeStep | SparsifyStep
-STEPS: dict[str, type[Step]] = {"quantize": QuantizeStep, "sparsify": SparsifyStep}
-ORDERS = (("quantize",), ("sparsify",), ("sparsify", "quantize"))  # of steps that go together
 
 
 @dataclass(frozen=True)
@@ -163,6 +113,16 @@ class Recipe:
         """The step that removes weights, if there is one."""
         return next((step for step in self.steps if isinstance(step, SparsifyStep)), None)
 
+    @property
+    def factorizing(self) -> FactorizeStep | None:
+        """The step that makes factors, if there is one."""
+        return next((step for step in self.steps if isinstance(step, FactorizeStep)), None)
+
+    @property
+    def correcting(self) -> bool:
+        """Whether its factors correct what a step to quantize has lost."""
+        return len(self.steps) > 1 and isinstance(self.steps[1], FactorizeStep)
+
     def to_yaml(self) -> str:
         data = _plain(self)
         data["steps"] = [{"kind": step.kind, **_plain(step)} for step in self.steps]
@@ -189,6 +149,8 @@ class Recipe:
                 raise BadRecipe(f"{where}: 'steps' must be a non-empty list.")
             fixed = FIXED.get(str(data.get("format")), {})
             data["steps"] = tuple(_step(s, f"{where}: step {n}", fixed) for n, s in enumerate(data["steps"]))
+            if any(isinstance(step, FactorizeStep) for step in data["steps"]):
+                data.setdefault("format", "llmcomp")  # no other one holds factors
             if not any(isinstance(step, QuantizeStep) for step in data["steps"]):
                 data.setdefault("format", "dense")  # there is nothing to pack
         return build(cls, data, where)
@@ -221,15 +183,16 @@ def check(recipe: Recipe) -> None:
         for target in (*step.targets, *(override.target for override in step.overrides)):
             _check_target(target)
         for override in (None, *step.overrides):
-            if isinstance(step, SparsifyStep):
-                pattern_for(step, override)
-            else:
-                scheme_for(step, override, 128)
+            _check_amount(step, override)
             _check_override(step, override)
+        if isinstance(step, FactorizeStep):
+            _check_factors(recipe, step)
         if recipe.format not in FIXED:
             continue
         if isinstance(step, SparsifyStep):
             raise BadRecipe(f"--format {recipe.format} rounds by itself and keeps no zeros; take --format dense.")
+        if isinstance(step, FactorizeStep):
+            raise BadRecipe(f"--format {recipe.format} has no form for factors; take --format llmcomp.")
         _check_fixed(step, recipe.format)
     if recipe.format in FIXED and recipe.calibration != Calibration():
         raise BadRecipe(f"--format {recipe.format} reads no text; leave the calibration settings out.")
@@ -238,6 +201,36 @@ def check(recipe: Recipe) -> None:
             f"Calibration needs at least 1 sample of 2 tokens, got {recipe.calibration.samples} of "
             f"{recipe.calibration.sequence_length}."
         )
+
+
+def _check_amount(step: Step, override: Override | None) -> None:
+    if isinstance(step, SparsifyStep):
+        pattern_for(step, override)
+    elif isinstance(step, FactorizeStep):
+        size_for(step, override)
+    else:
+        scheme_for(step, override, 128)
+
+
+def _check_factors(recipe: Recipe, step: FactorizeStep) -> None:
+    """Refuse what contradicts itself in a step that makes factors.
+
+    Raises:
+        BadRecipe: naming it.
+    """
+    if step.ranks not in ("uniform", "balanced"):
+        raise BadRecipe(f"--ranks {step.ranks} cannot be: choose uniform or balanced.")
+    if not recipe.correcting:
+        if step.ranks == "balanced" and step.rank is not None:
+            raise BadRecipe("--ranks balanced shares out what --ratio keeps; leave --rank out.")
+        return
+    if step.ratio is not None or any(override.ratio is not None for override in step.overrides):
+        raise BadRecipe("Factors that correct integers come on top of them, so there is no ratio; give a rank, as 16.")
+    if step.ranks == "balanced" or step.update:
+        said = "ranks: balanced" if step.ranks == "balanced" else "update: true"
+        raise BadRecipe(f"Factors that correct integers have one rank and are not updated; leave '{said}' out.")
+    if {step.method, *(one.method for one in step.overrides)} - {"svd-llm", None}:
+        raise BadRecipe("Factors that correct integers are those of svd-llm; leave the method out.")
 
 
 def _check_override(step: Step, override: Override | None) -> None:
@@ -290,64 +283,6 @@ def _check_target(target: str) -> None:
             re.compile(target[3:])
         except re.error as error:
             raise BadRecipe(f"Target '{target}' is no regular expression: {error}.") from error
-
-
-def matches(target: str, name: str, role: str, block: int | None) -> bool:
-    """Whether `target` (grammar above) means the module `name` of `role` in block number `block`."""
-    if target in ROLES:
-        return role == target
-    if span := re.fullmatch(r"blocks:(\d+)(?:-(\d+))?", target):
-        first, last = int(span[1]), int(span[2] or span[1])
-        return block is not None and first <= block <= last
-    if target.startswith("re:"):
-        return re.search(target[3:], name) is not None
-    return name == target or name.endswith("." + target)
-
-
-def default_bits(activations: str | None) -> int:
-    """Of weights, where none are asked for."""
-    return QuantizeStep.bits if activations is None else 8
-
-
-def override_for(step: Step, name: str, role: str, block: int | None) -> Override | None:
-    """The last override of `step` that matches, or None."""
-    found = None
-    for override in step.overrides:
-        if matches(override.target, name, role, block):
-            found = override
-    return found
-
-
-def scheme_for(step: QuantizeStep, override: Override | None, in_features: int) -> Scheme:
-    """The scheme of one linear, with the default group size's fallback applied.
-
-    An explicit group size that does not divide `in_features` is returned as it is: the caller decides.
-    """
-    def pick(name: str) -> Any:
-        value = getattr(override, name, None)
-        return getattr(step, name) if value is None else value
-
-    size = pick("group_size")
-    if size is None and step.activations is not None:
-        size = "channel"
-    if size is None:
-        size = next((g for g in (128, 64, 32) if in_features % g == 0), "channel")
-    if isinstance(size, str) and size != "channel" and not size.isdigit():
-        raise BadRecipe(f"--group-size {size} cannot be: choose one of 32, 64, 128 or 'channel'.")
-    return Scheme(pick("bits"), None if size == "channel" else int(size), pick("symmetric"), step.activations)
-
-
-def pattern_for(step: SparsifyStep, override: Override | None) -> Pattern:
-    """The pattern of one linear.
-
-    Raises:
-        BadRecipe: no such pattern, or a sparsity that contradicts it.
-    """
-    if override is None or (override.pattern is None and override.sparsity is None):
-        return Pattern.parse(step.pattern, step.sparsity)
-    if override.pattern is not None:  # a share goes with its own pattern
-        return Pattern.parse(override.pattern, override.sparsity)
-    return Pattern.parse(step.pattern, override.sparsity)
 
 
 def _step(data: Any, where: str, fixed: dict[str, Any]) -> Step:

@@ -174,6 +174,7 @@ class Session:
             assignment=plan.assignment,
             options={} if self.recipe.quantizing is None else self.recipe.quantizing.options,
             pruning={} if self.recipe.sparsifying is None else self.recipe.sparsifying.options,
+            factoring={} if self.recipe.factorizing is None else self.recipe.factorizing.options,
             layout=plan.layout,
             ties=plan.ties,
             batches=[call(model, one.input_ids, one.attention_mask, one.context) for one in data.batches],

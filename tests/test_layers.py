@@ -27,6 +27,7 @@ ROWS = [
     "packed",
     "calibration.data calibration.batching calibration.media calibration.pairs calibration.processors",
     "recipe",
+    "steps",
     "methods kernels",
     "native_kinds",
     "native",

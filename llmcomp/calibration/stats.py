@@ -120,3 +120,36 @@ class GramAccumulator:
                 end = min(column + _TILE, size)
                 gram[column:end, row:stop].copy_(gram[row:stop, column:end].t())
         return InputStats(gram, self._absmax, gram.diagonal().clone(), world.total(self._tokens))
+
+
+class CrossAccumulator:
+    """Sums X' X̃ in float32 over batches of tokens: X what a linear reads in the source model, X̃ what it reads now, of
+    the same tokens."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+
+    def add(self, source: Tensor, now: Tensor) -> None:
+        """Add inputs [tokens, in] of the same tokens, any floating dtype, padding already left out."""
+        if self._sum is None:
+            size = source.shape[1]
+            self._sum = torch.zeros(size, size, dtype=torch.float32, device=source.device)
+        for start in range(0, source.shape[0], _TOKENS):
+            first, second = source[start : start + _TOKENS], now[start : start + _TOKENS]
+            with fast_matmul(first.dtype == second.dtype == torch.bfloat16):
+                self._sum.addmm_(first.float().t(), second.float())
+
+    def finish(self, name: str, world: World = ALONE) -> Tensor:
+        """float32 [in, in], over what all ranks have added; cross[i, j] = sum over tokens of x_i x̃_j.
+
+        Raises:
+            NumericalError: NaN or Inf among the inputs of the module `name`, or none at all.
+        """
+        total, self._sum = self._sum, None
+        if total is None:
+            raise NumericalError(f"No calibration token has reached {name}.")
+        for row in range(0, total.shape[0], _TILE):
+            world.sum_(total[row : row + _TILE])
+        if not bool(torch.isfinite(total.sum())):
+            raise NumericalError(f"The calibration inputs of {name} hold NaN or Inf.")
+        return total

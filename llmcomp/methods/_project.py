@@ -182,12 +182,17 @@ def times(rows: Tensor, matrix: Tensor) -> Tensor:
     return torch.cat(strips, 1)
 
 
+def measured_rows(weight: Tensor) -> Tensor:
+    """Numbers of evenly spaced rows that stand for all of weight [out, in]."""
+    rows = weight.shape[0]
+    return torch.arange(0, rows, max(1, rows // _MEASURED_ROWS), device=weight.device)
+
+
 def solution_of(weight: Tensor, low: LowRankWeight, stats: InputStats | None, damping: float | None = None) -> Solution:
     """The factors with their account, measured on what a reader decodes, evenly spaced rows for all."""
     if stats is None:
         return Solution(low)
-    rows = weight.shape[0]
-    measured = torch.arange(0, rows, max(1, rows // _MEASURED_ROWS), device=weight.device)
+    rows, measured = weight.shape[0], measured_rows(weight)
     some, norm = weight[measured].double(), input_norm(stats)
     losses = []
     for matrix in (some - low.dense()[measured].double(), some):

@@ -23,7 +23,7 @@ from llmcomp.calibration.stats import InputStats
 from llmcomp.errors import BadRecipe
 from llmcomp.methods._project import diagonal_norm, input_norm, solution_of, solve_damped, truncate
 from llmcomp.methods.gptq import gptq
-from llmcomp.methods.rtn import rtn_clip
+from llmcomp.methods.rtn import rtn, rtn_clip
 from llmcomp.methods.solution import Solution
 from llmcomp.schemes import Scheme
 from llmcomp.weights import LowRankWeight, QuantizedWeight
@@ -93,7 +93,7 @@ def quantize_factors(
 def correct(
     weight: Tensor,
     base: QuantizedWeight,
-    stats: InputStats,
+    stats: InputStats | None,
     rank: int,
     dtype: torch.dtype,
     config: CorrectionConfig = CorrectionConfig(),
@@ -102,7 +102,8 @@ def correct(
 
     Args:
         weight: floating [out, in]. base: its quantized form.
-        stats: of its input; only read, and it may be that GPTQ has factorized the Gram matrix in place.
+        stats: of its input; only read, and it may be that GPTQ has factorized the Gram matrix in place. None where
+            nothing was seen of it: every input then counts alike.
         rank: of the correction. dtype: of the stored scales.
 
     Raises:
@@ -112,11 +113,12 @@ def correct(
         raise BadRecipe(
             f"Rank {rank} is no rank of a matrix [{weight.shape[0]}, {weight.shape[1]}]; take 1 to {min(weight.shape)}."
         )
-    norm = input_norm(stats).damped(config.damping)
+    norm = diagonal_norm() if stats is None else input_norm(stats).damped(config.damping)
     left, right = truncate(weight.double() - base.dense().double(), norm, rank)
     scheme = Scheme(config.bits)
     low = LowRankWeight(left, right, base)
-    solution = quantize_factors(weight, low, stats, (scheme, scheme), dtype, rtn_clip, turn=False)
+    quantizer = rtn if stats is None else rtn_clip
+    solution = quantize_factors(weight, low, stats, (scheme, scheme), dtype, quantizer, turn=False)
     if solution.weight.nbytes >= weight.nbytes:
         raise BadRecipe(
             f"A correction of rank {rank} makes {solution.weight.nbytes:,} bytes of a weight of {weight.nbytes:,}; "

@@ -29,6 +29,7 @@ from llmcomp.methods._project import (
     diagonal_norm,
     energies,
     input_norm,
+    measured_rows,
     solution_of,
     solve_damped,
     times,
@@ -183,3 +184,23 @@ def refit(
     across = solve_damped(gram.to(torch.float64, copy=True), gradient, damping)  # [rank, in]
     right = right + solve_damped(square, across.T, damping).T
     return replace(low, right=right.to(low.dtype))
+
+
+def refit_losses(
+    weight: Tensor, low: LowRankWeight, source: InputStats, cross: Tensor, now: InputStats
+) -> tuple[Tensor, Tensor]:
+    """(||X w - X' w'||², ||X w||²), float64 [out], of evenly spaced rows and NaN for those between, where there are
+    many: what `refit` makes small, and the size of what it stands for.
+
+    Args:
+        weight: floating [out, in], the source's. low: what stands for it.
+        source: of the inputs in the source model. cross: as `refit`. now: of the inputs that there are now.
+    """
+    rows = measured_rows(weight)
+    some, decoded = weight[rows].double(), low.dense()[rows].double()
+    norm = input_norm(source).inner(some, some).diagonal()
+    between = (times(some, cross) * decoded).sum(1)
+    apart = norm - 2 * between + input_norm(now).inner(decoded, decoded).diagonal()
+    found = torch.full((2, weight.shape[0]), torch.nan, dtype=torch.float64, device=weight.device)
+    found[0, rows], found[1, rows] = apart.clamp_min(0), norm.clamp_min(0)
+    return found[0], found[1]

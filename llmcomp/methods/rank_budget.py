@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llmcomp.errors import BadRecipe
+from llmcomp.kinds import check_ratio
 
 
 def largest_rank(out_features: int, in_features: int) -> int:
@@ -53,12 +54,6 @@ def rank_for(ratio: float, out_features: int, in_features: int, multiple: int = 
     rank = max(int(exact) // multiple, 1) * multiple
     check_rank(rank, out_features, in_features)
     return rank
-
-
-def check_ratio(ratio: float) -> None:
-    """Raises BadRecipe where a ratio saves nothing or keeps nothing."""
-    if not 0 < ratio < 1:
-        raise BadRecipe(f"--ratio {ratio} cannot be: it is the share of bytes kept, above 0 and below 1, such as 0.8.")
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from llmcomp.adapters.base import Adapter, LinearRef
 from llmcomp.errors import BadRecipe
-from llmcomp.kinds import Kind, Sparse
-from llmcomp.methods import AUTO, AUTO_ALONE, METHODS, SPARSE
+from llmcomp.kinds import Kind, LowRank, Sparse
+from llmcomp.methods import AUTO, AUTO_ALONE, LOW_RANK, METHODS, SPARSE
 from llmcomp.patterns import Pattern
 from llmcomp.recipe import ROLES, QuantizeStep, Step, matches, override_for, scheme_for
 from llmcomp.schemes import INT8_DYNAMIC, INT8_STATIC, Scheme
+
+StepT = TypeVar("StepT", bound=Step)
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,38 @@ class Pruning:
 
 
 @dataclass(frozen=True)
+class Factoring:
+    """Two thin factors stand for the weight, or correct its integers.
+
+    Attributes:
+        method: of LOW_RANK.
+        source: whether its inputs in the source model are wanted: the factors are the best for those.
+        update: whether a factor is then fitted anew to the inputs of now.
+        bits: of factors that correct integers, None of those that stand for the weight.
+    """
+
+    rank: int
+    method: str
+    source: bool = False
+    update: bool = False
+    bits: int | None = None
+
+    @property
+    def label(self) -> str:
+        """Such as 'svd-llm updated'."""
+        return f"{self.method} updated" if self.update else self.method
+
+
+@dataclass(frozen=True)
 class Task:
     """What is to be done with one linear.
 
     Attributes:
         scheme: of its integers; None where its values stay floating.
-        method: of METHODS where it has a scheme, else the pruning's.
+        method: of METHODS where it has a scheme, else the pruning's or factoring's.
         fallback: why its scheme is not the one that was asked.
         pruning: what is removed before its weights are rounded, or at once with that.
+        factoring: the factors that stand for it, of which `scheme` is the right one's; or that correct its integers.
     """
 
     ref: LinearRef
@@ -41,10 +67,13 @@ class Task:
     method: str
     fallback: str | None = None
     pruning: Pruning | None = None
+    factoring: Factoring | None = None
 
     @property
     def kind(self) -> Kind:
         """As formats want it."""
+        if self.factoring is not None:
+            return _factored_kind(self.factoring, self.scheme)
         if self.pruning is not None:
             return Sparse(self.pruning.pattern, self.scheme)
         assert self.scheme is not None  # a task does something
@@ -52,13 +81,23 @@ class Task:
 
     @property
     def label(self) -> str:
-        """Such as '2:4 + int4 g128'."""
+        """Such as '2:4 + int4 g128', or 'rank 204 (80%)' with the share of the weight's numbers that it keeps."""
+        if isinstance(kind := self.kind, LowRank):
+            ref = self.ref
+            share = kind.rank * (ref.out_features + ref.in_features) / ref.weights
+            rank = f"rank {kind.rank}"
+            return kind.label.replace(rank, f"{rank} ({share:.0%})") if kind.base is None else kind.label
         parts = (self.pruning.pattern.label if self.pruning else None, self.scheme.label if self.scheme else None)
         return " + ".join(filter(None, parts))
 
     @property
     def methods(self) -> str:
         """Such as 'sparsegpt + gptq'."""
+        if self.factoring is not None and self.scheme is not None:
+            both = (self.factoring.label, self.method)
+            return " + ".join(both if self.factoring.bits is None else both[::-1])
+        if self.factoring is not None:
+            return self.factoring.label
         removing = None if self.pruning is None or self.pruning.method == self.method else self.pruning.method
         return " + ".join(filter(None, (removing, self.method)))
 
@@ -79,7 +118,8 @@ class Task:
     def calibrated(self) -> bool:
         """Whether it needs calibration data."""
         pruned = self.pruning is not None and SPARSE[self.pruning.method].calibrated
-        return pruned or (self.scheme is not None and METHODS[self.method].calibrated)
+        low = self.factoring is not None and (self.factoring.update or LOW_RANK[self.factoring.method].calibrated)
+        return pruned or low or (self.scheme is not None and METHODS[self.method].calibrated)
 
     @property
     def factorizes(self) -> bool:
@@ -109,6 +149,16 @@ class Assignment:
     def calibrated(self) -> bool:
         """Whether any task needs calibration data."""
         return any(task.calibrated for task in self.tasks.values())
+
+
+def _factored_kind(factoring: Factoring, scheme: Scheme | None) -> LowRank:
+    if factoring.bits is not None:
+        own = Scheme(factoring.bits)
+        return LowRank(factoring.rank, own, own, scheme)
+    if scheme is None or scheme.group_size is None:
+        return LowRank(factoring.rank, scheme, scheme)
+    sizes = [size for size in (128, 64, 32) if size <= scheme.group_size and factoring.rank % size == 0]
+    return LowRank(factoring.rank, replace(scheme, group_size=sizes[0] if sizes else None), scheme)
 
 
 def assign(adapter: Adapter, step: QuantizeStep) -> Assignment:
@@ -237,3 +287,13 @@ def unknown(adapter: Adapter, step: Step, methods: Collection[str]) -> list[str]
             hint = f"; roles are {', '.join(ROLES)}" if target not in ROLES else ""
             problems.append(f"target '{target}' matches no weight{hint}")
     return problems
+
+
+def alone(step: StepT) -> StepT:
+    """A step beside another on the same linears: `auto` takes what leaves the other's work as it is, at every width."""
+
+    def method(given: str | None) -> Any:
+        return AUTO_ALONE if given == "auto" else given
+
+    overrides = tuple(replace(override, method=method(override.method)) for override in step.overrides)
+    return replace(step, method=method(step.method), overrides=overrides)

@@ -21,10 +21,11 @@ from llmcomp.errors import BadData, BadRecipe
 from llmcomp.feeds import around, composite, vocabulary
 from llmcomp.formats import FORMATS, Layout, broken_ties
 from llmcomp.measure.inputs import max_positions
-from llmcomp.methods import AUTO, AUTO_ALONE, SPARSE
+from llmcomp.methods import AUTO, AUTO_ALONE, LOW_RANK, SPARSE
+from llmcomp.methods.factors import CorrectionConfig
 from llmcomp.pipeline import feeding
 from llmcomp.pipeline.assign import Assignment
-from llmcomp.pipeline.solve import method_config
+from llmcomp.pipeline.solved import method_config
 from llmcomp.pipeline.sparsifying import assign_steps
 from llmcomp.progress import Progress
 from llmcomp.ranks import ALONE, World
@@ -77,7 +78,7 @@ class Job:
         adapter: structure, its model's parameters on meta.
         binding: where the parameters lie in the source.
         assignment: what is done with each linear.
-        options, pruning: settings of the methods that quantize and that remove weights.
+        options, pruning, factoring: settings of the methods that quantize, that remove weights, that make factors.
         layout: how compressed weights are stored.
         ties: {name: name it shares storage with} in the checkpoint that is written.
         batches: inputs of the model for calibration.
@@ -103,6 +104,7 @@ class Job:
     seed: int = 0
     device: torch.device = CPU
     pruning: Mapping[str, Any] = field(default_factory=dict)
+    factoring: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -152,6 +154,9 @@ def plan_recipe(recipe: Recipe, adapter: Adapter) -> Plan:
             method_config(method, asked.quantizing.options)
     if asked.sparsifying is not None:
         build(SPARSE[asked.sparsifying.method].config, asked.sparsifying.options, "options of the step to sparsify")
+    if asked.factorizing is not None:
+        own = CorrectionConfig if asked.correcting else LOW_RANK[asked.factorizing.method].config
+        build(own, asked.factorizing.options, "options of the step to factorize")
     entries = [(task.ref, task.kind) for task in assignment.tasks.values()]
     layout = FORMATS[recipe.format](entries, adapter.model)
     packed = [ref.name for ref, _ in entries if ref.name not in layout.dense]

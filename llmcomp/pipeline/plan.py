@@ -19,8 +19,9 @@ from llmcomp.pipeline.job import Plan, plan_recipe
 from llmcomp.pipeline.terms import Lanes, MemoryTerms
 from llmcomp.pipeline.timing import Rates, measure_rates, seconds
 from llmcomp.pipeline.waiting import Look
-from llmcomp.recipe import Calibration, QuantizeStep, Recipe, pattern_for
+from llmcomp.recipe import Calibration, FactorizeStep, QuantizeStep, Recipe, pattern_for
 from llmcomp.schemes import INT8_STATIC
+from llmcomp.steps import DEFAULT_CORRECTION
 
 # What a shard's header says of a tensor beside its name, shape and offsets.
 _EMPTY: dict[str, Any] = {"dtype": "F32", "shape": [], "data_offsets": [0, 0]}
@@ -199,10 +200,14 @@ def _method(recipe: Recipe, plan: Plan) -> str:
     said = []
     for step in recipe.steps:
         method = step.method
-        if isinstance(step, QuantizeStep) and method == "auto":
+        if isinstance(step, QuantizeStep):
             found = (task.method for task in plan.assignment.tasks.values() if task.bits == step.bits)
-            method = next(found, method)
-        said.append(method if isinstance(step, QuantizeStep) else f"{method} {pattern_for(step, None).label}")
+            said.append(next(found, method) if method == "auto" else method)
+        elif isinstance(step, FactorizeStep):
+            rank = step.rank or DEFAULT_CORRECTION
+            said.append(f"{method} {f'rank {rank}' if recipe.correcting else step.amount}")
+        else:
+            said.append(f"{method} {pattern_for(step, None).label}")
     return " + ".join(said)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -26,6 +26,7 @@ from llmcomp.errors import RunError
 from llmcomp.formats import witness
 from llmcomp.formats.save import ShardWriter, writing
 from llmcomp.pipeline.assign import Task
+from llmcomp.pipeline.beside import Beside
 from llmcomp.pipeline.earlier import earlier_shard
 from llmcomp.pipeline.job import Job, Outcome
 from llmcomp.pipeline.journal import Journal
@@ -33,23 +34,14 @@ from llmcomp.pipeline.memory import keep_large_blocks_apart, return_freed_memory
 from llmcomp.pipeline.ranges import Ranges
 from llmcomp.pipeline.residency import Residency
 from llmcomp.pipeline.scaling import Scaled, Scaling
-from llmcomp.pipeline.solve import Solved, layer_report, solve_stage
+from llmcomp.pipeline.solve import layer_report, solve_stage
+from llmcomp.pipeline.solved import Finished, Solved
+from llmcomp.pipeline.surveying import survey
 from llmcomp.pipeline.tuning import Tuning
 from llmcomp.progress import Progress
-from llmcomp.report.schema import LayerReport
 from llmcomp.weights import INPUT_SCALE
 
 _HOLES = 8 * 2**20  # bytes that went to files and left holes in the heap, too scattered to be filled again
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A compressed weight as it will lie in the file: its parameter's name, digest, tensors and report."""
-
-    name: str
-    digest: witness.Digest
-    tensors: dict[str, Tensor]
-    layer: LayerReport
 
 
 class Compression:
@@ -81,6 +73,8 @@ class Compression:
         self._remaining = set(job.assignment.tasks) if job.assignment.calibrated else set()
         model, calibration = job.adapter.model, job.batches if job.assignment.calibrated else ()
         self._lanes = [Lane(model, batch, device=job.device) for batch in calibration]
+        self._beside = Beside(model, job.assignment.tasks, calibration, self._params, self._parking)
+        self._beside.pair(self._lanes)
         self._lanes.append(Lane(model, job.witness, counted=False, device=job.device))
 
     def run(self) -> Outcome:
@@ -118,6 +112,7 @@ class Compression:
         finally:
             for lane in self._lanes:
                 lane.close()
+            self._beside.close()
         self._outcome.spilled = self._parking.spilled
         return self._outcome
 
@@ -180,7 +175,7 @@ class Compression:
         latest: list[str] = []
         while self._pending:
             accumulator = GramAccumulator()
-            reached = self._advance(accumulator)
+            reached = self._advance(accumulator, wanted)
             # Every lane has computed with what was solved last; the file keeps it, memory need not.
             self._release([f"{name}.weight" for name in latest if name not in lasting])
             if reached is None or reached.name not in self._pending:
@@ -209,17 +204,10 @@ class Compression:
         wanted = [stage for stage in self._wanted(block.stages) if stage]
         found = {stage[0].name: GramAccumulator() for stage in wanted}
         self._pending.update({name: self._job.assignment.tasks[name] for name in found})
-        for batch in self._job.batches:
-            lane = Lane(self._job.adapter.model, batch, device=self._job.device)
-            due = block.applications * len(found)
-            with self._timed("forward"):
-                while due and (stop := lane.advance()) is not None:
-                    if stop.kind == "linear" and stop.inputs is not None:
-                        found[stop.name].add(lane.tokens(stop.inputs))
-                        due -= 1
-                lane.close()
-            if due:
-                raise self._unseen()
+        with self._timed("forward"):
+            whole = survey(self._job.adapter.model, self._job.batches, self._job.device, found, block.applications)
+        if not whole:
+            raise self._unseen()
         for stage in wanted:
             self._solve(stage, found.pop(stage[0].name))
 
@@ -238,6 +226,7 @@ class Compression:
         """Forget values that no lane will compute with again."""
         if not self._keeps_all:
             self._params.release(names)
+            self._beside.forget(names)
 
     def _end(self) -> None:
         """Compress the head, if it is to be; run the witness to its output; write the rest."""
@@ -279,13 +268,17 @@ class Compression:
             value = self._params.value(name)
             self._outcome.source[name] = (tuple(value.shape), witness.dtype_name(value.dtype))
 
-    def _advance(self, accumulator: GramAccumulator | None = None) -> Stop | None:
-        """Move all lanes to their next stop, gathering statistics and parking what they wait with."""
+    def _advance(
+        self, accumulator: GramAccumulator | None = None, stages: Sequence[Sequence[LinearRef]] = ()
+    ) -> Stop | None:
+        """Move all lanes to their next stop, gathering statistics and parking what they wait with. stages: among which
+        the stop will be."""
         if not self._remaining:
             # Nothing more is asked of calibration; its logits alone would be the largest tensors of the run.
             for lane in self._lanes[:-1]:
                 lane.close()
             del self._lanes[:-1]
+            self._beside.close()
 
         def visit(lane: Lane, stop: Stop) -> None:
             if stop.inputs is None:
@@ -293,6 +286,7 @@ class Compression:
             if accumulator is not None and stop.kind == "linear" and lane.counted:
                 accumulator.add(lane.tokens(stop.inputs))
             self._tuning.note(lane, stop)
+            self._beside.note(lane, stop)
             self._parking.park(lane.held())
             if self._parking.spilled - self._trimmed > _HOLES:
                 return_freed_memory()
@@ -300,6 +294,7 @@ class Compression:
 
         with self._timed("forward"):
             reached = advance_all(self._lanes, visit, lambda lane: self._parking.fetch(lane.waiting()))
+            self._beside.advance(reached, stages)
             return_freed_memory()  # else the heap keeps what the lanes have let go, beside what comes next
         return reached
 
@@ -310,13 +305,15 @@ class Compression:
             weights = [self._params.weight(ref) for ref in refs]
             sources = dict(zip((ref.name for ref in refs), weights, strict=True))
             stats = None if accumulator is None else accumulator.finish(refs[0].name, self._world)
+            beside = self._beside.finish(refs[0].name, self._world)
             scaled = self._scaling.choose(refs, weights, stats, {name: one.tensors for name, one in self._done.items()})
             if isinstance(scaled, Scaled) and stats is not None:
                 weights = [(weight * scaled.factor).to(weight.dtype) for weight in weights]
                 stats.scale_(scaled.factor)
             self._ranges.find(refs, stats, weights[0])
-            solved = solve_stage(tasks, weights, stats, self._job.options, self._world, self._job.pruning)
-            del weights, stats
+            job = self._job
+            solved = solve_stage(tasks, weights, stats, job.options, self._world, job.pruning, job.factoring, beside)
+            del weights, stats, beside
         with self._timed("save"):
             while solved:
                 done = solved.pop(0)
@@ -331,6 +328,7 @@ class Compression:
         ref, weight = done.task.ref, self._ranges.ranged(done.task.ref, done.solution.weight)
         name = f"{ref.name}.weight"
         itemsize = self._params.value(name).element_size()
+        self._beside.keep(name)
         self._params.install(ref, weight.dense())
         self._pending.pop(ref.name, None)
         if not final:
@@ -377,6 +375,7 @@ class Compression:
                 weight = f"{ref.name}.weight"
                 # Ranks tell each other what a file holds from one CPU to the other.
                 room = torch.empty_like(self._params.value(weight), device="cpu")
+                self._beside.keep(weight)
                 self._params.put(weight, shard.decoded(ref, room))
                 self._ranges.restore(ref, lambda name: shard.tensor(name).to(self._job.device))
                 self._remaining.discard(ref.name)

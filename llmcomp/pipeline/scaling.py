@@ -29,7 +29,7 @@ from llmcomp.formats.base import divide_rows
 from llmcomp.methods.smoothquant import search_migration
 from llmcomp.pipeline.assign import Task
 from llmcomp.pipeline.residency import Residency
-from llmcomp.pipeline.solve import method_config, method_has
+from llmcomp.pipeline.solved import method_config, method_has
 from llmcomp.ranks import ALONE, World
 from llmcomp.schemes import INT8_STATIC
 

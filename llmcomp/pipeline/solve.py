@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -17,34 +17,18 @@ from llmcomp.formats import Layout
 from llmcomp.methods import METHODS, SPARSE
 from llmcomp.methods.solution import Solution, sampled_row_losses
 from llmcomp.pipeline.assign import Task
+from llmcomp.pipeline.beside import SourceStats
+from llmcomp.pipeline.factored import factored
+from llmcomp.pipeline.solved import Solved, method_config, method_has
 from llmcomp.ranks import ALONE, World
 from llmcomp.report.schema import LayerReport
 from llmcomp.weights import QuantizedWeight, SparseWeight
 
 
-@dataclass(frozen=True)
-class Solved:
-    """A task, its solution and its share of the time in seconds. `learned`: the error of the block's output before
-    and after its weights were tuned together, of the output's energy; None where they were not."""
-
-    task: Task
-    solution: Solution
-    seconds: float
-    learned: tuple[float, float] | None = None
-
-
-def method_config(method: str, options: Mapping[str, Any]) -> Any:
-    """The method's own config from a recipe's options.
-
-    Raises:
-        BadRecipe: an option that the method does not have.
-    """
-    return build(METHODS[method].config, dict(options), f"options of {method}")
-
-
 def solve_stage(
     tasks: Sequence[Task], weights: Sequence[Tensor], stats: InputStats | None, options: Mapping[str, Any],
     world: World = ALONE, pruning: Mapping[str, Any] = MappingProxyType({}),
+    factoring: Mapping[str, Any] = MappingProxyType({}), beside: SourceStats | None = None,
 ) -> list[Solved]:
     """Compress weights [out, in] that read the same input; those that are treated alike are stacked.
 
@@ -52,16 +36,24 @@ def solve_stage(
     (linears dealt whole would leave ranks idle: a stage often has one), and all get all of it.
 
     Args:
-        options, pruning: settings of the methods that quantize and that remove weights.
+        options, pruning, factoring: settings of the methods that quantize, that remove weights, that make factors.
+        beside: of the same input in the source model, where a task wants it.
     """
     tasks = [_affordable(task, stats) for task in tasks]
     if stats is not None and not stats.tokens:
         stats = None  # an expert that nothing has reached: no error to state either
     groups: dict[Any, list[int]] = {}
+    results: list[Solved | None] = [None] * len(tasks)
+    low = [position for position, task in enumerate(tasks) if task.factoring is not None]
+    if low:  # before a method may factorize the Gram matrix in place
+        given = [(tasks[position], weights[position]) for position in low]
+        for position, found in zip(low, factored(given, stats, beside, options, factoring, world), strict=True):
+            results[position] = found
     for position, task in enumerate(tasks):
+        if task.factoring is not None:
+            continue
         alone = position if _competes(task) else None
         groups.setdefault((task.scheme, task.method, task.pruning, alone), []).append(position)
-    results: list[Solved | None] = [None] * len(tasks)
     for members in groups.values():
         began = time.perf_counter()
         rows = sum(weights[member].shape[0] for member in members)
@@ -150,24 +142,22 @@ def _affordable(task: Task, stats: InputStats | None) -> Task:
     routed, width = task.ref.share < 1, task.ref.in_features
     if stats is None or not routed or not task.calibrated or stats.tokens >= width:
         return task
-    clipped, masked = ("rtn-clip", "wanda") if stats.tokens else ("rtn", "magnitude")
+    clipped, masked, low = ("rtn-clip", "wanda", "asvd") if stats.tokens else ("rtn", "magnitude", "svd")
     humbler = task
+    if task.factoring is not None and task.factoring.bits is None and task.factoring.method != "svd":
+        humbler = replace(task, factoring=replace(task.factoring, method=low))
     if task.pruning is not None and task.pruning.method not in ("magnitude", masked):
         humbler = replace(task, pruning=replace(task.pruning, method=masked))
     if task.scheme is None:
-        assert humbler.pruning is not None  # a task does something
-        humbler = replace(humbler, method=humbler.pruning.method)
+        removing = humbler.pruning or humbler.factoring
+        assert removing is not None  # a task does something
+        humbler = replace(humbler, method=removing.method)
     elif METHODS[task.method].calibrated:
         humbler = replace(humbler, method=clipped)
     if humbler == task:
         return task
     why = f"{stats.tokens} calibration tokens reached this expert, fewer than its width {width}: {humbler.methods}"
     return replace(humbler, fallback="; ".join(filter(None, (task.fallback, why))))
-
-
-def method_has(method: str, options: Mapping[str, Any]) -> bool:
-    """Whether the options are this method's: those of a step's main method do not reach an override's."""
-    return set(options) <= set(METHODS[method].config.__dataclass_fields__)
 
 
 def layer_report(solved: Solved, layout: Layout, itemsize: int, scaling: str | None = None) -> LayerReport:

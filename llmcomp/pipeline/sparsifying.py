@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from llmcomp.adapters.base import Adapter, LinearRef
 from llmcomp.errors import BadRecipe
-from llmcomp.methods import AUTO_ALONE, METHODS, SPARSE
-from llmcomp.pipeline.assign import Assignment, Pruning, Task, assign, left_out, unknown
-from llmcomp.recipe import QuantizeStep, SparsifyStep, Step, override_for, pattern_for
+from llmcomp.methods import METHODS, SPARSE
+from llmcomp.pipeline.assign import Assignment, Pruning, Task, alone, assign, left_out, unknown
+from llmcomp.pipeline.factorizing import factors, with_factors
+from llmcomp.recipe import FactorizeStep, QuantizeStep, SparsifyStep, Step, override_for, pattern_for
 
 
 def assign_steps(adapter: Adapter, steps: Sequence[Step]) -> Assignment:
@@ -21,7 +21,9 @@ def assign_steps(adapter: Adapter, steps: Sequence[Step]) -> Assignment:
     """
     if len(steps) == 1:
         return _one(adapter, steps[0])
-    pruned, quantized = (_one(adapter, _under_a_mask(step)) for step in steps)
+    if any(isinstance(step, FactorizeStep) for step in steps):
+        return with_factors(adapter, steps)
+    pruned, quantized = (_one(adapter, alone(step)) for step in steps)
     tasks = {ref.name: _both(pruned.tasks.get(ref.name), quantized.tasks.get(ref.name)) for ref in adapter.refs}
     done = {name: task for name, task in tasks.items() if task is not None}
     if steps[0].options and any(task.one_sweep for task in done.values()):
@@ -34,17 +36,9 @@ def assign_steps(adapter: Adapter, steps: Sequence[Step]) -> Assignment:
 
 
 def _one(adapter: Adapter, step: Step) -> Assignment:
+    if isinstance(step, FactorizeStep):
+        return factors(adapter, step)
     return assign(adapter, step) if isinstance(step, QuantizeStep) else _sparse(adapter, step)
-
-
-def _under_a_mask(step: Step) -> Step:
-    """A step that follows another: `auto` takes what keeps a mask, at every width."""
-
-    def method(given: str | None) -> Any:
-        return AUTO_ALONE if given == "auto" else given
-
-    overrides = tuple(replace(override, method=method(override.method)) for override in step.overrides)
-    return replace(step, method=method(step.method), overrides=overrides)
 
 
 def _both(pruned: Task | None, quantized: Task | None) -> Task | None:

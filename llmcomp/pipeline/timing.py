@@ -19,7 +19,7 @@ from llmcomp.methods import SPARSE
 from llmcomp.methods._grid import SEARCH
 from llmcomp.pipeline.assign import Task
 from llmcomp.pipeline.job import Plan
-from llmcomp.pipeline.solve import method_config, method_has
+from llmcomp.pipeline.solved import method_config, method_has
 
 _SIZE = 1024  # of the matrices that are multiplied to see how fast
 _ELEMENTS = 1 << 17  # of the chunk that is rounded to see how fast

@@ -37,7 +37,7 @@ from llmcomp.methods.solution import quadratics
 from llmcomp.pipeline.assign import Task
 from llmcomp.pipeline.memory import reusing_large_blocks
 from llmcomp.pipeline.residency import Residency
-from llmcomp.pipeline.solve import Solved, method_config, method_has
+from llmcomp.pipeline.solved import Solved, method_config, method_has
 from llmcomp.ranks import ALONE, World
 
 _MEASURED_TOKENS = 2048  # over which the error of each linear is measured
