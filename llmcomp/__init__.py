@@ -12,6 +12,7 @@ __all__ = [
     "Calibration",
     "CompressResult",
     "ExportResult",
+    "FactorizeStep",
     "LlmcompError",
     "Override",
     "QuantizeStep",
@@ -25,6 +26,7 @@ __all__ = [
     "compress",
     "evaluate",
     "export",
+    "factorize",
     "load",
     "quantize",
     "sparsify",
@@ -32,11 +34,11 @@ __all__ = [
 
 _HOMES: dict[str, tuple[str, ...]] = {
     "llmcomp.api": (
-        "CompressResult", "ExportResult", "RunOptions", "bench", "compress", "evaluate", "export", "load", "quantize",
-        "sparsify",
+        "CompressResult", "ExportResult", "RunOptions", "bench", "compress", "evaluate", "export", "factorize", "load",
+        "quantize", "sparsify",
     ),
     "llmcomp.errors": ("LlmcompError", "RunError", "UserError"),
-    "llmcomp.recipe": ("Calibration", "Override", "QuantizeStep", "Recipe", "SparsifyStep"),
+    "llmcomp.recipe": ("Calibration", "FactorizeStep", "Override", "QuantizeStep", "Recipe", "SparsifyStep"),
     "llmcomp.report.schema": ("Report",),
 }
 

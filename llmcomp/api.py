@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmcomp.progress import Progress, Silent
 from llmcomp.ranks import joined
-from llmcomp.recipe import Calibration, Recipe, SparsifyStep, check, step_of
+from llmcomp.recipe import Calibration, FactorizeStep, Recipe, SparsifyStep, check, step_of
 from llmcomp.report.schema import Report
 
 if TYPE_CHECKING:
@@ -139,6 +139,40 @@ def sparsify(
     """
     step = SparsifyStep(method, pattern, sparsity)
     recipe = Recipe((step,), Calibration(calibration), format="dense")
+    return compress(model, recipe, options=options, progress=progress, **run)
+
+
+def factorize(
+    model: str,
+    *,
+    ratio: float | None = None,
+    rank: int | None = None,
+    method: str = "svd-llm",
+    ranks: str = "uniform",
+    targets: tuple[str, ...] = ("attention", "mlp"),
+    calibration: str = "default",
+    format: str = "llmcomp",
+    options: RunOptions = RunOptions(),
+    progress: Progress | None = None,
+    **run: Any,
+) -> CompressResult:
+    """Put two thin factors in the place of a model's matrices, verify the checkpoint, and measure what it cost.
+
+    Args:
+        model: a local directory, a Hub id, an alias or a 'sample:' name.
+        ratio: share of the matrices' bytes that is kept, 0.8 where no rank is given either.
+        rank: of every matrix, instead of a ratio.
+        method: a name in `llmcomp.methods.LOW_RANK`; factors of 'svd-llm' are updated.
+        ranks: 'uniform', the ratio holds for each matrix, or 'balanced', for all of them together.
+        targets: roles, ranges of blocks, patterns or names, as in a recipe.
+        calibration, options, progress, run: as `quantize`.
+        format: 'llmcomp' holds the factors; 'dense' their product, as large as before.
+
+    Raises:
+        UserError, RunError: as `quantize`.
+    """
+    step = FactorizeStep(method, ratio, rank, ranks, targets=tuple(targets))
+    recipe = Recipe((step,), Calibration(calibration), format=format)
     return compress(model, recipe, options=options, progress=progress, **run)
 
 

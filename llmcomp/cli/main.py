@@ -19,6 +19,7 @@ from llmcomp.cli.bench import bench
 from llmcomp.cli.compress import compress
 from llmcomp.cli.evaluate import evaluate
 from llmcomp.cli.export import export
+from llmcomp.cli.factorize import factorize
 from llmcomp.cli.generate import generate
 from llmcomp.cli.inspect import inspect
 from llmcomp.cli.models import models
@@ -30,7 +31,8 @@ from llmcomp.errors import EndedElsewhere, LlmcompError, UserError
 from llmcomp.ranks import joined, launched
 
 INTERRUPTED, TERMINATED = 130, 143
-_COMPRESSING = ("quantize", "sparsify", "compress")  # by one process or several, and resumed by the same command
+# By one process or several, and resumed by the same command.
+_COMPRESSING = ("quantize", "sparsify", "factorize", "compress")
 
 app = typer.Typer(
     help="Make Hugging Face models smaller, see what it cost, get a checkpoint that other software loads.",
@@ -38,7 +40,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for _verb in (quantize, sparsify, compress, inspect, plan, evaluate, export, bench, generate, report, models):
+_VERBS = (
+    quantize, sparsify, factorize, compress, inspect, plan, evaluate, export, bench, generate, report, models,
+)  # fmt: skip
+for _verb in _VERBS:
     app.command(no_args_is_help=_verb is not models)(_verb)
 
 

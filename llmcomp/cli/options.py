@@ -51,8 +51,9 @@ Targets = Annotated[
     list[str] | None,
     typer.Option(
         "--target",
-        help="What to quantize: a role (attention, mlp, embeddings, head), 'blocks:2-5', 're:PATTERN' or a "
-        "module's last name; may be repeated.",
+        "--targets",
+        help="What to compress: a role (attention, mlp, embeddings, head), 'blocks:2-5', 're:PATTERN' or a "
+        "module's last name; several with commas between them, or repeated.",
         show_default="attention, mlp",
     ),
 ]
@@ -144,7 +145,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 _STEP = {
     "bits": "bits", "group_size": "group_size", "method": "method", "asymmetric": "symmetric",
     "activations": "activations", "target": "targets", "skip": "skip", "override": "override", "option": "options",
-    "pattern": "pattern", "sparsity": "sparsity",
+    "pattern": "pattern", "sparsity": "sparsity", "ratio": "ratio", "rank": "rank", "ranks": "ranks",
+    "update": "update",
 }  # fmt: skip
 _CALIBRATION = {"calibration": "source", "samples": "samples", "sequence_length": "sequence_length"}
 _RUN = {"seed": "seed", "format": "format"}
@@ -179,7 +181,7 @@ def make_recipe(recipe_file: Path | None, kind: str = "quantize", **flags: Any) 
     if "group_size" in step:
         step["group_size"] = _number(step["group_size"])
     if "targets" in step:
-        step["targets"] = tuple(step["targets"])
+        step["targets"] = tuple(target for text in step["targets"] for target in _several(text))
     step["overrides"] = tuple(overrides)
     made = step_of(run.get("format", ""), **step) if kind == "quantize" else STEPS[kind](**step)
     return Recipe((made,), Calibration(**calibration), **run)
@@ -199,6 +201,11 @@ def parse_size(text: str, flag: str) -> int:
     if found is None or not number:
         raise BadRecipe(f"{flag} {text!r} is no size; expected a number with a unit, such as 24GiB or 500MB.")
     return int(number * (1024 if found[3] else 1000) ** (1 + "KMGT".index(found[2].upper())))
+
+
+def _several(text: str) -> list[str]:
+    """'attention,mlp' as two targets; a comma in a pattern is the pattern's."""
+    return [text] if text.startswith("re:") else [part.strip() for part in text.split(",")]
 
 
 def _number(text: str) -> int | str:

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from llmcomp.pipeline.plan import Prospect
     from llmcomp.recipe import Recipe
 
+_TIMES = {
+    1: "once",
+    2: "twice, by the source model beside the compressed one",
+    3: "three times: to share out the ranks, then by the source model beside the compressed one",
+}
 _WIDTHS = (8, 4, 3, 2)
 IMPORTED = 500_000_000  # bytes that a process holds with torch and transformers imported, before it does anything
 
@@ -165,7 +170,7 @@ def view(model: str, seen: Prospect, memory: int | None = None) -> RenderableTyp
     width = "" if own.bits is None else f" at {own.bits} bits"
     peak = f"Peak memory of {own.method}{width}, while {own.moment}: {shares}."
     statistics = (
-        f"{own.statistics} Gram matrices are gathered; each window is computed once."
+        f"{own.statistics} Gram matrices are gathered; each window is computed {_TIMES[own.passes]}."
         if own.statistics
         else "No calibration is needed."
     )

@@ -94,13 +94,11 @@ def integers_only(entries: Sequence[Entry], format: str) -> list[Quantized]:
     for ref, kind in entries:
         if (scheme := integers_of(kind)) is None:
             low = isinstance(kind, LowRank)
-            what, skip = ("low-rank weights", "skip them") if low else (
-                "sparse weights that are not quantized as well", "skip them in both steps"
+            what = "low-rank weights" if low else "sparse weights that are not quantized as well"
+            instead = "--format llmcomp holds their factors" if low else (
+                "skip them in both steps, or write 'format: dense' in the recipe"
             )  # fmt: skip
-            raise BadRecipe(
-                f"Format {format} has no form for {what}, such as {ref.name}: {skip}, or write 'format: dense' in the "
-                "recipe."
-            )
+            raise BadRecipe(f"Format {format} has no form for {what}, such as {ref.name}: {instead}.")
         found.append((ref, scheme))
     return found
 

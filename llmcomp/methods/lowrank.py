@@ -43,6 +43,10 @@ from llmcomp.weights import LowRankWeight
 # tokens, dead channels), and lies above the rounding of a float32 Gram matrix.
 _DAMPING = 1e-6
 
+# Of the update. The products that it takes apart are summed in float32, and with few tokens the inputs of now hardly
+# show some directions, in which the source's would ask for large factors that cancel each other.
+REFIT_DAMPING = 1e-3
+
 
 @dataclass(frozen=True)
 class SVDConfig:
@@ -148,7 +152,7 @@ def refit(
     gram: Tensor,
     cross: Tensor,
     fixed: Literal["left", "right"] = "right",
-    damping: float = _DAMPING,
+    damping: float = REFIT_DAMPING,
 ) -> LowRankWeight:
     """One factor fitted anew: least squares of ||X W' - X' (base + left right)'||², X the source's inputs of this
     linear and X' those that it gets now.

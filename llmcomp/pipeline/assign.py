@@ -146,6 +146,11 @@ class Assignment:
     left: dict[str, str]
 
     @property
+    def beside(self) -> bool:
+        """Whether the source model's activations go through the model, too (`pipeline.beside`)."""
+        return any(task.factoring is not None and task.factoring.source for task in self.tasks.values())
+
+    @property
     def calibrated(self) -> bool:
         """Whether any task needs calibration data."""
         return any(task.calibrated for task in self.tasks.values())

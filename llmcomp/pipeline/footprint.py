@@ -18,6 +18,7 @@ from llmcomp.pipeline.job import Plan
 from llmcomp.pipeline.terms import Footprint, Lanes, MemoryTerms
 from llmcomp.pipeline.waiting import Look, Waiting
 
+DOUBLE = 8  # bytes
 FLOAT = 4  # bytes; Gram matrices and everything that methods compute with
 _TILE = 512  # rows of the diagonal tiles that `_solve.factorize` keeps aside
 _STRIP = 2048  # columns of a piece of the Gram matrix (`calibration.stats`)
@@ -57,6 +58,8 @@ def footprint(adapter: Adapter, plan: Plan, lanes: Lanes, budget: int, look: Loo
         look: of this adapter, where several plans share one.
     """
     tasks, look = plan.assignment.tasks, look or Look(adapter)
+    if plan.assignment.beside:
+        lanes = replace(lanes, count=2 * lanes.count)
     itemsize = {name: value.element_size() for name, value in adapter.model.state_dict().items()}
     found = [_within(adapter, block, plan, lanes, budget, itemsize, look) for block in _heaviest(adapter, tasks)]
     worst = max(found, key=lambda one: one.terms.total)
@@ -182,7 +185,7 @@ def _calibrated(
         # Lanes that have arrived hold what they hold here, the others still what they held before.
         parked = min(budget, lanes.count * max(before.parked, here.parked))
         held = lanes.count * max(before.held, here.held)
-        gram = FLOAT * ref.in_features**2
+        gram = FLOAT * ref.in_features**2 * max(map(_matrices, stage))
         # The float32 copy of an input stays for the next lane's.
         widening = FLOAT * lanes.tokens * ref.in_features
         moving = MemoryTerms(gram, widening, 0, 0, 0, installed, packed, parked, held, here.step)
@@ -300,6 +303,7 @@ def _solving(stage: Sequence[Task], size: int, ranks: int) -> tuple[dict[str, in
     removing = [SPARSE[task.pruning.method] for task in stage if task.pruning is not None]
     chunk = min(rows, max(64, _SWEEP_WEIGHTS // columns)) * columns
     method = max(method, *(FLOAT * (one.squares * columns**2 + one.copies * chunk) for one in removing), 0)
+    method = max(method, *(_factoring(task) for task in stage))
     stacked = rows * columns * size if len(stage) > 1 else 0
     if any(task.scale is not None for task in stage):
         stacked += weights * size  # a scaled copy
@@ -309,6 +313,21 @@ def _solving(stage: Sequence[Task], size: int, ranks: int) -> tuple[dict[str, in
         values += 2 * rows * columns  # this rank's own, and as they are sent
         method = max(method, 2 * FLOAT * _TILE * columns)  # a strip of the Gram matrix while it is summed
     return {"method": method, "stacked": stacked, "values": values}, weights * size
+
+
+def _matrices(task: Task) -> int:
+    """Gram matrices that are gathered for it: of the inputs now, of those in the source model, of both."""
+    return 1 if task.factoring is None else 1 + task.factoring.source + task.factoring.update
+
+
+def _factoring(task: Task) -> int:
+    """Bytes of making factors: in float64 the weight and its triangular form, products with it, eigenvectors; for the
+    update the Gram matrix and its factor."""
+    if task.factoring is None:
+        return 0
+    narrow, columns = min(task.ref.out_features, task.ref.in_features), task.ref.in_features
+    made = 3 * task.ref.weights + 3 * narrow**2
+    return DOUBLE * max(made, (task.ref.weights + 2 * columns**2) * task.factoring.update)
 
 
 def _outside(
@@ -331,7 +350,7 @@ def _alone(
 ) -> Iterator[tuple[str, MemoryTerms]]:
     """Embeddings or head as a stage of their own."""
     solving, decoded = _solving([task], size, ranks)
-    gram = FLOAT * ref.in_features**2 if task.calibrated else 0
+    gram = FLOAT * ref.in_features**2 * _matrices(task) if task.calibrated else 0
     yield f"solving {ref.name}", MemoryTerms(statistics=gram, **solving)
     packed = plan.layout.nbytes(ref, size)
     yield f"decoding {ref.name}", MemoryTerms(values=solving["values"], installed=2 * decoded, packed=packed)

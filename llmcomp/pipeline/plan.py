@@ -39,7 +39,8 @@ class Row:
         disk: bytes that the output's disk must have free: output, and spilled activations while it runs.
         spilled: activations beyond `--activation-memory`, in mapped files.
         seconds: of compressing and saving, good to a factor of two, if each rank is as fast as this process.
-        statistics: Gram matrices to be gathered; each window is still computed once.
+        statistics: inputs whose Gram matrices are gathered. passes: how often each window is computed for them: once
+            more where the source model's activations go beside, and where ranks are measured beforehand.
         fallbacks: {module name: what is done instead of what was asked}.
         asked: whether this is what the recipe says, as opposed to an alternative.
     """
@@ -56,6 +57,7 @@ class Row:
     statistics: int
     fallbacks: dict[str, str]
     asked: bool
+    passes: int = 1
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,7 @@ def row(
         statistics=passes,
         fallbacks=fallbacks,
         asked=True,
+        passes=1 + plan.assignment.beside,
     )
 
 

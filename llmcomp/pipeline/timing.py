@@ -26,6 +26,7 @@ _ELEMENTS = 1 << 17  # of the chunk that is rounded to see how fast
 _BUDGET = 0.15  # seconds for each rate
 _COLUMN_PASSES = 12  # elementwise operations of the sweep on each weight
 _SEARCH_PASSES = 6  # elementwise operations of one candidate scale on each weight
+_EIGENVECTORS = 9  # operations on a symmetric matrix, times its side cubed
 _LEARNING_FORWARDS = 2  # passes over all tokens: the target, and four losses over a quarter of them
 _LEARNING_PASSES = 25  # elementwise operations of a step on each weight
 _STORED_BYTES = 4e8  # a second: packing, two digests, writing and syncing
@@ -76,6 +77,7 @@ def seconds(
             # Each linear is computed once for each window (`calibration.capture`); where a block runs several
             # times, once for each run, and as often before it is solved.
             runs = 1 if block.applications == 1 else 2 * block.applications
+            runs += plan.assignment.beside
             total += runs * 2.0 * share * sum(ref.weights * ref.share for ref in block.linears) / rates.forward
             total += runs * _LANE_STOP * lanes * (1 + len(block.stages))
         total += _learning(block, plan, share, max(length, share / max(1, lanes)), length / ranks, rates)
@@ -113,12 +115,16 @@ def _stage(stage: list[Task], plan: Plan, tokens: float, rates: Rates, ranks: in
     columns = stage[0].ref.in_features
     weights = sum(task.ref.weights for task in stage) / ranks
     # The upper half of 2 · tokens · in².
-    total = tokens * stage[0].ref.share * float(columns) ** 2 / rates.exact
+    low = [task.factoring for task in stage if task.factoring is not None]
+    halves = 1 + max((one.source + 2 * one.update for one in low), default=0)
+    total = halves * tokens * stage[0].ref.share * float(columns) ** 2 / rates.exact
     for task in stage:
         share = task.ref.weights / ranks
         if task.pruning is not None:
             total += share * _SEARCH_PASSES / rates.elements  # scores, and the least of each group
             total += _removing(task.pruning.method, plan, share / columns, columns) / rates.exact
+        if task.factoring is not None:
+            total += _factoring(task) / (rates.exact / 2)  # float64
         if task.scheme is None:
             continue
         shrinks, refinements = SEARCH[task.scheme.bits] if task.calibrated else ((1.0,), 0)
@@ -134,6 +140,15 @@ def _stage(stage: list[Task], plan: Plan, tokens: float, rates: Rates, ranks: in
     if ranks > 1:  # half of the float32 Gram matrix goes round twice, integers once
         total += ((4.0 * columns**2 if tokens else 0) + weights * ranks) / _LINK
     return total
+
+
+def _factoring(task: Task) -> float:
+    """Operations of making factors, which each rank does for itself."""
+    ref, factoring = task.ref, task.factoring
+    assert factoring is not None
+    narrow, wide = sorted((ref.out_features, ref.in_features))
+    total = 2.0 * ref.weights * ref.in_features + 2.0 * narrow**2 * wide + _EIGENVECTORS * float(narrow) ** 3
+    return total + (float(ref.in_features) ** 3 / 3 + 4.0 * ref.weights * ref.in_features) * factoring.update
 
 
 def _removing(method: str, plan: Plan, rows: float, columns: float) -> float:

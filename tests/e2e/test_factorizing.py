@@ -1,0 +1,326 @@
+"""Matrices made two factors, alone and beside integers, end to end: what is stored, what it fits, what resumes."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import parse
+from e2e_runs import LENGTH, SAMPLES, Run, broken_run, hashes, quantize, tensors
+from safetensors.torch import load_file, save_file
+from tiny import VOCABULARY, build, tiny
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import llmcomp
+from llmcomp.adapters.discover import discover
+from llmcomp.cli.main import main
+from llmcomp.errors import BadRecipe
+from llmcomp.formats.opening import open_checkpoint
+from llmcomp.formats.verify import check as verified
+from llmcomp.kinds import LowRank
+from llmcomp.methods import lowrank
+from llmcomp.pipeline.job import plan_recipe
+from llmcomp.pipeline.plan import prospect
+from llmcomp.recipe import (
+    Calibration,
+    FactorizeStep,
+    Override,
+    QuantizeStep,
+    Recipe,
+    SparsifyStep,
+    Step,
+    check,
+)
+from llmcomp.report.schema import Report
+from llmcomp.report.summary import reproduce
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    steps: tuple[Step, ...]
+    format: str = "llmcomp"
+    dtype: torch.dtype = torch.float32
+
+
+OVERRIDES = (Override("mlp", ratio=0.5), Override("down_proj", rank=7), Override("blocks:0", skip=True))
+CASES = {
+    "llama": Case("llama", (FactorizeStep(),), dtype=torch.bfloat16),
+    "llama overrides": Case("llama", (FactorizeStep("asvd", overrides=OVERRIDES),)),
+    "bert": Case("bert", (FactorizeStep(ratio=0.6),)),
+    "gpt2 svd": Case("gpt2", (FactorizeStep("svd", ratio=0.5),)),
+    "mixtral": Case("mixtral", (FactorizeStep(),)),  # whose experts few tokens reach
+    "albert": Case("albert", (FactorizeStep(),)),  # one block that runs twice
+    "llama int4": Case("llama", (FactorizeStep(), QuantizeStep(group_size=64)), dtype=torch.bfloat16),
+    "gpt2 int8": Case("gpt2", (FactorizeStep(ratio=0.5), QuantizeStep("rtn", 8))),
+    "bert corrected": Case("bert", (QuantizeStep(bits=3), FactorizeStep(rank=8))),
+    "mixtral corrected": Case("mixtral", (QuantizeStep(), FactorizeStep(rank=4))),
+    "llama dense": Case("llama", (FactorizeStep(),), "dense", torch.bfloat16),
+}
+
+
+def recipe_of(text: Path, case: Case) -> Recipe:
+    return Recipe(case.steps, Calibration(str(text), SAMPLES, LENGTH), format=case.format)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, Run]:
+    root, made = tmp_path_factory.mktemp("factorizing"), {}
+    for name, case in CASES.items():
+        source = root / f"{case.model}-{case.dtype}"
+        if not source.exists():
+            tiny(case.model, source, tokenizer=True, dtype=case.dtype)
+        made[name] = quantize(source, root / name.replace(" ", "-"), recipe_of(text, case))
+    return made
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_stored_computes_what_the_run_computed(name: str, runs: dict[str, Run]) -> None:
+    found = verified(runs[name].output, runs[name].witness)
+    assert found.passed and found.modules_compressed == (0 if name == "llama dense" else len(runs[name].report.layers))
+
+
+def test_dense_is_the_product_of_the_factors(runs: dict[str, Run]) -> None:
+    opened, dense = dict(open_checkpoint(runs["llama"].output).dense()), tensors(runs["llama dense"].output)
+    for layer in runs["llama"].report.layers:
+        assert torch.equal(opened[f"{layer.name}.weight"], dense[f"{layer.name}.weight"])
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.format == "llmcomp"])
+def test_what_is_stored_has_its_rank_and_is_smaller(name: str, runs: dict[str, Run]) -> None:
+    run, kinds = runs[name], open_checkpoint(runs[name].output).kinds
+    for layer in run.report.layers:
+        kind, (rows, columns) = kinds[layer.name], layer.shape
+        assert isinstance(kind, LowRank) and layer.bytes_after < layer.bytes_before
+        step = next(step for step in CASES[name].steps if isinstance(step, FactorizeStep))
+        if step.rank is not None:
+            assert kind.rank == step.rank and kind.base is not None
+        elif not step.overrides:
+            exact = (step.ratio or 0.8) * rows * columns / (rows + columns)
+            assert kind.rank == int(exact)
+            assert f"rank {kind.rank} (" in layer.scheme
+
+
+def test_overrides_have_their_own_ratio_or_rank(runs: dict[str, Run]) -> None:
+    schemes, left = runs["llama overrides"].schemes(), runs["llama overrides"].left()
+    assert schemes["model.layers.1.mlp.up_proj"] == "rank 42 (49%)"
+    assert schemes["model.layers.1.mlp.down_proj"] == "rank 7 (8%)"
+    assert "blocks:0" in left["model.layers.0.mlp.up_proj"]
+
+
+def test_experts_are_not_updated_and_say_so(runs: dict[str, Run]) -> None:
+    layers = runs["mixtral"].report.layers
+    experts = [layer for layer in layers if ".experts." in layer.name]
+    assert experts and all("experts are not updated" in (layer.fallback or "") for layer in experts)
+    assert {layer.method for layer in experts} <= {"svd-llm", "asvd", "svd"}
+    assert {layer.method for layer in layers if layer not in experts} == {"svd-llm updated"}
+    assert {layer.fallback for layer in runs["albert"].report.layers} == {
+        "not updated: the model runs one block several times, which is solved by what the source's reads"
+    }
+
+
+def test_the_report_says_what_was_done(runs: dict[str, Run]) -> None:
+    assert runs["llama"].report.command == "factorize" and runs["llama int4"].report.command == "compress"
+    assert {layer.method for layer in runs["llama int4"].report.layers} == {"svd-llm updated + gptq"}
+    assert {layer.method for layer in runs["bert corrected"].report.layers} == {"gptq + svd-llm"}
+    assert {layer.scheme for layer in runs["bert corrected"].report.layers} == {"int3 g128 + rank 8 of int8 channel"}
+    assert any("fewer multiplications" in label for label in runs["llama"].report.labels)
+    assert any("As large as before" in label for label in runs["llama dense"].report.labels)
+    assert all(layer.error is not None and 0 < layer.error < 1 for layer in runs["llama"].report.layers)
+
+
+def test_a_correction_lowers_the_error_of_what_it_corrects(runs: dict[str, Run], text: Path, tmp_path: Path) -> None:
+    alone = quantize(runs["bert corrected"].source, tmp_path / "alone", recipe_of(text, Case(
+        "bert", (QuantizeStep(bits=3),)
+    )))  # fmt: skip
+    errors = [{one.name: one.error for one in run.report.layers} for run in (runs["bert corrected"], alone)]
+    first = [name for name in errors[0] if "layer.0.attention.self" in name]  # whose inputs are the same in both
+    assert len(first) == 3 and all((errors[0][name] or 0) < 0.8 * (errors[1][name] or 0) for name in first)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama int4", "bert corrected", "albert"])
+def test_a_broken_run_ends_bit_identical(name: str, runs: dict[str, Run], text: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(text, CASES[name])
+    output = tmp_path / "again"
+    broken_run(runs[name].source, output, recipe, 1)
+    again = quantize(runs[name].source, output, recipe)
+    assert again.report.resumed_blocks == 1
+    assert hashes(output) == hashes(runs[name].output)
+
+
+# --- what factors are fitted to ---
+
+
+@pytest.fixture(scope="module")
+def windows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Known windows: several times as many tokens as the widest input has columns."""
+    path = tmp_path_factory.mktemp("windows") / "windows.safetensors"
+    ids = torch.randint(8, VOCABULARY, (24, 64), generator=torch.Generator().manual_seed(0))
+    save_file({"input_ids": ids}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def fitted(runs: dict[str, Run], windows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Run]:
+    """{update: a run of float32 Llama on these windows}."""
+    root, source = tmp_path_factory.mktemp("fitted"), runs["llama overrides"].source
+    calibration = Calibration(str(windows), 24, 64)
+    return {
+        update: quantize(source, root / str(update), Recipe((FactorizeStep(ratio=0.5, update=update),), calibration,
+                                                            format="llmcomp"))
+        for update in (True, False)
+    }  # fmt: skip
+
+
+def reads(model: Any, ids: Tensor, name: str) -> Tensor:
+    """float64 [tokens, in]: what a linear reads."""
+    found: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    with torch.no_grad():
+        model(input_ids=ids)
+    handle.remove()
+    return found[0].double().flatten(0, 1)
+
+
+@pytest.mark.parametrize("name", ["layers.0.mlp.down_proj", "layers.1.self_attn.v_proj", "layers.1.mlp.up_proj"])
+def test_factors_are_the_source_s_best_and_then_fitted_to_the_inputs_of_now(
+    name: str, fitted: dict[bool, Run], windows: Path
+) -> None:
+    """Against least squares by singular value decomposition, with the inputs that plain transformers computes."""
+    source = AutoModelForCausalLM.from_pretrained(fitted[True].source, dtype=torch.float32)
+    compressed = llmcomp.load(fitted[True].output)
+    ids, name = load_file(windows)["input_ids"], f"model.{name}"
+    there, now = reads(source, ids, name), reads(compressed, ids, name)
+    weight = source.get_submodule(name).weight.detach().double()
+    low = compressed.get_submodule(name).compressed()
+    left = torch.linalg.svd((there @ weight.T).T, full_matrices=False).U[:, : low.rank]
+    start = left @ left.T @ weight
+    # Ridge, from where the factors are: (outputs of the source) - X' start' = X' step'.
+    ridge = (lowrank.REFIT_DAMPING * now.square().sum(0).mean()).sqrt() * torch.eye(now.shape[1], dtype=torch.float64)
+    missing = (there @ weight.T - now @ start.T) @ left
+    right = torch.linalg.lstsq(torch.cat((now, ridge)), torch.cat((missing, missing.new_zeros(len(ridge), low.rank))))
+    wanted = start + left @ right.solution.T
+    apart = float((low.dense().double() - wanted).norm() / wanted.norm())
+    assert apart < 1e-3 < float((start - wanted).norm() / wanted.norm())
+    layer = next(one for one in fitted[True].report.layers if one.name == name)
+    some = slice(None, None, max(1, len(weight) // 128))  # rows that stand for all
+    outputs = there @ weight[some].T
+    lost = float((outputs - now @ low.dense()[some].double().T).square().sum() / outputs.square().sum())
+    assert layer.error == pytest.approx(lost, rel=1e-3)
+
+
+def test_with_equal_inputs_the_update_changes_nothing(fitted: dict[bool, Run]) -> None:
+    """The first stage reads what it reads in the source model; a later one does not."""
+    one, other = (dict(open_checkpoint(fitted[update].output).dense()) for update in (True, False))
+
+    def apart(name: str) -> float:
+        return float((one[name] - other[name]).norm() / other[name].norm())
+
+    assert apart("model.layers.0.self_attn.q_proj.weight") < 1e-5
+    assert apart("model.layers.1.self_attn.q_proj.weight") > 1e-3
+
+
+def test_the_update_brings_a_block_s_outputs_nearer(fitted: dict[bool, Run], windows: Path) -> None:
+    ids = load_file(windows)["input_ids"]
+    with torch.no_grad():
+        source = AutoModelForCausalLM.from_pretrained(fitted[True].source, dtype=torch.float32)(input_ids=ids).logits
+        apart = {u: (llmcomp.load(run.output)(input_ids=ids).logits - source).norm() for u, run in fitted.items()}
+    assert float(apart[True]) < 0.98 * float(apart[False])
+
+
+# --- what cannot be ---
+
+
+@pytest.mark.parametrize(
+    ("steps", "format", "said"),
+    [
+        ((FactorizeStep(ratio=1.0),), "llmcomp", "--ratio 1.0 cannot be: it is the share of bytes kept"),
+        ((FactorizeStep(ratio=-0.5),), "llmcomp", "--ratio -0.5 cannot be"),
+        ((FactorizeStep(ratio=0.5, rank=8),), "llmcomp", "say the same thing"),
+        ((FactorizeStep(rank=0),), "llmcomp", "a rank is at least 1"),
+        ((FactorizeStep(rank=80),), "llmcomp", r"Rank 80 saves nothing on a matrix \[128, 128\]; take 1 to 63"),
+        ((FactorizeStep(rank=500),), "llmcomp", r"Rank 500 is above the width of a matrix \[128, 128\]"),
+        ((FactorizeStep("pca"),), "llmcomp", "method 'pca' is not one of svd-llm, asvd, svd"),
+        ((FactorizeStep(targets=("embeddings",)),), "llmcomp", "looked up row by row"),
+        ((FactorizeStep(targets=("convolutions",)),), "llmcomp", "'convolutions' matches no weight"),
+        ((FactorizeStep(options={"alpha": 0.3}),), "llmcomp", "unknown key 'alpha'"),
+        ((FactorizeStep(ranks="fair"),), "llmcomp", "choose uniform or balanced"),
+        ((FactorizeStep(overrides=(Override("mlp", bits=8),)),), "llmcomp", "sets bits"),
+        ((QuantizeStep(overrides=(Override("mlp", rank=8),)),), "llmcomp", "sets rank"),
+        ((FactorizeStep(),), "compressed-tensors", "--format llmcomp holds their factors"),
+        ((FactorizeStep(), QuantizeStep()), "compressed-tensors", "--format llmcomp holds their factors"),
+        ((FactorizeStep(),), "bnb-nf4", "has no form for factors"),
+        ((FactorizeStep(), SparsifyStep()), "llmcomp", "do not go together"),
+        ((FactorizeStep(), QuantizeStep("signround")), "llmcomp", "signround learns from"),
+        ((FactorizeStep(), QuantizeStep("awq")), "llmcomp", "awq scales what"),
+        ((FactorizeStep(), QuantizeStep(bits=8, activations="int8-dynamic")), "llmcomp", "leave --activations out"),
+        ((QuantizeStep(), FactorizeStep(ratio=0.5)), "llmcomp", "there is no ratio; give a rank"),
+        ((QuantizeStep(), FactorizeStep("asvd")), "llmcomp", "are those of svd-llm"),
+        ((QuantizeStep(), FactorizeStep(update=True)), "llmcomp", "leave 'update: true' out"),
+        ((QuantizeStep(), FactorizeStep(rank=400)), "llmcomp", r"rank 400 is above the width of a matrix \[128, 128\]"),
+        ((QuantizeStep(bits=8), FactorizeStep(rank=120)), "llmcomp", "take a smaller rank"),
+        ((QuantizeStep(targets=("mlp",)), FactorizeStep()), "llmcomp", "there is nothing to correct"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_one_sentence(steps: tuple[Step, ...], format: str, said: str) -> None:
+    recipe = Recipe(steps, format=format)
+    with pytest.raises(BadRecipe, match=said) as caught:
+        check(recipe)
+        plan_recipe(recipe, discover(build("llama", dtype=torch.bfloat16)))
+    assert "\n" not in str(caught.value)
+
+
+def test_auto_beside_factors_takes_what_leaves_them_alone() -> None:
+    recipe = Recipe((FactorizeStep(), QuantizeStep("auto", bits=2)), format="llmcomp")
+    tasks = plan_recipe(recipe, discover(build("llama"))).assignment.tasks
+    assert {task.methods for task in tasks.values()} == {"svd-llm updated + gptq"}
+
+
+def test_the_plan_says_how_often_windows_are_computed() -> None:
+    adapter = discover(build("llama"))
+    found = {}
+    for update in (True, False):
+        step = FactorizeStep("svd", update=update)
+        recipe = Recipe((step,), Calibration(samples=4, sequence_length=64), format="llmcomp")
+        found[update] = prospect(adapter, recipe, (), 8 * 2**20).rows[0]
+    assert [found[update].passes for update in (True, False)] == [2, 1]
+    assert found[True].statistics and not found[False].statistics
+    assert found[True].peak_memory > found[False].peak_memory
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_recipes_are_read_as_they_were_written(case: Case) -> None:
+    recipe = Recipe(case.steps, format=case.format)
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+def test_a_recipe_with_factors_is_stored_as_factors() -> None:
+    assert Recipe.from_yaml("steps: [{kind: factorize}]").format == "llmcomp"
+    assert Recipe.from_yaml("steps: [{kind: quantize}, {kind: factorize}]").format == "llmcomp"
+
+
+def test_the_commands(runs: dict[str, Run], text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model, output, saved = str(runs["bert"].source), str(tmp_path / "out"), str(tmp_path / "recipe.yaml")
+    flags = ["--method", "asvd", "--ratio", "0.6", "--targets", "attention,mlp", "--skip", "blocks:0", "--update"]
+    shared = ["--calibration", str(text), "--samples", "4", "--sequence-length", "16"]
+    quick = ["--no-evaluate", "--no-verify"]
+    assert main(["factorize", model, *flags, *shared, *quick, "--save-recipe", saved, "-o", output]) == 0
+    printed = capfd.readouterr().out
+    assert "rank " in printed and "llmcomp factorize" in printed
+    report = Report.read(tmp_path / "out")
+    assert parse(shlex.split(reproduce(report))[1:])["recipe"] == Path("llmcomp_recipe.yaml")
+    assert main(["compress", model, "--recipe", saved, *quick, "-o", str(tmp_path / "again")]) == 0
+    assert hashes(tmp_path / "again") == hashes(tmp_path / "out")
+    capfd.readouterr()
+    assert main(["plan", model, "--recipe", saved]) == 0
+    assert "asvd ratio 0.6" in capfd.readouterr().out
+    assert main(["factorize", model, "--rank", "999", "-o", str(tmp_path / "no")]) == 2
+    assert "above the width" in capfd.readouterr().err
+    assert not list(tmp_path.glob("*no*"))
+    made = llmcomp.factorize(model, ratio=0.5, method="svd", output=tmp_path / "py", evaluate=False, verify=False)
+    assert {layer.scheme for layer in made.report.layers} == {"rank 32 (50%)", "rank 42 (49%)"}
