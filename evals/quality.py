@@ -1,7 +1,7 @@
 """Quality side by side: every tool on the same model, windows and text; markdown tables on stdout.
 
-    python -m evals.quality [--tools NAME …] [--settings NAME …] [--part lm|sst2|lm-sparse] [--threads 1]
-                             [--seeds 0 1 2] [--kept]
+    python -m evals.quality [--tools NAME …] [--settings NAME …] [--part lm|sst2|lm-sparse|lm-lowrank]
+                             [--threads 1] [--seeds 0 1 2] [--kept]
 
 For each setting, calibration seed and tool: quantize in the tool's own environment, open the checkpoint as
 its user would (`evals/score.py`), keep the loss of every window. Peers' results are kept in a JSON file per
@@ -39,7 +39,7 @@ from evals.common import (
     sentence_kl,
     sentence_labels,
 )
-from evals.peers.arguments import PRUNING
+from evals.peers.arguments import FACTORS, PRUNING
 from evals.process import RunFailed, environment, machine, run, versions
 from evals.setup_peers import peer_python
 
@@ -72,11 +72,13 @@ class Setting:
     bits: int = 16
     group_size: int | None = None
     pattern: str | None = None
+    ratio: float | None = None  # of bytes that factors keep
 
 
 @dataclass(frozen=True)
 class Part:
-    """A model, the texts or sentences it is measured on, and the settings compared."""
+    """A model, the texts or sentences it is measured on, and the settings compared; `ours`: the tool that stands
+    against the best of the others, where all are llmcomp's."""
 
     name: str
     task: str
@@ -84,6 +86,7 @@ class Part:
     texts: dict[str, str]
     settings: tuple[Setting, ...]
     tools: tuple[str, ...]
+    ours: str | None = None
 
 
 TOOLS = {
@@ -96,6 +99,7 @@ TOOLS = {
         Tool(LEARNED, OURS, "gptq-signround"),
         *(Tool(f"llmcomp {method}", OURS, method) for method in ("sparsegpt", "alps", "wanda", "magnitude")),
         *(Tool(f"llmcompressor {method}", "llmcompressor", method) for method in ("sparsegpt", "wanda")),
+        *(Tool(f"llmcomp {method}", OURS, method) for method in FACTORS),
         Tool("llmcompressor gptq", "llmcompressor", "gptq"),
         Tool("llmcompressor gptq-mse", "llmcompressor", "gptq-mse"),
         Tool("llmcompressor awq", "llmcompressor", "awq"),
@@ -119,7 +123,8 @@ PARTS = {
             Setting("2-bit g64", 2, 64),
         ),
         tuple(
-            name for name, tool in TOOLS.items() if "rtn" not in name and name != LEARNED and tool.method not in PRUNING
+            name for name, tool in TOOLS.items()
+            if "rtn" not in name and name != LEARNED and tool.method not in (*PRUNING, *FACTORS)
         ),
     ),
     "lm-sparse": Part(
@@ -134,6 +139,15 @@ PARTS = {
             Setting("70%", pattern="0.7"),
         ),
         tuple(name for name, tool in TOOLS.items() if tool.method in PRUNING),
+    ),
+    "lm-lowrank": Part(
+        "lm-lowrank",
+        "causal-lm",
+        "models/lm",
+        {"books": "data/books/validation.txt", "wikitext": "data/wikitext-2-raw/test.txt"},
+        tuple(Setting(f"ratio {ratio}", ratio=ratio) for ratio in (0.8, 0.6, 0.4)),
+        tuple(f"llmcomp {method}" for method in FACTORS),
+        "llmcomp svd-llm-update",
     ),
     "sst2": Part(
         "sst2",
@@ -195,6 +209,7 @@ def measure(tool: Tool, part: Part, setting: Setting, windows: Path, threads: in
         arguments = ["--model", str(assets_root() / part.model), "--windows", str(windows)]
         arguments += ["--bits", str(setting.bits), "--group-size", group, "--output", str(output)]
         arguments += [] if setting.pattern is None else ["--pattern", setting.pattern]
+        arguments += [] if setting.ratio is None else ["--ratio", str(setting.ratio)]
         arguments += ["--threads", str(threads), "--method", tool.method, "--task", part.task]
         try:
             measured = run(tool.python, f"evals.peers.{tool.package}_run", arguments, threads)
@@ -209,6 +224,7 @@ def cell_path(tool: Tool, part: Part, setting: Setting, seed: int) -> Path:
     found = versions(tool.python, [tool.package, "torch", "transformers"])
     key = [tool.name, found, part.model, part.task, part.texts, setting.bits, setting.group_size, seed]
     key += [] if setting.pattern is None else [setting.pattern]
+    key += [] if setting.ratio is None else [setting.ratio]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     words = f"{part.name} {setting.name} {tool.name} {found.get(tool.package, '')} seed{seed} {digest}"
     return cache_root() / f"{words.replace(' ', '_')}.json"
@@ -240,10 +256,15 @@ def stacked(rows: list[dict], text: str) -> np.ndarray | None:
     return np.array([row["scores"][text] for row in rows])
 
 
-def compared(values: dict[str, np.ndarray], relative: bool) -> str:
-    """llmcomp (`auto` or ALPS, if it ran) minus the peer with the lowest mean, with its paired interval, as a cell."""
-    ours = next((name for name in (AUTO, OURS, "llmcomp alps", "llmcomp sparsegpt") if name in values), OURS)
-    peers = {name: value for name, value in values.items() if TOOLS[name].package != OURS and "rtn" not in name}
+def compared(values: dict[str, np.ndarray], relative: bool, own: str | None = None) -> str:
+    """llmcomp (`auto` or ALPS, if it ran) minus the peer with the lowest mean, with its paired interval, as a cell; or
+    the method `own` minus the best of all others."""
+    known = (AUTO, OURS, "llmcomp alps", "llmcomp sparsegpt")
+    ours = own or next((name for name in known if name in values), OURS)
+    peers = {
+        name: value for name, value in values.items()
+        if "rtn" not in name and (name != own if own else TOOLS[name].package != OURS)
+    }  # fmt: skip
     if ours not in values or not peers:
         return "–"
     best = min(peers, key=lambda name: peers[name].mean())
@@ -266,9 +287,10 @@ def lm_table(part: Part, tools: list[str], results: dict, dense: dict[str, list]
                     values[name] = array
             shown = [f"{np.exp(values[n].mean()):.2f}" if n in values else "refused" for n in tools]
             rows.append(
-                [setting.name, text, f"{np.exp(np.mean(dense[text])):.2f}", *shown, compared(values, True)]
+                [setting.name, text, f"{np.exp(np.mean(dense[text])):.2f}", *shown, compared(values, True, part.ours)]
             )
-    return markdown(["setting", "text", "dense", *tools, "llmcomp − best peer (perplexity, 95%)"], rows)
+    against = "llmcomp − best peer" if part.ours is None else f"{part.ours} − best other"
+    return markdown(["setting", "text", "dense", *tools, f"{against} (perplexity, 95%)"], rows)
 
 
 def sst2_table(part: Part, tools: list[str], results: dict, dense: dict[str, list]) -> str:

@@ -51,6 +51,7 @@ from llmcomp.pipeline.memory import PeakMemory
 from llmcomp.pipeline.plan import bytes_after
 from llmcomp.pipeline.run import Compression
 from llmcomp.pipeline.streaming import open_streamed
+from llmcomp.pipeline.surveying import ranks_of
 from llmcomp.pipeline.whole import Conversion, prepare
 from llmcomp.progress import Progress, Silent
 from llmcomp.ranks import ALONE, World
@@ -114,7 +115,7 @@ class Session:
             data = gather(self.recipe, source, plan, self.model, self.progress, self.world)
         forget_peak(self.device)
         with PeakMemory() as memory:
-            outcome = (self._convert if plan.whole else self._compress)(source, plan, data)
+            plan, outcome = (self._convert if plan.whole else self._compress)(source, plan, data)
             of_others = self.world.largest(memory.peak)
             on_device = self.world.largest(peak_bytes(self.device))
             self.world.part()
@@ -154,7 +155,8 @@ class Session:
 
     # --- the phases ---
 
-    def _compress(self, source: Source, plan: Plan, data: Data) -> Outcome:
+    def _compress(self, source: Source, plan: Plan, data: Data) -> tuple[Plan, Outcome]:
+        """By the loop over blocks; the plan, with ranks if those were to be shared out first."""
         parts = [self.recipe.to_yaml(), source.checkpoint.fingerprint(), data.fingerprint, version("llmcomp")]
         if self.device.type != "cpu":  # sums in another order are other bits
             parts.append(describe(self.device))
@@ -168,6 +170,15 @@ class Session:
         elif journal.done:
             self._note(f"Resuming: {len(journal.done)} parts of an unfinished run are reused.")
         model = source.adapter.model
+        batches = [call(model, one.input_ids, one.attention_mask, one.context) for one in data.batches]
+        partial = self.partial if self.world.first else scratch_of(self.partial, self.world.rank)
+        if plan.shares_ranks:
+            with self._timed("ranks"):
+                memory = self.options.activation_memory
+                ranks = ranks_of(
+                    source, plan, batches, partial, memory, self.device, self.world, self.progress
+                )
+                plan = plan_recipe(self.recipe, source.adapter, ranks)
         job = Job(
             adapter=source.adapter,
             binding=source.binding,
@@ -177,9 +188,9 @@ class Session:
             factoring={} if self.recipe.factorizing is None else self.recipe.factorizing.options,
             layout=plan.layout,
             ties=plan.ties,
-            batches=[call(model, one.input_ids, one.attention_mask, one.context) for one in data.batches],
+            batches=batches,
             witness=data.witness,
-            partial=self.partial if self.world.first else scratch_of(self.partial, self.world.rank),
+            partial=partial,
             activation_memory=self.options.activation_memory,
             world=self.world,
             seed=self.recipe.seed,
@@ -192,7 +203,7 @@ class Session:
                 clear_scratch(job.partial)
         for phase, seconds in outcome.phases.items():
             self.phases[phase] = seconds
-        return outcome
+        return plan, outcome
 
     def _agree(self, source: Source, data: Data) -> None:
         """Compare what this rank has read with what the first one has."""
@@ -210,13 +221,13 @@ class Session:
                 f"(here the model is {self.path})."
             )
 
-    def _convert(self, source: Source, plan: Plan, data: Data) -> Outcome:
+    def _convert(self, source: Source, plan: Plan, data: Data) -> tuple[Plan, Outcome]:
         """By transformers, from the whole model."""
         self._note("Errors are of the weights alone, ||W - Q||² / ||W||².")
         allow = self.options.allow_pickle
         outcome = Conversion(source, plan, data.witness, self.partial, self.progress, allow_pickle=allow).run()
         self.phases |= outcome.phases
-        return outcome
+        return plan, outcome
 
     def _assemble(self, source: Source, plan: Plan, outcome: Outcome) -> Path:
         """The future output in the partial directory, all but the report."""

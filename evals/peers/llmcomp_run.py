@@ -16,7 +16,7 @@ import torch
 
 import llmcomp
 from evals.common import mark
-from evals.peers.arguments import Job, parse, rows
+from evals.peers.arguments import FACTORS, Job, parse, rows
 
 LATE = ("compressed_tensors.quantization", "datasets", "matplotlib.figure", "rich.console", "rich.table")
 LATE += ("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
@@ -40,12 +40,16 @@ def import_everything() -> None:
 
 def command(job: Job) -> list[str]:
     """The words after `llmcomp` for a job."""
-    if job.pattern is None and job.method not in METHOD_WORDS:
+    if job.pattern is None and job.method not in (METHOD_WORDS if job.ratio is None else FACTORS):
         raise SystemExit(f"llmcomp has no method {job.method}; expected one of {', '.join(METHOD_WORDS)}")
     group = "channel" if job.group_size is None else str(job.group_size)
     sentences = job.windows.with_suffix(".jsonl")  # what the windows were tokenized from, for classifiers
     calibration = sentences if job.task == "classification" else job.windows
-    if job.pattern is None:
+    if job.ratio is not None:
+        own, *how = FACTORS[job.method]
+        # The product of the factors computes the same, and plain transformers opens it.
+        words = ["factorize", str(job.model), "--ratio", str(job.ratio), "--method", own, *how, "--format", "dense"]
+    elif job.pattern is None:
         words = ["quantize", str(job.model), "--bits", str(job.bits), "--group-size", group, *METHOD_WORDS[job.method]]
     else:
         share = [] if ":" in job.pattern else ["--sparsity", job.pattern]

@@ -44,7 +44,9 @@ from llmcomp.weights import LowRankWeight
 _DAMPING = 1e-6
 
 # Of the update. The products that it takes apart are summed in float32, and with few tokens the inputs of now hardly
-# show some directions, in which the source's would ask for large factors that cancel each other.
+# show some directions, in which the source's would ask for large factors that cancel each other. On a small trained
+# decoder at a ratio of 0.6 perplexity is 73.2, 73.5, 73.6 and 74.3 with 1e-6, 1e-4, 1e-3 and 1e-2 (98.2 without the
+# update) after 128 windows of 256 tokens, and 88.2, 88.0, 87.8 and 87.8 (110.2) after 16; one run each.
 REFIT_DAMPING = 1e-3
 
 

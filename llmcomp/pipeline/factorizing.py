@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 
@@ -22,8 +23,17 @@ from llmcomp.steps import DEFAULT_CORRECTION
 Ranks = Mapping[str, int | None]
 
 
-def factors(adapter: Adapter, step: FactorizeStep) -> Assignment:
+def shares_budget(step: FactorizeStep, ref: LinearRef) -> bool:
+    """Whether the rank of a linear is one that a common budget pays for: it has no ratio or rank of its own."""
+    override = override_for(step, ref.name, ref.role, ref.block)
+    return step.ranks == "balanced" and (override is None or (override.ratio is None and override.rank is None))
+
+
+def factors(adapter: Adapter, step: FactorizeStep, ranks: Ranks = MappingProxyType({})) -> Assignment:
     """Resolve targets, overrides and ranks of factors that stand for matrices.
+
+    Args:
+        ranks: that were shared out; linears without one have that of their ratio.
 
     Raises:
         BadRecipe: an unknown method, a target or override that matches nothing, nothing to do, embeddings, or a ratio
@@ -36,7 +46,9 @@ def factors(adapter: Adapter, step: FactorizeStep) -> Assignment:
     for ref in adapter.refs:
         if (why := left_out(step, ref)) is not None:
             left[ref.name] = why
-        elif (task := _task(ref, step, problems, repeated)) is not None:
+        elif ref.name in ranks and ranks[ref.name] is None:
+            left[ref.name] = "stays dense: of the ranks that the common budget pays for none makes it smaller"
+        elif (task := _task(ref, step, problems, repeated, ranks.get(ref.name))) is not None:
             tasks[ref.name] = task
     if step.ranks == "balanced" and repeated:
         problems.append(
@@ -46,17 +58,20 @@ def factors(adapter: Adapter, step: FactorizeStep) -> Assignment:
     return _fitting(adapter, tasks, left, problems)
 
 
-def _task(ref: LinearRef, step: FactorizeStep, problems: list[str], repeated: bool) -> Task | None:
+def _task(
+    ref: LinearRef, step: FactorizeStep, problems: list[str], repeated: bool, shared: int | None
+) -> Task | None:
     """The task of one linear; None where the recipe cannot be right, with `problems` saying why.
 
     Args:
-        repeated: the model runs a block several times.
+        repeated: the model runs a block several times. shared: its part of a common budget.
     """
     override = override_for(step, ref.name, ref.role, ref.block)
     method = override.method if override is not None and override.method is not None else step.method
     if method not in LOW_RANK:
         return None
     ratio, rank = size_for(step, override)  # which can be, or `recipe.check` has said why not
+    rank = shared or rank
     try:
         if rank is None:
             assert ratio is not None  # one of them is
@@ -75,23 +90,26 @@ def _task(ref: LinearRef, step: FactorizeStep, problems: list[str], repeated: bo
     return Task(ref, None, method, fallback, factoring=Factoring(rank, method, wanted, update and paired))
 
 
-def with_factors(adapter: Adapter, steps: Sequence[Step]) -> Assignment:
-    """What a step that factorizes and one that quantizes do to each linear, in their order.
+def with_factors(adapter: Adapter, steps: Sequence[Step], ranks: Ranks = MappingProxyType({})) -> Assignment:
+    """What a step that factorizes does to each linear, alone or before or behind one that quantizes.
 
     Raises:
         BadRecipe: a step that does not fit, or two that exclude each other on a linear.
     """
-    first, second = steps
+    first, *rest = steps
+    if isinstance(first, FactorizeStep) and not rest:
+        return factors(adapter, first, ranks)
+    (second,) = rest
     if isinstance(first, FactorizeStep):
         assert isinstance(second, QuantizeStep)  # as ORDERS has it
-        low, quantized = factors(adapter, first), assign(adapter, alone(second))
+        low, quantized = factors(adapter, first, ranks), assign(adapter, alone(second))
         tasks = {ref.name: _rounded(low.tasks.get(ref.name), quantized.tasks.get(ref.name)) for ref in adapter.refs}
     else:
         assert isinstance(first, QuantizeStep) and isinstance(second, FactorizeStep)
         quantized = assign(adapter, alone(first))
-        ranks = _corrections(adapter, second)
-        tasks = {ref.name: _corrected(quantized.tasks.get(ref.name), ranks.get(ref.name)) for ref in adapter.refs}
-        if unrounded := [name for name in ranks if tasks[name] is None]:
+        added = _corrections(adapter, second)
+        tasks = {ref.name: _corrected(quantized.tasks.get(ref.name), added.get(ref.name)) for ref in adapter.refs}
+        if unrounded := [name for name in added if tasks[name] is None]:
             raise BadRecipe(
                 f"{unrounded[0]} is not quantized ({quantized.left[unrounded[0]]}), so there is nothing to correct; "
                 "skip it in both steps."

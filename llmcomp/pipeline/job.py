@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from llmcomp.methods import AUTO, AUTO_ALONE, LOW_RANK, SPARSE
 from llmcomp.methods.factors import CorrectionConfig
 from llmcomp.pipeline import feeding
 from llmcomp.pipeline.assign import Assignment
+from llmcomp.pipeline.factorizing import Ranks
 from llmcomp.pipeline.solved import method_config
 from llmcomp.pipeline.sparsifying import assign_steps
 from llmcomp.progress import Progress
@@ -68,6 +70,12 @@ class Plan:
     ties: Mapping[str, str]
     untied: bool
     whole: bool = False
+
+    @property
+    def shares_ranks(self) -> bool:
+        """Whether ranks are still to be shared out, by a pass over the source model."""
+        step = self.recipe.factorizing
+        return step is not None and step.ranks == "balanced"
 
 
 @dataclass(frozen=True)
@@ -139,8 +147,11 @@ def open_source(path: Path, *, trust_remote_code: bool = False, allow_pickle: bo
     return Source(checkpoint, adapter, binding)
 
 
-def plan_recipe(recipe: Recipe, adapter: Adapter) -> Plan:
+def plan_recipe(recipe: Recipe, adapter: Adapter, ranks: Ranks = MappingProxyType({})) -> Plan:
     """Meet a recipe with a model.
+
+    Args:
+        ranks: of factors, where one budget was shared out; a plan without them has one ratio for all.
 
     Raises:
         BadRecipe: it does not fit; all problems at once.
@@ -148,7 +159,7 @@ def plan_recipe(recipe: Recipe, adapter: Adapter) -> Plan:
     if recipe.format not in FORMATS:
         raise BadRecipe(f"Format '{recipe.format}' is not one of {', '.join(FORMATS)}.")
     asked = _grids_apart(recipe)
-    assignment = assign_steps(adapter, asked.steps)
+    assignment = assign_steps(adapter, asked.steps, ranks)
     if asked.quantizing is not None:
         for method in _asked_methods(asked.quantizing, assignment):
             method_config(method, asked.quantizing.options)

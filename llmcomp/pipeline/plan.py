@@ -194,7 +194,7 @@ def row(
         statistics=passes,
         fallbacks=fallbacks,
         asked=True,
-        passes=1 + plan.assignment.beside,
+        passes=1 + plan.assignment.beside + (plan.shares_ranks and plan.assignment.calibrated),
     )
 
 

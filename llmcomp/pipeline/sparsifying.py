@@ -4,26 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from llmcomp.adapters.base import Adapter, LinearRef
 from llmcomp.errors import BadRecipe
 from llmcomp.methods import METHODS, SPARSE
 from llmcomp.pipeline.assign import Assignment, Pruning, Task, alone, assign, left_out, unknown
-from llmcomp.pipeline.factorizing import factors, with_factors
+from llmcomp.pipeline.factorizing import Ranks, with_factors
 from llmcomp.recipe import FactorizeStep, QuantizeStep, SparsifyStep, Step, override_for, pattern_for
 
 
-def assign_steps(adapter: Adapter, steps: Sequence[Step]) -> Assignment:
+def assign_steps(adapter: Adapter, steps: Sequence[Step], ranks: Ranks = MappingProxyType({})) -> Assignment:
     """What all steps of a recipe do to each linear.
+
+    Args:
+        ranks: of factors, where they were shared out.
 
     Raises:
         BadRecipe: a step that does not fit, or two that exclude each other on a linear.
     """
-    if len(steps) == 1:
-        return _one(adapter, steps[0])
-    if any(isinstance(step, FactorizeStep) for step in steps):
-        return with_factors(adapter, steps)
-    pruned, quantized = (_one(adapter, alone(step)) for step in steps)
+    others = [step for step in steps if not isinstance(step, FactorizeStep)]
+    if len(others) < len(steps):
+        return with_factors(adapter, steps, ranks)
+    if len(others) == 1:
+        return _one(adapter, others[0])
+    pruned, quantized = (_one(adapter, alone(step)) for step in others)
     tasks = {ref.name: _both(pruned.tasks.get(ref.name), quantized.tasks.get(ref.name)) for ref in adapter.refs}
     done = {name: task for name, task in tasks.items() if task is not None}
     if steps[0].options and any(task.one_sweep for task in done.values()):
@@ -35,9 +40,7 @@ def assign_steps(adapter: Adapter, steps: Sequence[Step]) -> Assignment:
     return Assignment(done, {name: why for name, why in quantized.left.items() if name not in done})
 
 
-def _one(adapter: Adapter, step: Step) -> Assignment:
-    if isinstance(step, FactorizeStep):
-        return factors(adapter, step)
+def _one(adapter: Adapter, step: QuantizeStep | SparsifyStep) -> Assignment:
     return assign(adapter, step) if isinstance(step, QuantizeStep) else _sparse(adapter, step)
 
 

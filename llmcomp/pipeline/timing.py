@@ -77,7 +77,7 @@ def seconds(
             # Each linear is computed once for each window (`calibration.capture`); where a block runs several
             # times, once for each run, and as often before it is solved.
             runs = 1 if block.applications == 1 else 2 * block.applications
-            runs += plan.assignment.beside
+            runs += plan.assignment.beside + plan.shares_ranks
             total += runs * 2.0 * share * sum(ref.weights * ref.share for ref in block.linears) / rates.forward
             total += runs * _LANE_STOP * lanes * (1 + len(block.stages))
         total += _learning(block, plan, share, max(length, share / max(1, lanes)), length / ranks, rates)

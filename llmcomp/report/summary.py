@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ _METRICS = {
     "spearman": ("difference", True),
     "overlap_at_10": ("points", True),
 }
+_MOST_SCHEMES = 3  # that one line of a table names
 _NOISE = 0.02  # two runs of one model differ by about this much in time and memory
 _TITLES = {"f1": "F1", "pearson": "Pearson", "spearman": "Spearman", "similarity_spearman": "similarity Spearman"}
 
@@ -216,13 +218,28 @@ def _role(role: str, layers: list[LayerReport]) -> Role:
     return Role(
         role,
         len(layers),
-        ", ".join(dict.fromkeys(layer.scheme for layer in layers)),
+        ", ".join(_schemes(layers)),
         sum(errors) / len(errors) if errors else None,
         max(errors, default=None),
         sum(layer.bytes_before for layer in layers),
         sum(layer.bytes_after for layer in layers),
         sum(layer.fallback is not None for layer in layers),
     )
+
+
+def _schemes(layers: list[LayerReport]) -> list[str]:
+    """Each scheme once; of many that differ in their ranks alone, how they begin, and the least and largest rank."""
+    found = dict.fromkeys(layer.scheme for layer in layers)
+    if len(found) <= _MOST_SCHEMES:
+        return list(found)
+    spans: dict[tuple[str, str], list[int]] = {}
+    for scheme in found:
+        parts = re.fullmatch(r"(.*\brank )(\d+)(?: \(\d+%\))?(.*)", scheme)
+        spans.setdefault((parts[1], parts[3]) if parts else (scheme, ""), []).extend([int(parts[2])] if parts else [])
+    return [
+        head + (f"{min(some)}–{max(some)}" if len(set(some)) > 1 else "".join(map(str, some[:1]))) + tail
+        for (head, tail), some in spans.items()
+    ]
 
 
 def ordered(parts: Iterable[str]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,8 @@ from llmcomp.formats.opening import open_checkpoint
 from llmcomp.formats.verify import check as verified
 from llmcomp.kinds import LowRank
 from llmcomp.methods import lowrank
+from llmcomp.methods.rank_budget import Spectrum, allocate, balanced
+from llmcomp.pipeline import surveying
 from llmcomp.pipeline.job import plan_recipe
 from llmcomp.pipeline.plan import prospect
 from llmcomp.recipe import (
@@ -37,7 +41,7 @@ from llmcomp.recipe import (
     check,
 )
 from llmcomp.report.schema import Report
-from llmcomp.report.summary import reproduce
+from llmcomp.report.summary import reproduce, roles
 
 
 @dataclass(frozen=True)
@@ -233,6 +237,62 @@ def test_the_update_brings_a_block_s_outputs_nearer(fitted: dict[bool, Run], win
     assert float(apart[True]) < 0.98 * float(apart[False])
 
 
+# --- ranks under one budget ---
+
+SHARED = FactorizeStep(ratio=0.6, ranks="balanced", overrides=(Override("o_proj", rank=5),))
+
+
+def test_ranks_are_those_of_the_source_s_losses_under_one_budget(
+    runs: dict[str, Run], windows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against eigenvalues of the outputs' covariance as plain transformers computes them; resumed without measuring."""
+    run = runs["llama overrides"]
+    recipe = Recipe((SHARED,), Calibration(str(windows), 24, 64), format="llmcomp")
+    output = tmp_path / "out"
+    partial = broken_run(run.source, output, recipe, 1)
+    measured = json.loads((partial / "ranks.json").read_text())
+    monkeypatch.setattr(surveying._Pass, "spectra", None)  # a second measurement would fail
+    made = quantize(run.source, output, recipe)
+    assert made.report.resumed_blocks == 1
+
+    source = AutoModelForCausalLM.from_pretrained(run.source, dtype=torch.float32)
+    ids, spectra = load_file(windows)["input_ids"], {}
+    for name in measured:
+        weight = source.get_submodule(name).weight.detach().double()
+        energies = torch.linalg.svdvals(reads(source, ids, name) @ weight.T).square()
+        spectra[name] = balanced(Spectrum(energies, (weight.shape[0], weight.shape[1])), 0.6)
+    sizes = {name: spectrum.shape[0] * spectrum.shape[1] for name, spectrum in spectra.items()}
+    wanted = allocate(spectra, int(0.6 * sum(sizes.values())), 1)
+    # Float32 sums may exchange single ranks that are worth the same.
+    assert all(abs((measured[name] or 999) - (wanted[name] or 999)) <= 1 for name in wanted)
+    assert len(set(measured.values())) > 4 and not any("o_proj" in name for name in measured)
+
+    kinds = open_checkpoint(output).kinds
+    spent = 0
+    for layer in made.report.layers:
+        kind = kinds[layer.name]
+        assert isinstance(kind, LowRank) and kind.rank == (5 if "o_proj" in layer.name else measured[layer.name])
+        spent += 0 if "o_proj" in layer.name else kind.rank * sum(layer.shape)
+    dense = sum(sizes[name] for name, rank in measured.items() if rank is None)
+    assert 0.59 * sum(sizes.values()) < spent + dense <= 0.6 * sum(sizes.values())
+    assert verified(made.output, made.witness).passed
+    (role,) = {role.schemes for role in roles(made.report) if role.role == "mlp"}
+    assert re.fullmatch(r"rank \d+–\d+", role)
+
+
+def test_a_budget_is_spent_without_text_where_the_method_reads_none() -> None:
+    recipe = Recipe((FactorizeStep("svd", ranks="balanced"),), format="llmcomp")
+    plan = plan_recipe(recipe, discover(build("llama")))
+    assert plan.shares_ranks and not plan.assignment.calibrated
+
+
+def test_what_no_rank_makes_smaller_stays_dense() -> None:
+    adapter = discover(build("llama"))
+    plan = plan_recipe(Recipe((SHARED,), format="llmcomp"), adapter, {"model.layers.0.mlp.up_proj": None})
+    assert "stays dense" in plan.assignment.left["model.layers.0.mlp.up_proj"]
+    assert "model.layers.0.mlp.up_proj" not in plan.assignment.tasks
+
+
 # --- what cannot be ---
 
 
@@ -250,6 +310,7 @@ def test_the_update_brings_a_block_s_outputs_nearer(fitted: dict[bool, Run], win
         ((FactorizeStep(targets=("convolutions",)),), "llmcomp", "'convolutions' matches no weight"),
         ((FactorizeStep(options={"alpha": 0.3}),), "llmcomp", "unknown key 'alpha'"),
         ((FactorizeStep(ranks="fair"),), "llmcomp", "choose uniform or balanced"),
+        ((FactorizeStep(rank=8, ranks="balanced"),), "llmcomp", "leave --rank out"),
         ((FactorizeStep(overrides=(Override("mlp", bits=8),)),), "llmcomp", "sets bits"),
         ((QuantizeStep(overrides=(Override("mlp", rank=8),)),), "llmcomp", "sets rank"),
         ((FactorizeStep(),), "compressed-tensors", "--format llmcomp holds their factors"),
@@ -289,6 +350,8 @@ def test_the_plan_says_how_often_windows_are_computed() -> None:
         recipe = Recipe((step,), Calibration(samples=4, sequence_length=64), format="llmcomp")
         found[update] = prospect(adapter, recipe, (), 8 * 2**20).rows[0]
     assert [found[update].passes for update in (True, False)] == [2, 1]
+    recipe = Recipe((SHARED,), Calibration(samples=4, sequence_length=64), format="llmcomp")
+    assert prospect(adapter, recipe, (), 8 * 2**20).rows[0].passes == 3
     assert found[True].statistics and not found[False].statistics
     assert found[True].peak_memory > found[False].peak_memory
 

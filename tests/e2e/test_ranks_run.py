@@ -18,6 +18,7 @@ from tiny import tiny
 
 from llmcomp import api
 from llmcomp.cli.main import main
+from llmcomp.formats.opening import open_checkpoint
 from llmcomp.formats.save import partial_of
 from llmcomp.measure.run import Settings
 from llmcomp.report.schema import Report
@@ -61,6 +62,19 @@ def unbroken(crew: Crew, source: Path, text: Path, tmp_path_factory: pytest.Temp
     assert ended[0].out and not ended[1].out and not ended[1].err, "one rank talks"
     assert sorted(path.name for path in output.parent.iterdir()) == ["q"]
     return output
+
+
+def test_two_ranks_make_the_factors_of_one(crew: Crew, llama: Path, text: Path, tmp_path: Path) -> None:
+    """Gram matrices of both inputs and the one between them are summed; the first rank's factors are everybody's."""
+    more = ["--ranks", "balanced"]
+    arguments = {name: ["factorize", *command(llama, text, tmp_path / name, *more)[1:]] for name in ("one", "two")}
+    assert main(arguments["one"]) == 0
+    ended = together(crew, arguments["two"])
+    assert [one.status for one in ended] == [0, 0], ended
+    alone, shared = (dict(open_checkpoint(tmp_path / name).dense()) for name in ("one", "two"))
+    for name in (layer.name for layer in Report.read(tmp_path / "one").layers if ".0." in layer.name):
+        one, two = alone[f"{name}.weight"].float(), shared[f"{name}.weight"].float()
+        assert float((one - two).norm() / one.norm()) < 0.02
 
 
 @pytest.mark.parametrize("method", ["awq-gptq", "rtn"])
