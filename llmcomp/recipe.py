@@ -224,13 +224,13 @@ def _check_factors(recipe: Recipe, step: FactorizeStep) -> None:
         if step.ranks == "balanced" and step.rank is not None:
             raise BadRecipe("--ranks balanced shares out what --ratio keeps; leave --rank out.")
         return
-    if step.ratio is not None or any(override.ratio is not None for override in step.overrides):
-        raise BadRecipe("Factors that correct integers come on top of them, so there is no ratio; give a rank, as 16.")
     if step.ranks == "balanced" or step.update:
         said = "ranks: balanced" if step.ranks == "balanced" else "update: true"
         raise BadRecipe(f"Factors that correct integers have one rank and are not updated; leave '{said}' out.")
     if {step.method, *(one.method for one in step.overrides)} - {"svd-llm", None}:
         raise BadRecipe("Factors that correct integers are those of svd-llm; leave the method out.")
+    if step.rank is None or any(override.ratio is not None for override in step.overrides):
+        raise BadRecipe("Factors that correct integers come on top of them, so there is no ratio; give a rank, as 16.")
 
 
 def _check_override(step: Step, override: Override | None) -> None:

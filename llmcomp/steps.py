@@ -105,7 +105,7 @@ class FactorizeStep:
     Attributes:
         method: a name in `llmcomp.methods.LOW_RANK`.
         ratio: share of the bytes of the targeted matrices that is kept; 0.8 where neither it nor a rank is given.
-        rank: of every matrix, instead of a ratio. Of a correction it is the only measure: 16 where none is given.
+        rank: of every matrix, instead of a ratio. A correction has nothing else.
         ranks: 'uniform', the ratio holds for each matrix, or 'balanced', for all of them together: ranks go where they
             take most off the loss, which a pass over the source model measures beforehand.
         update: fit a factor anew to what the compressed blocks before it give; None: after 'svd-llm', which is made
@@ -143,7 +143,7 @@ class FactorizeStep:
         return f"{self.method}-{self.amount.replace(' ', '-')}"
 
 
-DEFAULT_RATIO, DEFAULT_CORRECTION = 0.8, 16
+DEFAULT_RATIO = 0.8
 
 Step = QuantizeStep | SparsifyStep | FactorizeStep
 STEPS: dict[str, type[Step]] = {"quantize": QuantizeStep, "sparsify": SparsifyStep, "factorize": FactorizeStep}

@@ -17,7 +17,6 @@ from llmcomp.methods.factors import CorrectionConfig
 from llmcomp.methods.rank_budget import check_rank, rank_for
 from llmcomp.pipeline.assign import Assignment, Factoring, Task, alone, assign, left_out, unknown
 from llmcomp.recipe import FactorizeStep, QuantizeStep, Step, override_for, size_for
-from llmcomp.steps import DEFAULT_CORRECTION
 
 # {linear: its rank, or None where it stays dense}, as measured on the source model.
 Ranks = Mapping[str, int | None]
@@ -138,10 +137,8 @@ def _corrections(adapter: Adapter, step: FactorizeStep) -> dict[str, Factoring]:
     bits = step.options.get("bits", CorrectionConfig.bits)
     for ref in adapter.refs:
         if left_out(step, ref) is None and not _looked_up(ref, problems):
-            _, rank = size_for(replace(step, rank=step.rank or DEFAULT_CORRECTION), override_for(
-                step, ref.name, ref.role, ref.block
-            ))  # fmt: skip
-            assert rank is not None  # of the step, if of no override
+            _, rank = size_for(step, override_for(step, ref.name, ref.role, ref.block))
+            assert rank is not None  # as `recipe.check` has it
             found[ref.name] = Factoring(rank, step.method, bits=bits)
     if problems:
         raise _misfit(adapter, problems)

@@ -21,7 +21,6 @@ from llmcomp.pipeline.timing import Rates, measure_rates, seconds
 from llmcomp.pipeline.waiting import Look
 from llmcomp.recipe import Calibration, FactorizeStep, QuantizeStep, Recipe, pattern_for
 from llmcomp.schemes import INT8_STATIC
-from llmcomp.steps import DEFAULT_CORRECTION
 
 # What a shard's header says of a tensor beside its name, shape and offsets.
 _EMPTY: dict[str, Any] = {"dtype": "F32", "shape": [], "data_offsets": [0, 0]}
@@ -207,8 +206,7 @@ def _method(recipe: Recipe, plan: Plan) -> str:
             found = (task.method for task in plan.assignment.tasks.values() if task.bits == step.bits)
             said.append(next(found, method) if method == "auto" else method)
         elif isinstance(step, FactorizeStep):
-            rank = step.rank or DEFAULT_CORRECTION
-            said.append(f"{method} {f'rank {rank}' if recipe.correcting else step.amount}")
+            said.append(f"{method} {step.amount}")
         else:
             said.append(f"{method} {pattern_for(step, None).label}")
     return " + ".join(said)

@@ -22,7 +22,9 @@ from llmcomp.errors import (
     VerificationFailed,
 )
 
-VERBS = ("quantize", "sparsify", "compress", "inspect", "evaluate", "bench", "generate", "report", "models")
+VERBS = (
+    "quantize", "sparsify", "factorize", "compress", "inspect", "evaluate", "bench", "generate", "report", "models",
+)  # fmt: skip
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:

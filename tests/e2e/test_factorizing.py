@@ -147,7 +147,7 @@ def test_a_correction_lowers_the_error_of_what_it_corrects(runs: dict[str, Run],
     assert len(first) == 3 and all((errors[0][name] or 0) < 0.8 * (errors[1][name] or 0) for name in first)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama int4", "bert corrected", "albert"])
+@pytest.mark.parametrize("name", ["llama int4", "bert corrected"])
 def test_a_broken_run_ends_bit_identical(name: str, runs: dict[str, Run], text: Path, tmp_path: Path) -> None:
     recipe = recipe_of(text, CASES[name])
     output = tmp_path / "again"
@@ -321,11 +321,12 @@ def test_what_no_rank_makes_smaller_stays_dense() -> None:
         ((FactorizeStep(), QuantizeStep("awq")), "llmcomp", "awq scales what"),
         ((FactorizeStep(), QuantizeStep(bits=8, activations="int8-dynamic")), "llmcomp", "leave --activations out"),
         ((QuantizeStep(), FactorizeStep(ratio=0.5)), "llmcomp", "there is no ratio; give a rank"),
+        ((QuantizeStep(), FactorizeStep()), "llmcomp", "there is no ratio; give a rank"),
         ((QuantizeStep(), FactorizeStep("asvd")), "llmcomp", "are those of svd-llm"),
         ((QuantizeStep(), FactorizeStep(update=True)), "llmcomp", "leave 'update: true' out"),
         ((QuantizeStep(), FactorizeStep(rank=400)), "llmcomp", r"rank 400 is above the width of a matrix \[128, 128\]"),
         ((QuantizeStep(bits=8), FactorizeStep(rank=120)), "llmcomp", "take a smaller rank"),
-        ((QuantizeStep(targets=("mlp",)), FactorizeStep()), "llmcomp", "there is nothing to correct"),
+        ((QuantizeStep(targets=("mlp",)), FactorizeStep(rank=8)), "llmcomp", "there is nothing to correct"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_sentence(steps: tuple[Step, ...], format: str, said: str) -> None:
