@@ -27,7 +27,7 @@ from llmcomp import native, native_kinds
 from llmcomp.errors import BadCheckpoint
 from llmcomp.experts import SplitExperts, file_renaming, split_experts
 from llmcomp.kinds import Kind, Sparse
-from llmcomp.packed import Packed, PackedEmbedding, PackedLinear, shape_of
+from llmcomp.packed import Packed, PackedEmbedding, PackedLinear, looks_up, multiplies, shape_of
 from llmcomp.packed_kinds import PackedLowRank, PackedSparse, PackedSparseIntegers
 from llmcomp.schemes import Scheme
 from llmcomp.shards import read_shard
@@ -197,12 +197,11 @@ def _held(model: Any, files: Sequence[str]) -> dict[str, Tensor]:
 
 
 def _packed(replaced: Any, name: str, kind: Kind, expected: Mapping[str, Tensor]) -> nn.Module:
-    looks_up = type(replaced).forward is nn.Embedding.forward or hasattr(replaced, "embed_scale")
-    if looks_up and isinstance(replaced, nn.Embedding):
+    if looks_up(replaced):
         if isinstance(kind, Scheme):
             return PackedEmbedding(replaced, kind, expected)
         raise BadCheckpoint(f"config.json says {kind.label} of {name}, which looks rows up; only integers are read so.")
-    if type(replaced).forward is not nn.Linear.forward and type(replaced).__name__ != "Conv1D":
+    if not multiplies(replaced):
         raise BadCheckpoint(
             f"config.json names {name} as packed, a {type(replaced).__name__}, which no packed module stands in for."
         )

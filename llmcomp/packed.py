@@ -101,6 +101,18 @@ class Packed(nn.Module):
             self.settle()
 
 
+def looks_up(module: nn.Module) -> bool:
+    """Whether a packed module can stand in for it that looks rows up."""
+    plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+    return plain and isinstance(module, nn.Embedding)
+
+
+def multiplies(module: nn.Module) -> bool:
+    """Whether a packed module can stand in for it that multiplies: `nn.Linear` or transformers' Conv1D, and no class
+    that computes in a way of its own (Falcon's)."""
+    return type(module).forward is nn.Linear.forward or type(module).__name__ == "Conv1D"
+
+
 def shape_of(replaced: nn.Module) -> tuple[bool, int, int]:
     """Of a linear, Conv1D or embedding: whether it holds [in, out], and out and in."""
     held: Any = replaced.weight

@@ -17,9 +17,10 @@ from tiny import TINY, build
 
 from llmcomp.adapters.base import Adapter, Block
 from llmcomp.adapters.discover import discover
+from llmcomp.errors import BadRecipe
 from llmcomp.experts import split_experts
 from llmcomp.pipeline.job import plan_recipe
-from llmcomp.recipe import Recipe
+from llmcomp.recipe import FactorizeStep, Recipe
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
 COMMAND = "python tests/architecture_table.py"
@@ -43,9 +44,11 @@ original. Other widths, zero points and `rtn-clip` are proven on Llama and BERT 
   may ask for.
 - **in the file**: what `--format compressed-tensors` makes of 4 bits, see [formats.md](formats.md).
   `--format dense` holds any of them.
+- **factors**: what `llmcomp factorize` plans for it: whether factors are fitted anew to the inputs of now. Llama, BERT,
+  GPT-2, Mixtral and ALBERT are run to the end (`tests/e2e/test_factorizing.py`).
 
-| architecture | with a head for | compressed, in this order | left alone | in the file | proven |
-|---|---|---|---|---|---|
+| architecture | with a head for | compressed, in this order | left alone | in the file | factors | proven |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -55,6 +58,7 @@ class _Row:
     stages: str
     left: dict[str, None] = field(default_factory=dict)
     stored: dict[str, None] = field(default_factory=dict)
+    factors: dict[str, None] = field(default_factory=dict)
     tasks: dict[str, None] = field(default_factory=dict)
 
 
@@ -71,9 +75,15 @@ def render() -> str:
         row.tasks[adapter.task] = None
         row.left |= dict.fromkeys(_left(adapter))
         row.stored[_stored(adapter)] = None
+        row.factors[_factors(adapter)] = None
     methods = ", ".join(f"`{method}`" for method in PROVEN)
     lines = [
-        " | ".join((row.kind, ", ".join(row.tasks), row.stages, ", ".join(row.left), "; ".join(row.stored), methods))
+        " | ".join(
+            (
+                row.kind, ", ".join(row.tasks), row.stages, ", ".join(row.left), "; ".join(row.stored),
+                "; ".join(row.factors), methods,
+            )
+        )
         for row in sorted(rows.values(), key=lambda row: row.kind.lower())
     ]
     return _HEAD + "".join(f"| {line} |\n" for line in lines)
@@ -96,6 +106,16 @@ def _left(adapter: Adapter) -> list[str]:
     """Names without their beginning and without numbers."""
     parts = ([part for part in name.split(".") if not part.isdigit()] for name in adapter.uncompressed)
     return [".".join(names[-2:]) for names in parts]
+
+
+def _factors(adapter: Adapter) -> str:
+    try:
+        plan = plan_recipe(Recipe((FactorizeStep(),), format="llmcomp"), adapter)
+    except BadRecipe:
+        return "refused, its linears compute in a way of their own; `--format dense` holds the product"
+    low = [task for task in plan.assignment.tasks.values() if task.factoring is not None]
+    updated = [task for task in low if task.factoring is not None and task.factoring.update]
+    return "not updated" if not updated else "updated" if len(updated) == len(low) else "updated, experts not"
 
 
 def _stored(adapter: Adapter) -> str:

@@ -13,6 +13,7 @@ from llmcomp import native, native_kinds
 from llmcomp.errors import BadRecipe
 from llmcomp.formats.base import Entry, Ref, blank_integers
 from llmcomp.kinds import Kind, Sparse, without_inputs
+from llmcomp.packed import multiplies
 from llmcomp.schemes import Scheme
 from llmcomp.weights import CompressedWeight
 
@@ -52,14 +53,20 @@ def layout(entries: Sequence[Entry], model: nn.Module | None = None) -> NativeLa
     """The layout for any plan.
 
     Raises:
-        BadRecipe: unstructured sparse weights that are not quantized; widths that a kind does not fit; embeddings that
-            are no plain integers, or whose inputs, which are no numbers, are to be rounded.
+        BadRecipe: linears of classes of their own; unstructured sparse weights that are not quantized; widths that a
+            kind does not fit; embeddings that are no plain integers, or whose inputs, which are no numbers, are to be
+            rounded.
     """
     kinds = {ref.name: _stored_as(kind) for ref, kind in entries}
     for ref, _ in entries:
         kind = kinds[ref.name]
         native_kinds.check_fits(kind, ref.out_features, ref.in_features, ref.name)
         if ref.role != "embeddings":
+            if model is not None and not multiplies(module := model.get_submodule(ref.name)):
+                raise BadRecipe(
+                    f"{ref.name} is a {type(module).__name__}, which computes in a way of its own, so that nothing "
+                    "packed can stand in for it; take --format dense."
+                )
             continue
         if not isinstance(kind, Scheme):
             raise BadRecipe(f"{ref.name} looks rows up, for which only integers are packed; take --format dense.")

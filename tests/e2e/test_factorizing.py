@@ -337,6 +337,12 @@ def test_what_cannot_be_is_one_sentence(steps: tuple[Step, ...], format: str, sa
     assert "\n" not in str(caught.value)
 
 
+def test_linears_of_a_class_of_their_own_are_refused_before_the_run() -> None:
+    for steps in ((FactorizeStep(),), (QuantizeStep(),)):
+        with pytest.raises(BadRecipe, match=r"FalconLinear, which computes in a way of its own.*take --format dense"):
+            plan_recipe(Recipe(steps, format="llmcomp"), discover(build("falcon")))
+
+
 def test_auto_beside_factors_takes_what_leaves_them_alone() -> None:
     recipe = Recipe((FactorizeStep(), QuantizeStep("auto", bits=2)), format="llmcomp")
     tasks = plan_recipe(recipe, discover(build("llama"))).assignment.tasks
