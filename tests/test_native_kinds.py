@@ -247,7 +247,7 @@ REFUSED: dict[str, tuple[str, Kind, PackedRef, str]] = {
     "large groups": ("llmcomp", Sparse(Pattern(2, 512)), REF, "up to M = 256"),
     "looked up": ("llmcomp", LowRank(2), PackedRef("e", "embeddings", 8, 64, False), "e looks rows up"),
     "compressed-tensors": ("compressed-tensors", Sparse(TWO_FOUR), REF, "no form for sparse weights that are not"),
-    "their low rank": ("compressed-tensors", LowRank(2), REF, "no form for low-rank weights, such as m: --format llmcomp"),
+    "their low rank": ("compressed-tensors", LowRank(2), REF, "for low-rank weights, such as m: --format llmcomp"),
 }
 
 

@@ -34,6 +34,14 @@ def test_sentences_go_in_as_text_and_methods_by_llmcomps_names(required):
         command(parse([*required, "--method", "gptq-mse"]))
 
 
+def test_factors_are_asked_for_by_method_and_ratio(required):
+    words = command(parse([*required, "--method", "svd-llm-balanced", "--ratio", "0.6"]))
+    assert words[:4] == ["factorize", "m", "--ratio", "0.6"]
+    assert words[4:9] == ["--method", "svd-llm", "--update", "--ranks", "balanced"]
+    shown = CliRunner().invoke(app, ["factorize", "--help"], env={"COLUMNS": "200"}).output
+    assert all(option in shown for option in words if option.startswith("--"))
+
+
 def test_every_option_is_one_of_llmcomps(required):
     words = command(parse([*required, "--method", "rtn", "--extra=--no-verify"]))
     shown = CliRunner().invoke(app, ["quantize", "--help"], env={"COLUMNS": "200"}).output
