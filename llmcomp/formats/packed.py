@@ -62,7 +62,8 @@ def layout(entries: Sequence[Entry], model: nn.Module | None = None) -> NativeLa
         kind = kinds[ref.name]
         native_kinds.check_fits(kind, ref.out_features, ref.in_features, ref.name)
         if ref.role != "embeddings":
-            if model is not None and not multiplies(module := model.get_submodule(ref.name)):
+            module = None if model is None else model.get_submodule(ref.name)
+            if isinstance(module, nn.Linear) and not multiplies(module):
                 raise BadRecipe(
                     f"{ref.name} is a {type(module).__name__}, which computes in a way of its own, so that nothing "
                     "packed can stand in for it; take --format dense."
