@@ -13,6 +13,8 @@ __all__ = [
     "CompressResult",
     "ExportResult",
     "LlmcompError",
+    "Lora",
+    "Optimization",
     "Override",
     "QuantizeStep",
     "Recipe",
@@ -20,6 +22,7 @@ __all__ = [
     "RunError",
     "RunOptions",
     "SparsifyStep",
+    "Teaching",
     "UserError",
     "bench",
     "compress",
@@ -27,17 +30,19 @@ __all__ = [
     "export",
     "load",
     "quantize",
+    "recover",
     "sparsify",
 ]
 
 _HOMES: dict[str, tuple[str, ...]] = {
     "llmcomp.api": (
         "CompressResult", "ExportResult", "RunOptions", "bench", "compress", "evaluate", "export", "load", "quantize",
-        "sparsify",
+        "recover", "sparsify",
     ),
     "llmcomp.errors": ("LlmcompError", "RunError", "UserError"),
     "llmcomp.recipe": ("Calibration", "Override", "QuantizeStep", "Recipe", "SparsifyStep"),
     "llmcomp.report.schema": ("Report",),
+    "llmcomp.training.settings": ("Lora", "Optimization", "Teaching"),
 }
 
 

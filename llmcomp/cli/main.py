@@ -24,13 +24,15 @@ from llmcomp.cli.inspect import inspect
 from llmcomp.cli.models import models
 from llmcomp.cli.plan import plan
 from llmcomp.cli.quantize import quantize
+from llmcomp.cli.recover import recover
 from llmcomp.cli.report import report
 from llmcomp.cli.sparsify import sparsify
 from llmcomp.errors import EndedElsewhere, LlmcompError, UserError
 from llmcomp.ranks import joined, launched
 
 INTERRUPTED, TERMINATED = 130, 143
-_COMPRESSING = ("quantize", "sparsify", "compress")  # by one process or several, and resumed by the same command
+# By one process or several, and resumed by the same command.
+_COMPRESSING = ("quantize", "sparsify", "compress", "recover")
 
 app = typer.Typer(
     help="Make Hugging Face models smaller, see what it cost, get a checkpoint that other software loads.",
@@ -38,7 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for _verb in (quantize, sparsify, compress, inspect, plan, evaluate, export, bench, generate, report, models):
+for _verb in (quantize, sparsify, compress, recover, inspect, plan, evaluate, export, bench, generate, report, models):
     app.command(no_args_is_help=_verb is not models)(_verb)
 
 
