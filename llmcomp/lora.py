@@ -66,6 +66,7 @@ def save(wrapped: Any, folder: Path) -> None:
     """Write the adapter of `wrap`'s model as peft does."""
     wrapped.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # a model card without content
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors makes files of mode 0600
 
 
 def adapter_config(directory: str | Path) -> Any:

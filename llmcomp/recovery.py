@@ -140,6 +140,7 @@ class Recovering:
         with self._timed("prepare"):
             subject = open_subject(self.path)
             subject.require(self.plan.method)
+            targets = subject.targets(self.plan.lora) if self.plan.method == LORA else []
             task = task_of(self.path)
             tokenizer = load_tokenizer(self.path)
             if self.world.first:
@@ -156,7 +157,7 @@ class Recovering:
             for warning in texts.warnings:
                 self._note(warning)
         with PeakMemory() as memory:
-            trained, wrapped = self._train(subject, samples, tokenizer, task, teacher)
+            trained, wrapped = self._train(subject, targets, samples, tokenizer, task, teacher)
             self.world.part()
             if not self.world.first:
                 return self.output, Report.from_json(self.world.conclude(None).decode())
@@ -227,7 +228,7 @@ class Recovering:
     # --- the work ---
 
     def _train(
-        self, subject: Subject, samples: Samples, tokenizer: Any, task: str, teacher: Teacher | None
+        self, subject: Subject, targets: list[str], samples: Samples, tokenizer: Any, task: str, teacher: Teacher | None
     ) -> tuple[Trained, Any]:
         """What the training was, and peft's model around the subject's where there is an adapter."""
         plan = self.plan
@@ -245,7 +246,7 @@ class Recovering:
         model, wrapped = subject.model, None
         if plan.method == LORA:
             wrapped = model = lora.wrap(
-                model, subject.targets(plan.lora), rank=plan.lora.rank, alpha=plan.lora.scale,
+                model, targets, rank=plan.lora.rank, alpha=plan.lora.scale,
                 dropout=plan.lora.dropout, task=_PEFT_TASKS.get(task), masks=subject.masks,
             )  # fmt: skip
         else:

@@ -101,7 +101,10 @@ class Subject:
         for name, form in self.forms.items():
             if form == SPARSE and name not in self.masks:
                 self._read_mask(name)
-        self.model.float()
+        for value in state.values():  # not by `float`, which transformers refuses of whatever was packed once
+            if value.is_floating_point():
+                value.data = value.data.float()
+        self.model.is_quantized = False  # nothing is, any more
 
     def _spread(self, name: str, module: Any, kind: Sparse) -> None:
         assert isinstance(module, PackedSparse)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from llmcomp import losses
@@ -182,6 +182,24 @@ def last_whole(folder: Path) -> Path | None:
     return None
 
 
+def _at_its_end(trainer: ObjectiveTrainer, last: Path, patience: int | None) -> bool:
+    """Whether the run that left `last` had trained to its end, whose weights are then put back: the Trainer would take
+    one step more."""
+    state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
+    if state.global_step < trainer.args.max_steps and not (patience and _no_better(state.log_history, patience)):
+        return False
+    trainer.state = state
+    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    restore(trainer.model, Path(best) if best else last)
+    return True
+
+
+def _no_better(logged: list[dict[str, Any]], patience: int) -> bool:
+    """Whether the last `patience` evaluations were no better than the best before them."""
+    found = [one["eval_loss"] for one in logged if "eval_loss" in one]
+    return bool(found) and len(found) - 1 - found.index(min(found)) >= patience
+
+
 def _step(state: Path) -> int:
     number = state.name.rpartition("-")[2]
     return int(number) if number.isdigit() else -1
@@ -226,8 +244,7 @@ class Patience(TrainerCallback):  # type: ignore[misc]
         self.patience = patience
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
-        found = [one["eval_loss"] for one in state.log_history if "eval_loss" in one]  # which a resumed run restores
-        if len(found) - 1 - found.index(min(found)) >= self.patience:
+        if _no_better(state.log_history, self.patience):
             control.should_training_stop = True
 
 
@@ -281,7 +298,8 @@ def train(
             callbacks=callbacks, objective=objective,
         )  # fmt: skip
         watch.trainer = trainer
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        if last is None or not _at_its_end(trainer, last, settings.patience):
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
     return Trained(
         trainer.state.global_step,
         0 if last is None else _step(last),
