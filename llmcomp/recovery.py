@@ -51,7 +51,7 @@ from llmcomp.report.summary import won_back
 from llmcomp.session import default_output
 from llmcomp.training.data import Samples, collator, samples_of
 from llmcomp.training.settings import Lora, Optimization, Teaching
-from llmcomp.training.subject import FULL, LORA, Subject, open_subject
+from llmcomp.training.subject import FULL, LORA, METHODS, Subject, open_subject
 from llmcomp.training.trainer import Teacher, Trained, frozen, objective_of, train
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ class Plan:
         Raises:
             BadRecipe: naming the flag.
         """
+        if self.method not in METHODS:
+            raise BadRecipe(f"--method {self.method} cannot be: choose one of {', '.join(METHODS)}.")
         self.lora.check()
         self.teaching.check()
         self.optimization.check()

@@ -77,8 +77,6 @@ class Subject:
         Raises:
             BadRecipe: naming one that can.
         """
-        if method not in METHODS:
-            raise BadRecipe(f"--method {method} cannot be: choose one of {', '.join(METHODS)}.")
         if method == LORA or not self.beside:
             return
         name, form = next((name, form) for name, form in self.forms.items() if form in (INTEGERS, PRODUCT))

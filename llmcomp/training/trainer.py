@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from llmcomp import losses
 from llmcomp.errors import BadData, NumericalError
+from llmcomp.matmul import WideProducts, multiplies
 from llmcomp.progress import Progress
 from llmcomp.training.data import Batch, Samples
 from llmcomp.training.settings import Optimization, Teaching
@@ -81,6 +83,8 @@ class Objective:
 def frozen(model: nn.Module) -> Teacher:
     """A model as a teacher: in eval mode, without gradients."""
     model.eval().requires_grad_(False)
+    if not getattr(model, "is_quantized", False) and slow_products(model):
+        model.float()
 
     def teach(inputs: Mapping[str, Tensor]) -> Tensor:
         with torch.no_grad():
@@ -89,6 +93,11 @@ def frozen(model: nn.Module) -> Teacher:
             return logits
 
     return teach
+
+
+def slow_products(model: nn.Module) -> bool:
+    """Whether it lies on a CPU that has no units for products of its parameters' dtypes."""
+    return any(value.device.type == "cpu" and not multiplies(value.dtype) for value in model.parameters())
 
 
 class ObjectiveTrainer(Trainer):
@@ -291,13 +300,14 @@ def train(
     if settings.patience is not None:
         callbacks.append(Patience(settings.patience))
     last = last_whole(folder)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter("ignore", FutureWarning)  # of what the Trainer itself asks models for
         trainer = ObjectiveTrainer(
             model, arguments(settings, len(samples), folder, learning_rate, device), collate, samples, held_out,
             callbacks=callbacks, objective=objective,
         )  # fmt: skip
         watch.trainer = trainer
+        stack.enter_context(WideProducts() if slow_products(model) else nullcontext())
         if last is None or not _at_its_end(trainer, last, settings.patience):
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
     return Trained(

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from llmcomp.training import trainer
 from llmcomp.training.data import collator, samples_of
 
 STEPS, WIDE = 8, Optimization(learning_rate=2e-3, steps=8, batch_size=4, save_every=3)
+SLOW = pytest.mark.slow
 INT4, RANKS = QuantizeStep("rtn", group_size=64, symmetric=False), "model.layers.1"
 MADE: dict[str, tuple[str, tuple[Step, ...], str, torch.dtype]] = {
     "llama 2:4": ("llama", (SparsifyStep("wanda"),), "dense", torch.float32),
@@ -48,12 +49,28 @@ MADE: dict[str, tuple[str, tuple[Step, ...], str, torch.dtype]] = {
     "bert int8": ("bert", (QuantizeStep("rtn", bits=8),), "llmcomp", torch.float32),
     "classifier 2:4": ("bert-classifier", (SparsifyStep("magnitude"),), "dense", torch.float32),
 }
-CASES = [
-    ("llama 2:4", "full"), ("llama 2:4", "lora"), ("llama packed 2:4", "full"), ("llama packed 2:4", "lora"),
-    ("gpt2 60%", "full"), ("gpt2 60%", "lora"), ("mixtral 4:8", "full"), ("llama int4", "lora"),
-    ("llama 2:4 int4", "lora"), ("bert int8", "lora"), ("classifier 2:4", "full"), ("classifier 2:4", "lora"),
-    ("llama ranks", "full"), ("llama ranks", "lora"),
+DEFAULT = [
+    ("llama 2:4", "full"), ("llama 2:4", "lora"), ("llama packed 2:4", "full"), ("gpt2 60%", "lora"),
+    ("llama int4", "lora"), ("bert int8", "lora"), ("classifier 2:4", "full"), ("llama ranks", "full"),
 ]  # fmt: skip
+FURTHER = [
+    ("llama packed 2:4", "lora"), ("gpt2 60%", "full"), ("mixtral 4:8", "full"), ("llama 2:4 int4", "lora"),
+    ("classifier 2:4", "lora"), ("llama ranks", "lora"),
+]  # fmt: skip
+CASES = [*DEFAULT, *(pytest.param(*case, marks=pytest.mark.slow) for case in FURTHER)]
+SPARSE = [case for case in CASES if any(mark in str(case) for mark in (":", "%"))]
+
+
+class Made(dict[Any, Path]):
+    """Directories by name, each made when it is first asked for."""
+
+    def __init__(self, make: Callable[[Any], Path]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, name: Any) -> Path:
+        self[name] = self._make(name)
+        return self[name]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -81,21 +98,30 @@ def rows(root: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def compressed(root: Path, text: Path) -> dict[str, Path]:
-    made = {}
-    for name, (model, steps, format, dtype) in MADE.items():
+def compressed(root: Path, text: Path) -> Made:
+    def make(name: str) -> Path:
+        if name == "llama ranks":
+            return of_two_factors(root / "ranks", found["llama 2:4"])
+        model, steps, format, dtype = MADE[name]
         source = root / f"{model}-{dtype}"
         if not source.exists():
             tiny(model, source, tokenizer=True, dtype=dtype)
         recipe = Recipe(steps, Calibration(str(text), 8, LENGTH), format=format)
-        made[name] = quantize(source, root / name.replace(" ", "-").replace("%", ""), recipe).output
+        return quantize(source, root / name.replace(" ", "-").replace("%", ""), recipe).output
+
+    found = Made(make)
+    return found
+
+
+def of_two_factors(directory: Path, other: Path) -> Path:
+    """Factors of random numbers, with a report made of another one."""
     kinds = {"up_proj": LowRank(8), "q_proj": LowRank(16)}
-    made["llama ranks"] = packed("llama", root / "ranks", lambda name: kinds.get(name.rpartition(".")[2]))
-    report = Report.read(made["llama 2:4"])
+    packed("llama", directory, lambda name: kinds.get(name.rpartition(".")[2]))
+    report = Report.read(other)
     chosen = [layer for layer in report.layers if layer.name.endswith(tuple(kinds))]
     layers = [replace(one, scheme=kinds[one.name.rpartition(".")[2]].label) for one in chosen]
-    (made["llama ranks"] / "llmcomp_report.json").write_text(replace(report, layers=layers, source="gone").to_json())
-    return made
+    (directory / "llmcomp_report.json").write_text(replace(report, layers=layers, source="gone").to_json())
+    return directory
 
 
 def recover(directory: Path, output: Path, data: Path, method: str, **more: Any) -> Report:
@@ -120,20 +146,22 @@ def loss_of(directory: Path, data: Path) -> float:
 
 
 @pytest.fixture(scope="module")
-def recovered(compressed: dict[str, Path], root: Path, text: Path, rows: Path) -> dict[tuple[str, str], Path]:
-    made = {}
-    for name, method in CASES:
+def recovered(compressed: Made, root: Path, text: Path, rows: Path) -> Made:
+    def make(case: tuple[str, str]) -> Path:
+        name, method = case
         output = root / f"{compressed[name].name}-{method}"
         recover(compressed[name], output, rows if "classifier" in name else text, method)
-        made[name, method] = output
-    return made
+        return output
+
+    return Made(make)
 
 
-@pytest.mark.parametrize("case", CASES, ids=" ".join)
+@pytest.mark.parametrize(("name", "method"), CASES)
 def test_a_reader_finds_what_was_trained(
-    case: tuple[str, str], compressed: dict[str, Path], recovered: dict[tuple[str, str], Path], text: Path, rows: Path
+    name: str, method: str, compressed: Made, recovered: Made, text: Path, rows: Path
 ) -> None:
-    report, data = Report.read(recovered[case]), rows if "classifier" in case[0] else text
+    case = name, method
+    report, data = Report.read(recovered[case]), rows if "classifier" in name else text
     assert report.command == "recover" and report.recovery is not None and report.recovery.steps == STEPS
     assert report.verification is not None and report.verification.passed
     assert report.layers and {layer.scheme for layer in report.layers} == {
@@ -142,10 +170,9 @@ def test_a_reader_finds_what_was_trained(
     assert loss_of(recovered[case], data) < loss_of(compressed[case[0]], data) - 1e-3
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if ":" in case[0] or "%" in case[0]], ids=" ".join)
-def test_what_was_removed_stays_removed(
-    case: tuple[str, str], compressed: dict[str, Path], recovered: dict[tuple[str, str], Path]
-) -> None:
+@pytest.mark.parametrize(("name", "method"), SPARSE)
+def test_what_was_removed_stays_removed(name: str, method: str, compressed: Made, recovered: Made) -> None:
+    case = name, method
     before, after = (dict(open_checkpoint(path).dense()) for path in (compressed[case[0]], recovered[case]))
     assert before.keys() == after.keys()
     for layer in Report.read(compressed[case[0]]).layers:
@@ -155,7 +182,7 @@ def test_what_was_removed_stays_removed(
         assert torch.equal(old, new) if integers else not torch.equal(old, new), layer.name
 
 
-def test_places_of_packed_weights_stay(compressed: dict[str, Path], recovered: dict[tuple[str, str], Path]) -> None:
+def test_places_of_packed_weights_stay(compressed: Made, recovered: Made) -> None:
     directories = compressed["llama packed 2:4"], recovered["llama packed 2:4", "full"]
     before, after = (open_checkpoint(one) for one in directories)
     assert before.kinds == after.kinds and all(isinstance(kind, Sparse) for kind in after.kinds.values())
@@ -165,7 +192,7 @@ def test_places_of_packed_weights_stay(compressed: dict[str, Path], recovered: d
 
 
 def test_lora_leaves_what_it_does_not_target(
-    compressed: dict[str, Path], recovered: dict[tuple[str, str], Path], root: Path, text: Path
+    compressed: Made, recovered: Made, root: Path, text: Path
 ) -> None:
     old, new = tensors(compressed["llama 2:4"]), tensors(recovered["llama 2:4", "lora"])
     changed = {name for name in old if not torch.equal(old[name], new[name])}
@@ -196,24 +223,36 @@ def load(directory):
 _OURS = "from llmcomp import load"
 
 
-def test_adapters_beside_packed_weights_in_a_fresh_process(recovered: dict[tuple[str, str], Path], root: Path) -> None:
-    """By llmcomp; of compressed-tensors also by transformers and peft, which then need nothing of llmcomp."""
-    ours = [recovered["llama int4", "lora"], recovered["llama 2:4 int4", "lora"]]
+def read_by(head: str, kind: str, directories: list[Path]) -> None:
+    """Logits of each directory in a fresh process, as <kind>.pt in it."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    for head, kind, directories in ((_OURS, "ours", ours), (_PLAIN, "plain", ours[:1])):
-        program = [sys.executable, "-c", _READ.format(head, kind), json.dumps([str(one) for one in directories])]
-        subprocess.run(program, env=environment, check=True, capture_output=True, timeout=200)
-    for directory in ours:
-        with torch.no_grad():
-            expected = llmcomp.load(directory)(input_ids=torch.arange(5, 29).view(2, 12)).logits.float()
-        assert torch.equal(torch.load(directory / "ours.pt"), expected)
-    plain = torch.load(ours[0] / "plain.pt")
-    wanted = torch.load(ours[0] / "ours.pt")
-    assert float((plain - wanted).norm() / wanted.norm()) < 3e-2  # packed kernels, bf16
+    program = [sys.executable, "-c", _READ.format(head, kind), json.dumps([str(one) for one in directories])]
+    subprocess.run(program, env=environment, check=True, capture_output=True, timeout=300)
+
+
+def logits_of(directory: Path) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = llmcomp.load(directory)(input_ids=torch.arange(5, 29).view(2, 12)).logits.float()
+    return found
+
+
+def test_adapters_beside_packed_weights_in_a_fresh_process(recovered: Made) -> None:
+    directories = [recovered["llama int4", "lora"], recovered["bert int8", "lora"]]
+    read_by(_OURS, "ours", directories)
+    for directory in directories:
+        assert torch.equal(torch.load(directory / "ours.pt"), logits_of(directory))
+
+
+@SLOW
+def test_compressed_tensors_with_an_adapter_need_nothing_of_llmcomp(recovered: Made) -> None:
+    directory = recovered["llama int4", "lora"]
+    read_by(_PLAIN, "plain", [directory])
+    wanted = logits_of(directory)
+    assert float((torch.load(directory / "plain.pt") - wanted).norm() / wanted.norm()) < 3e-2  # packed kernels, bf16
 
 
 def test_packed_weights_are_copied_to_the_bit(
-    compressed: dict[str, Path], recovered: dict[tuple[str, str], Path]
+    compressed: Made, recovered: Made
 ) -> None:
     for name in ("llama int4", "bert int8"):
         assert hashes(recovered[name, "lora"]) == hashes(compressed[name])
@@ -233,11 +272,11 @@ def stopping(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "method", "more"),
-    [("classifier 2:4", "full", {"steps": 8}), ("bert int8", "lora", {"accumulate": 2}),
-     ("llama 2:4", "lora", {"evaluate_every": 2, "patience": 2, "save_every": None})],
+    [("bert int8", "lora", {"accumulate": 2}), pytest.param("classifier 2:4", "full", {"steps": 8}, marks=SLOW),
+     pytest.param("llama 2:4", "lora", {"evaluate_every": 2, "patience": 2, "save_every": None}, marks=SLOW)],
 )  # fmt: skip
 def test_a_broken_run_ends_bit_identical(
-    name: str, method: str, more: dict[str, Any], compressed: dict[str, Path], tmp_path: Path, text: Path, rows: Path
+    name: str, method: str, more: dict[str, Any], compressed: Made, tmp_path: Path, text: Path, rows: Path
 ) -> None:
     """With dropout, masked tokens drawn on the way, accumulated steps, and weights chosen by what was held out."""
     data, settings = rows if "classifier" in name else text, replace(WIDE, **more)
@@ -258,8 +297,9 @@ def test_a_broken_run_ends_bit_identical(
     assert not partial_of(broken).exists()
 
 
+@SLOW
 def test_a_run_that_was_trained_to_its_end_is_not_trained_further(
-    compressed: dict[str, Path], recovered: dict[tuple[str, str], Path], tmp_path: Path, text: Path
+    compressed: Made, recovered: Made, tmp_path: Path, text: Path
 ) -> None:
     def fail(*unused: Any) -> None:
         raise RunError("no verification today")
@@ -275,7 +315,7 @@ def test_a_run_that_was_trained_to_its_end_is_not_trained_further(
 
 
 def test_a_loss_that_is_no_number_ends_the_run(
-    compressed: dict[str, Path], tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+    compressed: Made, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loss, calls = trainer.Objective.loss, 0
 
@@ -294,7 +334,7 @@ def test_a_loss_that_is_no_number_ends_the_run(
 # --- a teacher ---
 
 
-def test_a_teacher_is_followed(compressed: dict[str, Path], root: Path, text: Path, rows: Path) -> None:
+def test_a_teacher_is_followed(compressed: Made, root: Path, text: Path, rows: Path) -> None:
     """By its logits alone, without labels, and from rows without labels."""
     source = Path(Report.read(compressed["llama 2:4"]).source)
     report = recover(
@@ -335,8 +375,9 @@ def test_shares_are_of_what_was_lost() -> None:
 # --- the command ---
 
 
+@SLOW
 def test_the_command_in_fresh_processes(
-    compressed: dict[str, Path], tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]
+    compressed: Made, tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Verified by one of its own, and said so that it can be done again."""
     from llmcomp.formats.verify import verify
@@ -380,7 +421,7 @@ def test_the_command_in_fresh_processes(
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_sentence(
-    name: str, flags: list[str], said: str, compressed: dict[str, Path], recovered: dict[tuple[str, str], Path],
+    name: str, flags: list[str], said: str, compressed: Made, recovered: Made,
     root: Path, text: Path, rows: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     (tmp_path / "empty.txt").touch()
