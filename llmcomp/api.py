@@ -17,7 +17,7 @@ from llmcomp.progress import Progress, Silent
 from llmcomp.ranks import joined
 from llmcomp.recipe import Calibration, Recipe, SparsifyStep, check, step_of
 from llmcomp.report.schema import Report
-from llmcomp.training.settings import Lora, Optimization, Teaching
+from llmcomp.training.settings import Lora, Optimization, Plan, Teaching
 
 if TYPE_CHECKING:
     from llmcomp.measure.bench import Benchmark
@@ -218,11 +218,11 @@ def recover(
     options = replace(options, **run)
     with joined() as world:
         resolved = hub.resolve(str(directory), progress=progress if world.first else Silent())
-        from llmcomp.recovery import Plan, Recovering
-
         parts = lora or Lora(), teaching or Teaching(), optimization or Optimization()
         plan = Plan(data, samples, sequence_length, method, *parts)
         plan.check()
+        from llmcomp.recovery import Recovering
+
         return CompressResult(*Recovering(str(directory), resolved.path, plan, options, progress, world).run())
 
 

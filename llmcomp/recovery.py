@@ -9,11 +9,10 @@ measure, publish. As a run of a recipe (`llmcomp.session`), nothing appears unde
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +27,7 @@ from llmcomp.calibration.data import Texts, describe, read_texts
 from llmcomp.calibration.data import fingerprint as data_fingerprint
 from llmcomp.devices import choose
 from llmcomp.devices import describe as describe_device
-from llmcomp.errors import BadCheckpoint, BadRecipe, LlmcompError
+from llmcomp.errors import BadCheckpoint, LlmcompError
 from llmcomp.formats import witness
 from llmcomp.formats.save import ShardWriter, partial_of, preflight, publish, writing
 from llmcomp.formats.verify import verify
@@ -50,8 +49,8 @@ from llmcomp.report.schema import FILE_NAME, Recovery, Report
 from llmcomp.report.summary import won_back
 from llmcomp.session import default_output
 from llmcomp.training.data import Samples, collator, samples_of
-from llmcomp.training.settings import Lora, Optimization, Teaching
-from llmcomp.training.subject import FULL, LORA, METHODS, Subject, open_subject
+from llmcomp.training.settings import FULL, LORA, Plan
+from llmcomp.training.subject import Subject, open_subject
 from llmcomp.training.trainer import Teacher, Trained, frozen, objective_of, train
 
 if TYPE_CHECKING:
@@ -64,54 +63,6 @@ _BESIDE_LABEL = (
     "The adapter stays beside the packed weights: `llmcomp.load` puts it on, as does peft (docs/recovery.md). Other "
     "readers of the weights do not see it."
 )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a recovery is to do.
-
-    Attributes:
-        data: a source as `llmcomp.calibration.data` reads them; samples: how many of it, None for all.
-        sequence_length: tokens of a sample.
-        method: 'lora' or 'full'; lora: its settings.
-    """
-
-    data: str
-    samples: int | None = None
-    sequence_length: int = 256
-    method: str = LORA
-    lora: Lora = field(default_factory=Lora)
-    teaching: Teaching = field(default_factory=Teaching)
-    optimization: Optimization = field(default_factory=Optimization)
-
-    def check(self) -> None:
-        """Refuse what cannot be, before anything is opened.
-
-        Raises:
-            BadRecipe: naming the flag.
-        """
-        if self.method not in METHODS:
-            raise BadRecipe(f"--method {self.method} cannot be: choose one of {', '.join(METHODS)}.")
-        self.lora.check()
-        self.teaching.check()
-        self.optimization.check()
-        for name in ("samples", "sequence_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1 + (name == "sequence_length"):
-                raise BadRecipe(f"--{name.replace('_', '-')} {value} cannot be: give more.")
-
-    def flags(self) -> dict[str, Any]:
-        """What the command line says of it, by the names of flags; what is left at its default is left out."""
-        said: dict[str, Any] = {"data": self.data}
-        parts = (self, self.lora, self.teaching, self.optimization)
-        names = {"targets": "target", "weight": "soft_weight"}
-        for part in parts:
-            for one in dataclasses.fields(part):
-                value = getattr(part, one.name)
-                if one.name in said or dataclasses.is_dataclass(value) or value == one.default:
-                    continue
-                said[names.get(one.name, one.name)] = list(value) if isinstance(value, tuple) else value
-        return said
 
 
 class Recovering:
@@ -146,7 +97,7 @@ class Recovering:
             task = task_of(self.path)
             tokenizer = load_tokenizer(self.path)
             if self.world.first:
-                preflight(self.output, self.options.overwrite, 6 * subject.checkpoint.nbytes)
+                preflight(self.output, self.options.overwrite, self._room(subject))
             evaluation = self._evaluation_data(task)
             texts = self._texts(subject)
             samples = samples_of(
@@ -180,6 +131,11 @@ class Recovering:
         publish(self.partial, self.output, self.options.overwrite)
         self.world.conclude(report.to_json().encode())
         return self.output, report
+
+    def _room(self, subject: Subject) -> int:
+        """Bytes of the output, and of the states on the way: three of weights and two moments in float32."""
+        weights = sum(value.numel() for value in subject.model.parameters()) if self.plan.method == FULL else 0
+        return 2 * subject.checkpoint.nbytes + 3 * 3 * 4 * weights
 
     # --- what goes in ---
 

@@ -75,6 +75,8 @@ def samples_of(
         raise BadData(f"Models for {task} cannot be trained here; {', '.join(TASKS)} can.")
     if texts.partners is not None:
         raise BadData(f"{texts.description}: training reads one text column; name one with --text-column.")
+    if task == "masked-lm" and tokenizer.mask_token_id is None:
+        raise BadData("The tokenizer has no mask token, and a masked language model learns what is masked.")
     labels = None
     if task == "sequence-classification":
         if model.config.problem_type == "multi_label_classification":

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
 
 from llmcomp.errors import BadRecipe
+
+FULL, LORA = "full", "lora"
+METHODS = (LORA, FULL)
 
 
 @dataclass(frozen=True)
@@ -110,3 +115,51 @@ class Lora:
             raise BadRecipe(f"--alpha {self.alpha} cannot be: it is above 0, such as twice the rank.")
         if not 0 <= self.dropout < 1:
             raise BadRecipe(f"--dropout {self.dropout} cannot be: it is a share below 1.")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recovery is to do.
+
+    Attributes:
+        data: a source as `llmcomp.calibration.data` reads them; samples: how many of it, None for all.
+        sequence_length: tokens of a sample.
+        method: 'lora' or 'full'; lora: its settings.
+    """
+
+    data: str
+    samples: int | None = None
+    sequence_length: int = 256
+    method: str = LORA
+    lora: Lora = field(default_factory=Lora)
+    teaching: Teaching = field(default_factory=Teaching)
+    optimization: Optimization = field(default_factory=Optimization)
+
+    def check(self) -> None:
+        """Refuse what cannot be, before anything is opened.
+
+        Raises:
+            BadRecipe: naming the flag.
+        """
+        if self.method not in METHODS:
+            raise BadRecipe(f"--method {self.method} cannot be: choose one of {', '.join(METHODS)}.")
+        self.lora.check()
+        self.teaching.check()
+        self.optimization.check()
+        for name in ("samples", "sequence_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1 + (name == "sequence_length"):
+                raise BadRecipe(f"--{name.replace('_', '-')} {value} cannot be: give more.")
+
+    def flags(self) -> dict[str, Any]:
+        """What the command line says of it, by the names of flags; what is left at its default is left out."""
+        said: dict[str, Any] = {"data": self.data}
+        parts = (self, self.lora, self.teaching, self.optimization)
+        names = {"targets": "target", "weight": "soft_weight"}
+        for part in parts:
+            for one in dataclasses.fields(part):
+                value = getattr(part, one.name)
+                if one.name in said or dataclasses.is_dataclass(value) or value == one.default:
+                    continue
+                said[names.get(one.name, one.name)] = list(value) if isinstance(value, tuple) else value
+        return said

@@ -29,11 +29,9 @@ from llmcomp.loading import load_opened
 from llmcomp.packed_kinds import PackedSparse
 from llmcomp.patterns import UNSTRUCTURED, Pattern
 from llmcomp.report.schema import Report
-from llmcomp.training.settings import Lora
+from llmcomp.training.settings import LORA, Lora
 from llmcomp.weights import LowRankWeight, SparseWeight
 
-FULL, LORA = "full", "lora"
-METHODS = (LORA, FULL)
 INTEGERS, SPARSE, FACTORS, PRODUCT, PLAIN = "integers", "sparse", "factors", "low rank stored dense", "dense"
 _PATTERN = re.compile(r"(\d+:\d+|unstructured)\b")
 

@@ -222,12 +222,13 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, progress: Progress, masks: Mapping[nn.Parameter, Tensor]) -> None:
-        self.progress, self.masks = progress, masks
+        self.progress, self.masks = progress, dict(masks)
         self.trainer: ObjectiveTrainer | None = None
-        for parameter, mask in masks.items():  # before they are summed up, clipped and remembered by the optimizer
-            parameter.register_hook(lambda gradient, mask=mask: gradient * mask)
+        for parameter in masks:  # before they are summed up, clipped and remembered by the optimizer
+            parameter.register_hook(lambda gradient, parameter=parameter: gradient * self.masks[parameter])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        self.masks = {parameter: mask.to(parameter.device) for parameter, mask in self.masks.items()}
         self.progress.phase("train", state.max_steps)
         self.progress.step(state.global_step)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import parse
 from e2e_runs import LENGTH, hashes, quantize, tensors
 from packed import packed
 from tiny import tiny
@@ -164,6 +166,7 @@ def test_a_reader_finds_what_was_trained(
     report, data = Report.read(recovered[case]), rows if "classifier" in name else text
     assert report.command == "recover" and report.recovery is not None and report.recovery.steps == STEPS
     assert report.verification is not None and report.verification.passed
+    assert parse(shlex.split(reproduce(report))[1:])["samples"] == 24
     assert report.layers and {layer.scheme for layer in report.layers} == {
         layer.scheme for layer in Report.read(compressed[case[0]]).layers
     }
