@@ -14,6 +14,8 @@ __all__ = [
     "ExportResult",
     "FactorizeStep",
     "LlmcompError",
+    "Lora",
+    "Optimization",
     "Override",
     "QuantizeStep",
     "Recipe",
@@ -21,6 +23,7 @@ __all__ = [
     "RunError",
     "RunOptions",
     "SparsifyStep",
+    "Teaching",
     "UserError",
     "bench",
     "compress",
@@ -29,17 +32,19 @@ __all__ = [
     "factorize",
     "load",
     "quantize",
+    "recover",
     "sparsify",
 ]
 
 _HOMES: dict[str, tuple[str, ...]] = {
     "llmcomp.api": (
         "CompressResult", "ExportResult", "RunOptions", "bench", "compress", "evaluate", "export", "factorize", "load",
-        "quantize", "sparsify",
+        "quantize", "recover", "sparsify",
     ),
     "llmcomp.errors": ("LlmcompError", "RunError", "UserError"),
     "llmcomp.recipe": ("Calibration", "FactorizeStep", "Override", "QuantizeStep", "Recipe", "SparsifyStep"),
     "llmcomp.report.schema": ("Report",),
+    "llmcomp.training.settings": ("Lora", "Optimization", "Teaching"),
 }
 
 

@@ -17,6 +17,7 @@ from llmcomp.progress import Progress, Silent
 from llmcomp.ranks import joined
 from llmcomp.recipe import Calibration, FactorizeStep, Recipe, SparsifyStep, check, step_of
 from llmcomp.report.schema import Report
+from llmcomp.training.settings import Lora, Optimization, Plan, Teaching
 
 if TYPE_CHECKING:
     from llmcomp.measure.bench import Benchmark
@@ -211,6 +212,54 @@ def compress(
         return CompressResult(*session.run())
 
 
+def recover(
+    directory: str | Path,
+    data: str,
+    *,
+    method: str = "lora",
+    samples: int | None = None,
+    sequence_length: int = 256,
+    lora: Lora | None = None,
+    teaching: Teaching | None = None,
+    optimization: Optimization | None = None,
+    options: RunOptions = RunOptions(),
+    progress: Progress | None = None,
+    **run: Any,
+) -> CompressResult:
+    """Train what llmcomp has compressed, in the form that it has, verify the checkpoint, and measure what was won back.
+
+    Removed weights stay removed, two factors stay two, and integers stay as they are: an adapter is kept beside those.
+    In a process that torchrun or `accelerate launch --multi_gpu` started, all ranks call this and train together.
+
+    Args:
+        directory: a checkpoint that llmcomp has written.
+        data: 'default', 'sample', a file of text or of rows with labels, or a Hub dataset; `text_column` and
+            `label_column` of the options are its columns, too.
+        method: 'lora' or 'full'.
+        samples: how many of the data at most. sequence_length: tokens of one.
+        lora, teaching, optimization: see there; None is their defaults.
+        options: how to run; `run` overrides single fields, as in `recover(directory, data, overwrite=True)`. The
+            device is where it is trained.
+        progress: hears where the run stands.
+
+    Raises:
+        UserError: what was asked cannot be (exit status 2).
+        RunError: something failed on the way; no output appears (exit status 1). Of several ranks, all fail.
+    """
+    from llmcomp import hub
+
+    progress = progress or Silent()
+    options = replace(options, **run)
+    with joined() as world:
+        resolved = hub.resolve(str(directory), progress=progress if world.first else Silent())
+        parts = lora or Lora(), teaching or Teaching(), optimization or Optimization()
+        plan = Plan(data, samples, sequence_length, method, *parts)
+        plan.check()
+        from llmcomp.recovery import Recovering
+
+        return CompressResult(*Recovering(str(directory), resolved.path, plan, options, progress, world).run())
+
+
 def evaluate(
     directory: str | Path,
     *,
@@ -266,10 +315,13 @@ def bench(
     return bench(path, against=other, settings=settings or Settings(), progress=progress)
 
 
-def load(directory: str | Path, *, progress: Progress | None = None) -> Any:
+def load(directory: str | Path, *, progress: Progress | None = None, adapter: bool = True) -> Any:
     """The transformers model in a directory (or behind a name), in eval mode, its weights packed where they lie so:
     in llmcomp's own layout, and in compressed-tensors' for integers, whichever tool wrote it. What else plain
     transformers opens is loaded as it does.
+
+    Args:
+        adapter: with the adapter that `llmcomp recover` has left beside packed weights, where there is one.
 
     Raises:
         ModelNotFound: nothing there.
@@ -278,23 +330,9 @@ def load(directory: str | Path, *, progress: Progress | None = None) -> Any:
     from llmcomp import hub
 
     path = hub.resolve(str(directory), progress=progress).path
-    from llmcomp.errors import BadCheckpoint
-    from llmcomp.formats.opening import open_checkpoint
-    from llmcomp.formats.reading import auto_class
-    from llmcomp.measure.load import load as load_model
+    from llmcomp.loading import load_packed
 
-    try:
-        opened = open_checkpoint(path)
-    except BadCheckpoint as error:  # no integers in groups, or not whole: transformers opens it or says why not
-        (progress or Silent()).note(f"Loaded as plain transformers does: {error}")
-        return load_model(path)
-    auto = auto_class(opened.skeleton.config)
-    if not opened.kinds:
-        return load_model(path, auto=auto)
-    from llmcomp import hf, native
-
-    wrapped = native.wrap(opened.config, native.describe(opened.kinds))
-    return load_model(path, config=hf.config_of(wrapped), auto=auto)
+    return load_packed(path, progress, adapter)
 
 
 def export(

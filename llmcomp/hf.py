@@ -101,7 +101,8 @@ class LlmcompQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """What stands before and beside packed weights is: they let gradients pass."""
+        return True
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **unused: Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -26,3 +27,72 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     p, q = log_p.exp(), log_q.exp()
     terms = torch.where(d.abs() < 0.5, p * (d + torch.expm1(-d)), p * d - p + q)
     return torch.where(log_p == -torch.inf, q, terms).sum(-1).clamp_min(0.0)
+
+
+IGNORED = -100  # the label of a position that has none, as transformers has it
+
+
+def hard_targets(logits: Tensor, labels: Tensor, count: Tensor | int | None = None) -> Tensor:
+    """Cross entropy with labels, L = -1/n Σ log softmax(z)[y], nats.
+
+    Args:
+        logits: z [..., classes]. labels: y int64 [...], `IGNORED` where there is none.
+        count: n, by default the number of labels here; that of a whole step where this is a part of it.
+
+    Returns:
+        A scalar in float32; 0 without labels.
+
+    >>> hard_targets(torch.zeros(2, 4), torch.tensor([3, IGNORED]))
+    tensor(1.3863)
+    """
+    total = F.cross_entropy(
+        logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return total / _at_least_one(labels.ne(IGNORED).sum() if count is None else count)
+
+
+def soft_targets(
+    logits: Tensor, targets: Tensor, scored: Tensor, temperature: float = 1.0, count: Tensor | int | None = None
+) -> Tensor:
+    """A teacher's softened distribution, L = T²/n Σ KL(softmax(t/T) || softmax(z/T)), nats (Hinton et al.,
+    arXiv:1503.02531). T² keeps the size of its gradients, which fall with 1/T², beside those of labels.
+
+    n counts positions, not rows: `batchmean` of a three-dimensional tensor would divide by rows alone.
+
+    Args:
+        logits: z [..., classes]. targets: t, likewise, of which no gradient is asked. Where one has more classes, as
+            vocabularies that are padded, the further ones are left out.
+        scored: bool [...], the positions that count.
+        temperature: T.
+        count: n, as in `hard_targets`, by default the number of scored positions.
+
+    Returns:
+        A scalar in float32; 0 where nothing is scored.
+
+    >>> z = torch.tensor([[0.0, 1.0]])
+    >>> soft_targets(z, z, torch.tensor([True]), temperature=2.0)
+    tensor(0.)
+    """
+    classes = min(logits.shape[-1], targets.shape[-1])
+    log_q = (logits[scored][:, :classes].float() / temperature).log_softmax(-1)
+    log_p = (targets[scored][:, :classes].detach().float() / temperature).log_softmax(-1)
+    total = (log_p.exp() * (log_p - log_q)).sum()
+    return temperature**2 * total / _at_least_one(scored.sum() if count is None else count)
+
+
+def scores(logits: Tensor, labels: Tensor, count: Tensor | int | None = None) -> Tensor:
+    """Squared error of a regressor, L = 1/n Σ (z - y)².
+
+    Args:
+        logits: z [rows, 1]. labels: y [rows], NaN where there is none. count: n, as in `hard_targets`.
+
+    Returns:
+        A scalar in float32; 0 without labels.
+    """
+    known = labels.isfinite()
+    total = (logits.float()[..., 0][known] - labels.float()[known]).square().sum()
+    return total / _at_least_one(known.sum() if count is None else count)
+
+
+def _at_least_one(count: Tensor | int) -> Tensor | int:
+    return count.clamp_min(1) if isinstance(count, Tensor) else max(1, count)

@@ -25,6 +25,7 @@ from llmcomp.schemes import Scheme
 from llmcomp.weights import QuantizedWeight, dequantize
 
 _MADV_PAGEOUT = 21  # Linux 5.4; elsewhere in the numbering there is nothing, and the call does nothing
+_BACKWARD_ROWS = 1024  # of a weight that are decoded at a time
 _HELD = "held_"  # what a kernel keeps, as buffers that no checkpoint has
 
 
@@ -289,7 +290,15 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
-        return gradients[0] @ ctx.module.decoded().to(gradients[0].dtype), None
+        (gradient,) = gradients
+        weight = ctx.module.quantized()
+        if weight.shape[0] <= _BACKWARD_ROWS:
+            return gradient @ weight.dense().to(gradient.dtype), None
+        found: Any = 0.0
+        for start in range(0, weight.shape[0], _BACKWARD_ROWS):  # decoded whole it would be what packing has saved
+            rows = weight.rows(start, start + _BACKWARD_ROWS).dense().to(gradient.dtype)
+            found = found + (gradient[..., start : start + _BACKWARD_ROWS] @ rows).float()
+        return found.to(gradient.dtype), None
 
 
 class PackedLinear(PackedIntegers):

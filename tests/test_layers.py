@@ -18,11 +18,14 @@ ROWS = [
     "__main__",
     "cli",
     "api",
+    "recovery",
     "session",
     "report hub",
+    "training",
     "pipeline exports generation",
+    "loading",
     "formats measure adapters checkpoint calibration.capture calibration.lint",
-    "hf",
+    "hf lora",
     "packed_kinds",
     "packed",
     "calibration.data calibration.batching calibration.media calibration.pairs calibration.processors",
@@ -53,7 +56,7 @@ COLLECTORS = {"cli.main", "exports", "formats", "kernels", "methods"}  # the fiv
 NEVER = {package: {"methods", "recipe"} for package in ("formats", "adapters", "measure")}
 
 HEAVY = "onnx onnxruntime gguf openvino "
-HEAVY += "torch transformers datasets evaluate accelerate matplotlib scipy sklearn pandas compressed_tensors"
+HEAVY += "peft torch transformers datasets evaluate accelerate matplotlib scipy sklearn pandas compressed_tensors"
 
 
 def modules() -> dict[str, Path]:

@@ -25,6 +25,7 @@ from llmcomp.cli.inspect import inspect
 from llmcomp.cli.models import models
 from llmcomp.cli.plan import plan
 from llmcomp.cli.quantize import quantize
+from llmcomp.cli.recover import recover
 from llmcomp.cli.report import report
 from llmcomp.cli.sparsify import sparsify
 from llmcomp.errors import EndedElsewhere, LlmcompError, UserError
@@ -32,7 +33,7 @@ from llmcomp.ranks import joined, launched
 
 INTERRUPTED, TERMINATED = 130, 143
 # By one process or several, and resumed by the same command.
-_COMPRESSING = ("quantize", "sparsify", "factorize", "compress")
+_COMPRESSING = ("quantize", "sparsify", "factorize", "compress", "recover")
 
 app = typer.Typer(
     help="Make Hugging Face models smaller, see what it cost, get a checkpoint that other software loads.",
@@ -41,7 +42,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 _VERBS = (
-    quantize, sparsify, factorize, compress, inspect, plan, evaluate, export, bench, generate, report, models,
+    quantize, sparsify, factorize, compress, recover, inspect, plan, evaluate, export, bench, generate, report,
+    models,
 )  # fmt: skip
 for _verb in _VERBS:
     app.command(no_args_is_help=_verb is not models)(_verb)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from llmcomp.recipe import Recipe
+
+if TYPE_CHECKING:
+    from llmcomp.api import CompressResult
 
 
 def run(
@@ -31,6 +34,11 @@ def run(
     with listener(json) as progress:
         options = RunOptions(activation_memory=activation_memory * 2**20, **settings)
         result = compress(model, recipe, options=options, progress=progress)
+    show(result, json)
+
+
+def show(result: CompressResult, json: bool) -> None:
+    """Print the table, or the report as JSON."""
     if json:
         typer.echo(result.report.to_json(), nl=False)
         return

@@ -6,6 +6,7 @@ import contextlib
 import shutil
 from pathlib import Path
 
+from llmcomp import lora
 from llmcomp.checkpoint import Checkpoint
 from llmcomp.errors import BadRecipe, OutputExists
 from llmcomp.exports import EXPORTS
@@ -28,6 +29,11 @@ def export_to(directory: Path, output: Path, form: str, overwrite: bool, progres
     target, source = output.resolve(), directory.resolve()
     if target == source or target in source.parents:
         raise OutputExists(f"{output} holds what is exported; choose another directory.")
+    if lora.beside(directory) is not None:
+        raise BadRecipe(
+            f"{directory} has an adapter beside its weights, for which no format here has a place; export the "
+            "checkpoint that it was made of."
+        )
     checkpoint = Checkpoint.open(directory)
     preflight(output, overwrite, checkpoint.nbytes)
     progress.phase("open")

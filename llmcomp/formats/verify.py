@@ -23,8 +23,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from llmcomp import bnb, native
-from llmcomp.errors import LlmcompError, VerificationFailed
+from llmcomp import bnb, lora, native
+from llmcomp.errors import BadCheckpoint, LlmcompError, VerificationFailed
 from llmcomp.experts import split_experts
 from llmcomp.formats import witness as witnesses
 from llmcomp.formats.reading import (
@@ -130,6 +130,10 @@ def check(directory: Path, witness: Path, stream: bool | None = None) -> Verific
     if not kernels:
         _compare_model(model, stored, known)
     checks.append(f"{len(known.digests)} tensors equal to the bit, names, shapes and dtypes as in the source")
+    if known.adapter:
+        _compare_adapter(model, directory, known)
+        checks.append(f"the adapter beside them: {len(known.adapter)} tensors equal to the bit, on all its modules")
+        output = _run(model, known)
     largest, spread, allowed = _compare_output(output, known, kernels)
     checks.append(
         f"outputs differ by {largest:.1e} at most, {spread:.1e} of their standard deviation "
@@ -197,6 +201,21 @@ def _compare_model(model: nn.Module, stored: Mapping[str, Stored], known: Witnes
         if name.endswith(".weight") and isinstance(module, Packed | PackedLowRank):
             tensor = module.dense()
         _compare_tensor(name, tensor, expected, known)
+
+
+def _compare_adapter(model: nn.Module, directory: Path, known: Witness) -> None:
+    """Put the adapter on and look at what it has become."""
+    folder = lora.beside(directory)
+    if folder is None:
+        raise VerificationFailed(f"{directory} has no adapter beside its weights.")
+    try:
+        lora.attach(model, folder)
+    except BadCheckpoint as error:
+        raise VerificationFailed(str(error)) from error
+    found = lora.factors(model)
+    require_same(set(found), set(known.adapter), "in the loaded adapter", "in the trained one")
+    if differ := [name for name, tensor in found.items() if digest(tensor) != known.adapter[name]]:
+        raise VerificationFailed(f"{differ[0]} of the adapter has other values than what was trained.")
 
 
 def _compare_tensor(name: str, tensor: Tensor, expected: Digest, known: Witness) -> None:

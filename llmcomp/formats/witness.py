@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class Witness:
         inputs: what the model is called with, such as input_ids and attention_mask [windows, length].
         output: the model's first output for them (`model_output`), [windows, length, …] or [windows, …].
         device: what computed it, 'cpu' or 'cuda'.
+        adapter: {name: Digest} of the tensors of an adapter that lies beside the weights; its outputs are with it.
     """
 
     digests: dict[str, Digest]
@@ -55,6 +56,7 @@ class Witness:
     inputs: dict[str, Tensor]
     output: Tensor
     device: str = "cpu"
+    adapter: dict[str, Digest] = field(default_factory=dict)
 
 
 def digest(tensor: Tensor) -> Digest:
@@ -99,13 +101,15 @@ def save(
     source: Mapping[str, tuple[tuple[int, ...], str]],
     inputs: Mapping[str, Tensor],
     output: Tensor,
+    adapter: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write what is known at the end of the stream (fields of `Witness`).
+    """Write what is known at the end of the stream (fields of `Witness`; the adapter's tensors themselves).
 
     Raises:
         UserError, RunError: the directory cannot be written to.
     """
-    plan = {"compressed": dict(compressed), "source": dict(source), "device": output.device.type}
+    plan: dict[str, Any] = {"compressed": dict(compressed), "source": dict(source), "device": output.device.type}
+    plan["adapter"] = {name: asdict(digest(tensor)) for name, tensor in (adapter or {}).items()}
     tensors = {f"input.{name}": tensor for name, tensor in inputs.items()} | {"output": output}
     stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     temporary = directory / "witness.tmp"
@@ -128,7 +132,7 @@ def load(directory: Path) -> Witness:
         digests: dict[str, Digest] = {}
         for path in sorted((directory / "digests").glob("*.json")):
             for name, fields in json.loads(path.read_text(encoding="utf-8")).items():
-                digests[name] = Digest(fields["sha256"], tuple(fields["shape"]), fields["dtype"])
+                digests[name] = _digest_of(fields)
     except (OSError, ValueError, KeyError) as error:
         raise RunError(f"{directory} holds no complete witness ({error}); run again.") from error
     return Witness(
@@ -138,7 +142,12 @@ def load(directory: Path) -> Witness:
         inputs={name[6:]: tensor for name, tensor in tensors.items() if name.startswith("input.")},
         output=tensors["output"],
         device=plan["device"],
+        adapter={name: _digest_of(fields) for name, fields in plan["adapter"].items()},
     )
+
+
+def _digest_of(fields: Mapping[str, Any]) -> Digest:
+    return Digest(fields["sha256"], tuple(fields["shape"]), fields["dtype"])
 
 
 def model_output(result: Any) -> Tensor:

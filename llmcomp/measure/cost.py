@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from llmcomp import bnb, native
+from llmcomp import bnb, lora, native
 from llmcomp.errors import BadCheckpoint
 from llmcomp.feeds import around, vocabulary
 from llmcomp.measure.fresh import ask
@@ -57,6 +57,8 @@ def size_of(
         BadCheckpoint: no weights, or a file that is truncated or no safetensors.
     """
     _, files = weight_files(Path(directory), allow_pickle)
+    if (adapter := lora.beside(directory)) is not None:
+        files = [*files, adapter / lora.WEIGHTS]
     stored = {name: info for file in files for name, info in read_shard(file).tensors.items()}
     parts: dict[str, int] = {}
     if role is not None:

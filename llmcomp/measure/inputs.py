@@ -42,17 +42,23 @@ class Inputs:
 
 def default_texts(directory: str | Path, progress: Progress) -> Texts:
     """Held-out text for a model: that of the sample it was made from, else `evaluation_texts`' default."""
-    model = str(written_report(directory).get("model", ""))
+    model = original_model(directory)
     return evaluation_texts(model if model.startswith("sample:") else "default", progress=progress)
 
 
 def default_against(directory: str | Path) -> str | None:
     """What a compressed checkpoint was made from, by its own report, where that can still be opened."""
-    report = written_report(directory)
-    model, source = str(report.get("model", "")), str(report.get("source", ""))
+    report, model = written_report(directory), original_model(directory)
+    source = str((report.get("recovery") or report).get("source") or "")
     if model.startswith("sample:"):
         return model
     return source if source and Path(source).is_dir() else None
+
+
+def original_model(directory: str | Path) -> str:
+    """The name of the model that was compressed, by the checkpoint's own report, also after a recovery."""
+    report = written_report(directory)
+    return str((report.get("recovery") or report).get("model", ""))
 
 
 def written_report(directory: str | Path) -> Mapping[str, Any]:
@@ -101,7 +107,7 @@ def make_inputs(texts: Texts, tokenizer: Any, model: Any, task: str, settings: S
                 "Labels are not used: a model with several labels a row is measured against its original."
             )
         else:
-            labels = _labels(texts, model)[in_order]
+            labels = class_numbers(texts, model)[in_order]
     words = describe(texts, found, tokenizer, task)
     if task in LANGUAGE_TASKS:
         words += "; windows do not overlap"
@@ -144,7 +150,7 @@ def media_inputs(found: Media, directory: Path, model: Any, task: str, settings:
     labels, notes = None, list[str]()
     if task == "image-classification" and found.labels is not None:
         kept = replace(found, labels=chosen_labels(found, count, settings.seed))
-        labels = _labels(kept, model)[batching.order(samples)]
+        labels = class_numbers(kept, model)[batching.order(samples)]
     each = None if model.config.is_encoder_decoder else _IMAGE_TOKENS
     made = batching.like(samples, tokens_per_batch=settings.tokens_per_batch, tokens_each=each)
     words = f"{found.description}: {len(samples):,} samples"
@@ -247,7 +253,7 @@ def _rows(texts: Texts, settings: Settings) -> Texts:
     return replace(texts, rows=[texts.rows[number] for number in chosen], labels=labels, partners=partners)
 
 
-def _labels(texts: Texts | Media, model: Any) -> np.ndarray:
+def class_numbers(texts: Texts | Media, model: Any) -> np.ndarray:
     """The rows' labels as the model counts them: class numbers [rows], or scores where it regresses.
 
     Raises:

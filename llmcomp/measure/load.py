@@ -15,7 +15,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from llmcomp import bnb, native
+from llmcomp import bnb, lora, native
 from llmcomp.errors import BadCheckpoint, BadData, LlmcompError
 from llmcomp.feeds import around, task_beyond_text
 from llmcomp.sentences import is_sentence_encoder
@@ -67,13 +67,17 @@ def task_of(directory: str | Path) -> str:
     )
 
 
-def load(directory: str | Path, task: str | None = None, config: Any = None, auto: Any = None) -> nn.Module:
-    """The model in eval mode, in the dtype it is stored in, on the CPU, after its `first_forward`.
+def load(
+    directory: str | Path, task: str | None = None, config: Any = None, auto: Any = None, adapter: bool = True
+) -> nn.Module:
+    """The model in eval mode, in the dtype it is stored in, on the CPU, after its `first_forward`, with the adapter
+    that lies beside its weights.
 
     Args:
         auto: the class to load it by, None for that of its task; with one, which may be for a head that wants other
             inputs than text, there is no first forward.
         config: a transformers config to load it by, None for its own.
+        adapter: whether to put an adapter on, if there is one (`llmcomp.lora`).
 
     Raises:
         BadCheckpoint: transformers cannot load it, or had to make up weights that the files lack.
@@ -106,6 +110,8 @@ def load(directory: str | Path, task: str | None = None, config: Any = None, aut
             f"{directory} lacks {len(missing)} weights that its architecture has, such as {missing[0]}; "
             "what would be measured is a partly random model."
         )
+    if adapter and (beside := lora.beside(directory)) is not None:
+        lora.attach(model, beside)
     return model
 
 

@@ -19,6 +19,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from llmcomp import lora
 from llmcomp.calibration.media import Media, read_media
 from llmcomp.errors import BadCheckpoint, RunError
 from llmcomp.matmul import WideProducts
@@ -158,7 +159,7 @@ def evaluate_model(
     lacking = _lacking_memory(paths, allow_pickle)
     if lacking is None:
         measuring.loaded()
-    elif streamer is None:
+    elif streamer is None or any(map(lora.beside, paths)):  # an adapter is put on whole models only
         raise RunError(f"{lacking}; close other programs, use a larger machine, or skip this with --no-evaluate.")
     else:
         measuring.streamed(streamer)

@@ -42,6 +42,8 @@ def render(report: Report) -> str:
         report=report,
         cards=cards(report),
         rows=summary.comparison(report),
+        recovery=summary.recovery_rows(report),
+        recovery_lines=summary.recovery_lines(report),
         roles=summary.roles(report),
         fallbacks=summary.fallbacks(report),
         left=summary.left(report),

@@ -148,6 +148,35 @@ class Verification:
 
 
 @dataclass
+class Recovery:
+    """A training of what had been compressed; the report's `before` is the compressed model, `after` the recovered one.
+
+    Attributes:
+        method: 'full' or 'lora'; kept: in words what became of what was trained.
+        model: the name of the model that had been compressed; source: its directory, None where it is gone.
+        data: in words what was trained on; teacher: whose logits were learned from, too.
+        parameters: how many numbers were trained. steps: optimizer steps; resumed: those of a run that was killed.
+        history: by 'step' the 'loss' and, where some data were held out, the 'eval_loss'.
+        original: measured on the same data as before and after; divergence: of the compressed model from it.
+        won_back: metric → share of what compression had cost that is there again; 1 is all of it.
+    """
+
+    method: str
+    kept: str
+    model: str
+    source: str | None
+    data: str
+    teacher: str | None
+    parameters: int
+    steps: int
+    resumed: int
+    history: list[dict[str, float]]
+    original: Measured | None = None
+    divergence: Divergence | None = None
+    won_back: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
 class Machine:
     cpu: str
     threads: int
@@ -161,7 +190,7 @@ class Report:
     """One run.
 
     Attributes:
-        command: 'quantize' or 'evaluate'.
+        command: the verb, such as 'quantize' or 'evaluate'.
         model: what was given; source: the directory or Hub id and revision it resolved to.
         recipe: the recipe as plain data; calibration: in words what was read, with its warnings.
         layers, left: what was compressed and what was not.
@@ -170,6 +199,7 @@ class Report:
         peak_memory: anonymous resident bytes of compressing and saving over those after imports.
         labels: honest words on where the artefact is faster and where it is only smaller.
         notes: fallbacks and warnings, one sentence each.
+        recovery: of `llmcomp recover`, whose layers are those that had been compressed.
     """
 
     command: str
@@ -196,6 +226,7 @@ class Report:
     resumed_blocks: int = 0
     labels: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    recovery: Recovery | None = None
     llmcomp_version: str = ""
     schema_version: int = SCHEMA_VERSION
 

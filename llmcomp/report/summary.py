@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import yaml
 
 from llmcomp.report.schema import Cost, Interval, LayerReport, Measured, Report, Size
-from llmcomp.report.words import ABSENT, number, percent, ratio, seconds, signed, size, times
+from llmcomp.report.words import ABSENT, number, parameters, percent, ratio, seconds, signed, size, times
 
 ROLES = ("attention", "mlp", "embeddings", "head")
 PARTS = (*ROLES, "other")
@@ -116,8 +117,7 @@ def _bytes(value: Size | None) -> str:
 
 
 def _quality_rows(before: Measured | None, after: Measured | None) -> list[Row]:
-    old = before.quality.metrics if before and before.quality else {}
-    new = after.quality.metrics if after and after.quality else {}
+    old, new = _metrics(before), _metrics(after)
     rows = []
     for name in dict.fromkeys([*old, *new]):
         one, two = old.get(name), new.get(name)
@@ -125,6 +125,84 @@ def _quality_rows(before: Measured | None, after: Measured | None) -> list[Row]:
         change, verdict = _change(name, one, two)
         rows.append(Row(metric_title(name), value, value_after, change, verdict, span, span_after))
     return rows
+
+
+@dataclass(frozen=True)
+class RecoveryRow:
+    """One metric of three models, and how much of what compression cost was won back."""
+
+    label: str
+    original: tuple[str, str]
+    compressed: tuple[str, str]
+    recovered: tuple[str, str]
+    won_back: str
+
+
+def recovery_rows(report: Report) -> list[RecoveryRow]:
+    """Original, compressed and recovered; empty where there was no recovery or no original to measure."""
+    found = report.recovery
+    if found is None or found.original is None:
+        return []
+    rows = []
+    sides = [_metrics(side) for side in (found.original, report.before, report.after)]
+    for name in sides[0]:
+        three = [interval(name, side.get(name)) for side in sides]
+        share = found.won_back.get(name)
+        rows.append(RecoveryRow(metric_title(name), three[0], three[1], three[2], _share(share)))
+    old, new = found.divergence, report.divergence
+    if old is not None and new is not None:
+        for name, label, shown in (("kl_mean", "KL mean (nats)", "kl"), ("top1_agreement", "top-1 agreement", "f1")):
+            one, two = (interval(shown, getattr(side, name)) for side in (old, new))
+            rows.append(RecoveryRow(label, (ABSENT, ""), one, two, _share(found.won_back.get(name))))
+    return rows
+
+
+def recovery_lines(report: Report) -> list[str]:
+    """What was trained, on what, for how long."""
+    found = report.recovery
+    if found is None:
+        return []
+    by = f", with {found.teacher} as teacher" if found.teacher else ""
+    lines = [
+        f"{found.kept}: {parameters(found.parameters)} parameters trained for {found.steps:,} steps{by}.",
+        f"Trained on {found.data}.",
+    ]
+    losses = [one["loss"] for one in found.history if "loss" in one]
+    if losses:
+        lines.append(f"Loss {number(losses[0])} at the start, {number(losses[-1])} at the end.")
+    if found.original is None:
+        lines.append(f"The original, {found.model}, was not measured, so no share of what it cost is known.")
+    return lines
+
+
+def won_back(report: Report) -> dict[str, float]:
+    """{metric: share of what compression cost that recovery won back}, of those that compression made worse beyond the
+    interval of the compressed model's own value: a share of what may be chance says nothing."""
+    found = report.recovery
+    if found is None or found.original is None:
+        return {}
+    original, compressed, recovered = (_metrics(side) for side in (found.original, report.before, report.after))
+    shares = {}
+    for name in original.keys() & compressed.keys() & recovered.keys() & _METRICS.keys():
+        was, became, now = original[name].value, compressed[name].value, recovered[name].value
+        worse = (became < was) == _METRICS[name][1] and became != was
+        if worse and not compressed[name].low <= was <= compressed[name].high:
+            shares[name] = (became - now) / (became - was)
+    if found.divergence is not None and report.divergence is not None:
+        old, new = found.divergence, report.divergence
+        if old.kl_mean.low > 0:
+            shares["kl_mean"] = 1 - new.kl_mean.value / old.kl_mean.value
+        if old.top1_agreement.high < 1:
+            shares["top1_agreement"] = 1 - (1 - new.top1_agreement.value) / (1 - old.top1_agreement.value)
+    return dict(sorted(shares.items()))
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else percent(value, 0) if value >= 0 else f"−{percent(-value, 0)}"
+
+
+def _metrics(side: Measured | None) -> dict[str, Interval]:
+    return side.quality.metrics if side and side.quality else {}
 
 
 def _change(name: str, before: Interval | None, after: Interval | None) -> tuple[str, str]:
@@ -286,5 +364,21 @@ def reproduce(report: Report) -> str:
         against = f" --against {shlex.quote(report.source)}" if report.before else ""
         return f"llmcomp evaluate {shlex.quote(report.output or report.model)}{against}"
     output = f" --output {shlex.quote(report.output)}" if report.output else ""
+    if report.command == "recover":
+        return f"llmcomp recover {shlex.quote(report.model)}{_flags(report.recipe)}{output}"
     verb = "quantize" if report.command == "quantize" else "compress"  # which take any recipe
     return f"llmcomp {verb} {shlex.quote(report.model)} --recipe llmcomp_recipe.yaml{output}"
+
+
+def _flags(settings: Mapping[str, Any]) -> str:
+    """Settings by the names of their flags, as a command line."""
+    said = ""
+    for name, value in settings.items():
+        flag = f" --{name.replace('_', '-')}"
+        if isinstance(value, list | tuple):
+            said += "".join(f"{flag} {shlex.quote(str(one))}" for one in value)
+        elif value is True:
+            said += flag
+        elif value is not None and value is not False:
+            said += f"{flag} {shlex.quote(str(value))}"
+    return said

@@ -55,6 +55,7 @@ class _View:
         parts = [
             _headline(report),
             _comparison(report),
+            _recovery(report),
             _roles(report, wide=width >= 100),
             _worst(report, self.worst),
             _groups("Fell back", summary.fallbacks(report), "yellow"),
@@ -109,7 +110,21 @@ def _comparison(report: Report) -> RenderableType | None:
             _cell(row.after, row.after_interval),
             Text(row.change, COLOURS[row.verdict]),
         )
-    return _section("What it cost", Group(grid, Text(_measured_on(report), "dim")))
+    title = "What it cost" if report.recovery is None else "Compressed and recovered"
+    return _section(title, Group(grid, Text(_measured_on(report), "dim")))
+
+
+def _recovery(report: Report) -> RenderableType | None:
+    found = report.recovery
+    if found is None:
+        return None
+    lines: list[RenderableType] = [Text(line, "dim") for line in summary.recovery_lines(report)]
+    if rows := summary.recovery_rows(report):
+        grid = _grid("", "original", "compressed", "recovered", "won back", justify=("left", *["right"] * 4))
+        for row in rows:
+            grid.add_row(row.label, _cell(*row.original), _cell(*row.compressed), _cell(*row.recovered), row.won_back)
+        lines.insert(0, grid)
+    return _section("What was won back", Group(*lines))
 
 
 def _measured_on(report: Report) -> str:
@@ -231,7 +246,8 @@ def _footer(report: Report, page: str | None) -> RenderableType:
         spent = [f"{name} {words.seconds(value).replace(' ', '')}" for name, value in report.phases.items()]
         grid.add_row("time", f"{total} ({', '.join(spent)})")
     if report.peak_memory is not None:
-        grid.add_row("peak memory", f"{words.size(report.peak_memory)} to compress and save")
+        what = "compress" if report.recovery is None else "train"
+        grid.add_row("peak memory", f"{words.size(report.peak_memory)} to {what} and save")
     if report.resumed_blocks:
         grid.add_row("resumed", f"{report.resumed_blocks} blocks were done by an earlier run")
     if report.output:

@@ -1,0 +1,170 @@
+"""What a model is trained on: token windows and labels, put together as batches that say which positions count.
+
+A batch holds what the model reads, and beside it, aligned with the logits: `labels` (what is right at a position,
+`losses.IGNORED` where nothing is known) and `scored` (bool, the positions that losses are averaged over).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from llmcomp.calibration.data import Texts, windows
+from llmcomp.errors import BadData
+from llmcomp.losses import IGNORED
+from llmcomp.measure.inputs import class_numbers, max_positions
+
+Batch = dict[str, Tensor]
+TASKS = ("causal-lm", "masked-lm", "sequence-classification")
+_ALL = 1_000_000_000  # samples: as many as the text gives
+_MASKED = 0.15  # of the tokens, as BERT's authors have it (arXiv:1810.04805); of those
+_AS_MASK, _AS_ANY = 0.8, 0.1  # become the mask token, or any other token; the rest stays
+_HELD_OUT, _HELD_OUT_MOST = 0.05, 128
+
+
+@dataclass(frozen=True)
+class Samples(Dataset[Batch]):
+    """Token windows, and a label of each where there are labels."""
+
+    windows: Sequence[Tensor]
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> Batch:
+        made = {"input_ids": self.windows[index]}
+        return made if self.labels is None else {**made, "labels": self.labels[index]}
+
+    def held_out(self) -> tuple[Samples, Samples]:
+        """Most of it, and every twentieth sample or so, for losses on the way.
+
+        Raises:
+            BadData: a single sample.
+        """
+        count = max(1, min(_HELD_OUT_MOST, int(len(self) * _HELD_OUT)))
+        if len(self) < 2:
+            raise BadData("One sample cannot be held out for --evaluate-every; give more data, or leave the flag out.")
+        chosen = {int((n + 0.5) * len(self) / count) for n in range(count)}
+        return self._of([n for n in range(len(self)) if n not in chosen]), self._of(sorted(chosen))
+
+    def _of(self, numbers: list[int]) -> Samples:
+        labels = None if self.labels is None else self.labels[torch.tensor(numbers)]
+        return Samples([self.windows[n] for n in numbers], labels)
+
+
+def samples_of(
+    texts: Texts, tokenizer: Any, model: Any, task: str, *, length: int, count: int | None, seed: int,
+    taught: bool = False,
+) -> Samples:
+    """Cut a text, or rows with labels, into samples for a model.
+
+    Args:
+        count: how many at most, evenly spaced; None for all.
+        taught: by a teacher, who needs no labels.
+
+    Raises:
+        BadData: too little text, a task that is not trained, labels that are missing or not the model's.
+    """
+    if task not in TASKS:
+        raise BadData(f"Models for {task} cannot be trained here; {', '.join(TASKS)} can.")
+    if texts.partners is not None:
+        raise BadData(f"{texts.description}: training reads one text column; name one with --text-column.")
+    if task == "masked-lm" and tokenizer.mask_token_id is None:
+        raise BadData("The tokenizer has no mask token, and a masked language model learns what is masked.")
+    labels = None
+    if task == "sequence-classification":
+        if model.config.problem_type == "multi_label_classification":
+            raise BadData("A classifier with several labels a row cannot be trained here; one label a row can.")
+        if texts.labels is None and not taught:
+            raise BadData(
+                f"{texts.description} has no labels for a classifier to learn from; name their column with "
+                "--label-column, or give a --teacher."
+            )
+        texts = _with_text(texts)
+        if texts.labels is not None:
+            labels = torch.from_numpy(class_numbers(texts, model))
+    found = windows(
+        texts, tokenizer, samples=count or _ALL, length=length, seed=0 if task not in TASKS[:2] else seed, task=task,
+        max_length=max_positions(model, tokenizer),
+    )  # fmt: skip
+    if labels is not None and len(found) < len(labels):
+        labels = labels[_evenly(len(labels), len(found))]
+    known = model.config.vocab_size
+    if (largest := max(int(window.max()) for window in found)) >= known:
+        raise BadData(f"{texts.description} has token {largest}, and the model knows {known}; tokenize it by its own.")
+    return Samples(found, labels)
+
+
+def _with_text(texts: Texts) -> Texts:
+    """Without the rows that hold none."""
+    kept = [number for number, row in enumerate(texts.rows) if row.strip()]
+    if not kept:
+        raise BadData(f"{texts.description} has no row with text in it.")
+    labels = None if texts.labels is None else [texts.labels[number] for number in kept]
+    return replace(texts, rows=[texts.rows[number] for number in kept], labels=labels, running=False)
+
+
+def _evenly(rows: int, count: int) -> Tensor:
+    from llmcomp.calibration.data import window_starts
+
+    return torch.tensor(window_starts(rows, count, 1, 0))  # as `windows` chooses rows with seed 0
+
+
+def collator(task: str, tokenizer: Any, regression: bool = False) -> Callable[[Sequence[Batch]], Batch]:
+    """Samples → batch, for a task.
+
+    Args:
+        tokenizer: None for token ids that need neither padding nor masking.
+        regression: labels are numbers.
+    """
+    pad = (None if tokenizer is None else tokenizer.pad_token_id) or 0
+
+    def collate(samples: Sequence[Batch]) -> Batch:
+        batch = _padded([sample["input_ids"] for sample in samples], pad)
+        if task == "causal-lm":
+            return {**batch, **_next_tokens(batch)}
+        if task == "masked-lm":
+            return {**batch, **_masked(batch, tokenizer)}
+        rows = len(samples)
+        unknown = torch.full((rows,), float("nan")) if regression else torch.full((rows,), IGNORED)
+        labels = torch.stack([sample["labels"] for sample in samples]) if "labels" in samples[0] else unknown
+        return {**batch, "labels": labels, "scored": torch.ones(rows, dtype=torch.bool)}
+
+    return collate
+
+
+def _padded(rows: list[Tensor], pad: int) -> Batch:
+    longest = max(map(len, rows))
+    if all(len(row) == longest for row in rows):
+        return {"input_ids": torch.stack(rows)}
+    ids = torch.full((len(rows), longest), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)], mask[number, : len(row)] = row, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _next_tokens(batch: Batch) -> Batch:
+    """At each position the token that follows; nothing at the last one."""
+    labels = torch.full_like(batch["input_ids"], IGNORED)
+    labels[:, :-1] = batch["input_ids"][:, 1:]
+    if "attention_mask" in batch:
+        labels[:, :-1][batch["attention_mask"][:, 1:] == 0] = IGNORED
+    return {"labels": labels, "scored": labels != IGNORED}
+
+
+def _masked(batch: Batch, tokenizer: Any) -> Batch:
+    """What was hidden, where it was; drawn anew each time, from torch's own state, which a resumed run restores."""
+    ids = batch["input_ids"]
+    special = torch.isin(ids, torch.tensor(sorted(tokenizer.all_special_ids)))
+    hidden = (torch.rand(ids.shape) < _MASKED) & ~special
+    draw, others = torch.rand(ids.shape), torch.randint(len(tokenizer), ids.shape)
+    shown = torch.where(hidden & (draw < _AS_MASK), torch.full_like(ids, tokenizer.mask_token_id), ids)
+    shown = torch.where(hidden & (draw >= 1 - _AS_ANY), others, shown)
+    return {"input_ids": shown, "labels": torch.where(hidden, ids, torch.full_like(ids, IGNORED)), "scored": hidden}

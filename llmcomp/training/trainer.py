@@ -1,0 +1,361 @@
+"""The HF `Trainer` with a loss of our own: what recovery and distillation train with. There is no second loop.
+
+What of the Trainer is replaced: how the loss is computed and what it is divided by (positions of the whole step, of all
+processes), what a training checkpoint holds (the weights that are trained, and nothing else, exactly), and that a loss
+which is no number ends the run. Accelerate, gradient accumulation, schedules, the states that a killed run resumes from
+and trackers are the Trainer's.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+
+from llmcomp import losses
+from llmcomp.errors import BadData, NumericalError
+from llmcomp.matmul import WideProducts, multiplies
+from llmcomp.progress import Progress
+from llmcomp.training.data import Batch, Samples
+from llmcomp.training.settings import Optimization, Teaching
+
+Teacher = Callable[[Mapping[str, Tensor]], Tensor]  # what the student reads → logits [..., classes]
+WEIGHTS = "trained.safetensors"
+_BESIDE = ("labels", "scored")  # of a batch what the model does not read
+_WARMUP, _LOGGED = 0.03, 50
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a student's logits are held against: labels, a teacher, or both, L = (1 - w) hard + w soft.
+
+    Attributes:
+        teacher: None for labels alone. temperature, weight: T and w, as `settings.Teaching`.
+        regression: labels are numbers, and a teacher's logits are, too.
+        labelled: whether there are labels; without them w is 1.
+    """
+
+    teacher: Teacher | None = None
+    temperature: float = 1.0
+    weight: float = 0.5
+    regression: bool = False
+    labelled: bool = True
+
+    def loss(self, logits: Tensor, batch: Mapping[str, Tensor], counts: Tensor | None = None) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            logits: of the student, aligned with the batch's labels.
+            counts: [2], labels and scored positions of the whole step that the batch is a part of; None for its own.
+        """
+        labels, scored = batch["labels"], batch["scored"]
+        hard_count, soft_count = (None, None) if counts is None else (counts[0], counts[1])
+        hard = losses.scores if self.regression else losses.hard_targets
+        if self.teacher is None:
+            return hard(logits, labels, hard_count)
+        targets = self.teacher({name: value for name, value in batch.items() if name not in _BESIDE})
+        if self.regression:
+            soft = losses.scores(logits, targets.to(logits.device)[..., 0], soft_count)
+        else:
+            soft = losses.soft_targets(logits, targets.to(logits.device), scored, self.temperature, soft_count)
+        if not self.labelled:
+            return soft
+        return (1 - self.weight) * hard(logits, labels, hard_count) + self.weight * soft
+
+    def counts(self, batches: list[Batch]) -> Tensor:
+        """Labels and scored positions of some batches, [2]."""
+        labels = [batch["labels"].isfinite() if self.regression else batch["labels"] != losses.IGNORED
+                  for batch in batches]  # fmt: skip
+        return torch.stack([torch.stack([one.sum() for one in labels]).sum(),
+                            torch.stack([batch["scored"].sum() for batch in batches]).sum()])  # fmt: skip
+
+
+def frozen(model: nn.Module) -> Teacher:
+    """A model as a teacher: in eval mode, without gradients."""
+    model.eval().requires_grad_(False)
+    if not getattr(model, "is_quantized", False) and slow_products(model):
+        model.float()
+
+    def teach(inputs: Mapping[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            device = next(model.parameters()).device
+            logits: Tensor = model(**{name: value.to(device) for name, value in inputs.items()}).logits
+            return logits
+
+    return teach
+
+
+def slow_products(model: nn.Module) -> bool:
+    """Whether it lies on a CPU that has no units for products of its parameters' dtypes."""
+    return any(value.device.type == "cpu" and not multiplies(value.dtype) for value in model.parameters())
+
+
+class ObjectiveTrainer(Trainer):
+    """The Trainer, whose loss is an `Objective`."""
+
+    loss_is_scaled_for_ga = True
+    model: nn.Module
+    objective: Objective
+
+    def __init__(self, *given: Any, objective: Objective, **settings: Any) -> None:
+        super().__init__(*given, **settings)
+        self.objective = objective
+        self.remove_callback(PrinterCallback)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**{name: value for name, value in inputs.items() if name not in _BESIDE})
+        loss = self.objective.loss(outputs.logits, inputs, num_items_in_batch)
+        if num_items_in_batch is not None:  # counts are of all processes, whose gradients are then averaged
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if not bool(loss.isfinite()):
+            raise NumericalError(self._not_a_number("loss"))
+        return loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        with torch.no_grad():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | None:
+        if not batch_samples:
+            return None
+        counts = self.objective.counts(batch_samples).to(device)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.gather(counts[None]).sum(0)
+        return counts
+
+    # --- training checkpoints: the trained weights as they are ---
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: value.detach().cpu().clone() for name, value in trained(self.model)}
+        save_file(weights, folder / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        restore(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        restore(self.model, Path(str(self.state.best_model_checkpoint)))
+
+    def _not_a_number(self, what: str) -> str:
+        last = last_whole(Path(str(self.args.output_dir)))
+        kept = "none was saved before it" if last is None else f"the state of step {_step(last)} is kept in {last}"
+        return (
+            f"The {what} of step {self.state.global_step + 1} is not a finite number; {kept}; take a smaller "
+            f"--learning-rate than {self.args.learning_rate:g}."
+        )
+
+
+def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that are trained, each once."""
+    return ((name, value) for name, value in model.named_parameters() if value.requires_grad)
+
+
+def restore(model: nn.Module, folder: Path) -> None:
+    """Put back the weights of a training checkpoint."""
+    held = load_file(folder / WEIGHTS)
+    with torch.no_grad():
+        for name, value in trained(model):
+            value.copy_(held[name])
+
+
+def last_whole(folder: Path) -> Path | None:
+    """The newest state in a folder that was written to its end, which is its trainer_state.json; None without one."""
+    for state in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+        try:
+            json.loads((state / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # the run was killed while it wrote this one
+            continue
+        return state
+    return None
+
+
+def _at_its_end(trainer: ObjectiveTrainer, last: Path, patience: int | None) -> bool:
+    """Whether the run that left `last` had trained to its end, whose weights are then put back: the Trainer would take
+    one step more."""
+    state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
+    if state.global_step < trainer.args.max_steps and not (patience and _no_better(state.log_history, patience)):
+        return False
+    trainer.state = state
+    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    restore(trainer.model, Path(best) if best else last)
+    return True
+
+
+def _no_better(logged: list[dict[str, Any]], patience: int) -> bool:
+    """Whether the last `patience` evaluations were no better than the best before them."""
+    found = [one["eval_loss"] for one in logged if "eval_loss" in one]
+    return bool(found) and len(found) - 1 - found.index(min(found)) >= patience
+
+
+def _step(state: Path) -> int:
+    number = state.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Says where training stands, refuses gradients that are no numbers, and holds masks.
+
+    Args:
+        masks: {parameter: bool of its shape, False for weights that stay zero}.
+    """
+
+    def __init__(self, progress: Progress, masks: Mapping[nn.Parameter, Tensor]) -> None:
+        self.progress, self.masks = progress, dict(masks)
+        self.trainer: ObjectiveTrainer | None = None
+        for parameter in masks:  # before they are summed up, clipped and remembered by the optimizer
+            parameter.register_hook(lambda gradient, parameter=parameter: gradient * self.masks[parameter])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        self.masks = {parameter: mask.to(parameter.device) for parameter, mask in self.masks.items()}
+        self.progress.phase("train", state.max_steps)
+        self.progress.step(state.global_step)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        assert self.trainer is not None
+        for _, parameter in trained(self.trainer.model):
+            if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+                raise NumericalError(self.trainer._not_a_number("gradient"))
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        with torch.no_grad():
+            for parameter, mask in self.masks.items():
+                parameter.mul_(mask)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        self.progress.step()
+
+
+class Patience(TrainerCallback):  # type: ignore[misc]
+    """Ends training after so many evaluations that were no better than the best."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        if _no_better(state.log_history, self.patience):
+            control.should_training_stop = True
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training was.
+
+    Attributes:
+        steps: optimizer steps; resumed: those of an earlier run that was killed.
+        parameters: how many numbers were trained.
+        history: by step the loss, and the loss on what was held out.
+    """
+
+    steps: int
+    resumed: int
+    parameters: int
+    history: list[dict[str, float]]
+
+
+def train(
+    model: nn.Module, samples: Samples, collate: Callable[..., Batch], objective: Objective, settings: Optimization,
+    folder: Path, progress: Progress, *, learning_rate: float, masks: Mapping[nn.Parameter, Tensor] | None = None,
+    device: str = "cpu",
+) -> Trained:  # fmt: skip
+    """Train the parameters of a model that ask for gradients, in place; goes on from what a killed run left.
+
+    Args:
+        folder: of the states that are saved on the way.
+        learning_rate: where the settings name none.
+        masks: weights that stay zero, by parameter.
+
+    Raises:
+        BadData: no samples.
+        NumericalError: a loss or gradient that is not finite, with its step.
+    """
+    if not len(samples):
+        raise BadData("There is nothing to train on: the data gave no sample.")
+    held_out = None
+    if settings.evaluate_every is not None:
+        samples, held_out = samples.held_out()
+    set_seed(settings.seed)
+    watch = Watch(progress, masks or {})
+    callbacks: list[TrainerCallback] = [watch]
+    if settings.patience is not None:
+        callbacks.append(Patience(settings.patience))
+    last = last_whole(folder)
+    with warnings.catch_warnings(), ExitStack() as stack:
+        warnings.simplefilter("ignore", FutureWarning)  # of what the Trainer itself asks models for
+        trainer = ObjectiveTrainer(
+            model, arguments(settings, len(samples), folder, learning_rate, device), collate, samples, held_out,
+            callbacks=callbacks, objective=objective,
+        )  # fmt: skip
+        watch.trainer = trainer
+        stack.enter_context(WideProducts() if slow_products(model) else nullcontext())
+        if last is None or not _at_its_end(trainer, last, settings.patience):
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    return Trained(
+        trainer.state.global_step,
+        0 if last is None else _step(last),
+        sum(value.numel() for _, value in trained(model)),
+        _history(trainer.state.log_history),
+    )
+
+
+def arguments(
+    settings: Optimization, samples: int, folder: Path, learning_rate: float, device: str
+) -> TrainingArguments:
+    """What the Trainer is told."""
+    processes = _processes()
+    per_step = settings.batch_size * settings.accumulate * processes
+    steps = settings.steps or max(1, int(-(-samples // per_step) * settings.epochs))
+    save = settings.save_every or max(1, steps // 10)
+    best = settings.patience is not None
+    if best and settings.evaluate_every is not None:
+        save = settings.evaluate_every
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch_size, per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate, learning_rate=settings.learning_rate or learning_rate,
+        max_steps=steps, lr_scheduler_type="cosine", warmup_steps=min(0.99, _WARMUP), seed=settings.seed,
+        data_seed=settings.seed, bf16=settings.bf16, use_cpu=device == "cpu", weight_decay=0.0,
+        eval_strategy="no" if settings.evaluate_every is None else "steps", eval_steps=settings.evaluate_every,
+        save_strategy="steps", save_steps=save, save_total_limit=2, load_best_model_at_end=best,
+        metric_for_best_model="eval_loss" if best else None, greater_is_better=False if best else None,
+        logging_steps=max(1, steps // _LOGGED), logging_nan_inf_filter=False, report_to=[], disable_tqdm=True,
+        remove_unused_columns=False, dataloader_pin_memory=False, label_names=["labels"], log_level="error",
+    )  # fmt: skip
+
+
+def _processes() -> int:
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _history(logged: list[dict[str, Any]]) -> list[dict[str, float]]:
+    names = ("loss", "eval_loss")
+    return [{"step": one["step"], **{name: one[name] for name in names if name in one}}
+            for one in logged if any(name in one for name in names)]  # fmt: skip
+
+
+def objective_of(teaching: Teaching, teacher: Teacher | None, *, regression: bool, labelled: bool) -> Objective:
+    """The objective that settings and data name."""
+    return Objective(teacher, teaching.temperature, teaching.weight, regression, labelled)
