@@ -53,11 +53,13 @@ def wrap(
     """
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(names), task_type=task)
+    scaled: Any = alpha  # peft divides it by the rank, so that it need not be whole, as its annotation says
+    config = LoraConfig(r=rank, lora_alpha=scaled, lora_dropout=dropout, target_modules=list(names), task_type=task)
     _register(config)
     under = {model.get_submodule(name): mask for name, mask in (masks or {}).items() if name in set(names)}
     if under:
-        config._register_custom_module({kind: _masked(under) for kind in {type(module) for module in under}})
+        custom: dict[Any, Any] = {kind: _masked(under) for kind in {type(module) for module in under}}
+        config._register_custom_module(custom)
     with _unwarned():
         return get_peft_model(model, config)
 
@@ -103,7 +105,7 @@ def attach(model: nn.Module, directory: Path) -> None:
         for name, value in model.named_parameters():
             if ".lora_" in name:  # in the dtype that they were trained in, whatever that of the weights
                 value.data = value.data.float()
-        found = set_peft_model_state_dict(model, held)
+        found: Any = set_peft_model_state_dict(model, held)
     except (ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BadCheckpoint(f"The adapter in {directory} does not fit the weights beside it: {reason}") from error
