@@ -19,7 +19,7 @@ from llmcomp.pipeline.job import Plan, plan_recipe
 from llmcomp.pipeline.terms import Lanes, MemoryTerms
 from llmcomp.pipeline.timing import Rates, measure_rates, seconds
 from llmcomp.pipeline.waiting import Look
-from llmcomp.recipe import Calibration, FactorizeStep, QuantizeStep, Recipe, pattern_for
+from llmcomp.recipe import Calibration, FactorizeStep, PruneStep, QuantizeStep, Recipe, pattern_for
 from llmcomp.schemes import INT8_STATIC
 
 # What a shard's header says of a tensor beside its name, shape and offsets.
@@ -205,11 +205,22 @@ def _method(recipe: Recipe, plan: Plan) -> str:
         if isinstance(step, QuantizeStep):
             found = (task.method for task in plan.assignment.tasks.values() if task.bits == step.bits)
             said.append(next(found, method) if method == "auto" else method)
-        elif isinstance(step, FactorizeStep):
+        elif isinstance(step, FactorizeStep | PruneStep):
             said.append(f"{method} {step.amount}")
         else:
             said.append(f"{method} {pattern_for(step, None).label}")
     return " + ".join(said)
+
+
+def bytes_needed(plan: Plan, stored: Collection[str]) -> int:
+    """Bytes that the output's disk must have free: the checkpoint beside the one that it may replace, and the smaller
+    model that steps behind one that prunes read.
+
+    Args:
+        stored: names that the source holds.
+    """
+    state = _written(plan.adapter, plan, stored).values() if plan.reduction is not None else ()
+    return 2 * bytes_after(plan.adapter, plan, stored) + sum(one.numel() * one.element_size() for one in state)
 
 
 def bytes_after(adapter: Adapter, plan: Plan, stored: Collection[str] | None = None) -> int:
