@@ -2,8 +2,9 @@
 
 Found in the stages of a block, not by names. An MLP is the linears of that role: the last one, alone in its stage,
 reads what those of one stage before it have made, channel by channel, so a neuron is a column of the last and a row
-of each of the others. In the attention the output projection reads heads side by side; what makes them are three
-linears of one stage, and where keys and values are shared, the heads that share them are one unit.
+of each of the others; or two rows of one that makes gates and values at once, all of one behind all of the other. In
+the attention the output projection reads heads side by side; what makes them are three linears of one stage, and where
+keys and values are shared, the heads that share them are one unit.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Part:
         output: the linear whose input they are.
         size: columns of `output` that a unit has.
         heads: of a unit, 1 for a neuron.
-        producers: (linear, how many of its rows a unit has).
+        producers: (linear, how many of its rows a unit has side by side).
+        halves: how often the units follow each other in a producer's rows, 2 where gates and values are fused.
     """
 
     what: str
@@ -38,6 +40,7 @@ class Part:
     size: int
     heads: int
     producers: tuple[tuple[LinearRef, int], ...]
+    halves: int = 1
 
     @property
     def units(self) -> int:
@@ -50,10 +53,17 @@ class Part:
     def slices(self, kept: Tensor) -> dict[str, tuple[int, Tensor]]:
         """{parameter: (dimension, what stays of it)} where `kept` [units] stay; a bias may be none."""
         found = {f"{self.output.name}.weight": (0 if self.output.transposed else 1, spread(kept, self.size))}
-        for ref, rows in self.producers:
-            found[f"{ref.name}.weight"] = (1 if ref.transposed else 0, spread(kept, rows))
-            found[f"{ref.name}.bias"] = (0, spread(kept, rows))
+        for ref, _ in self.producers:
+            rows = self.rows(ref, kept)
+            found[f"{ref.name}.weight"] = (1 if ref.transposed else 0, rows)
+            found[f"{ref.name}.bias"] = (0, rows)
         return found
+
+    def rows(self, ref: LinearRef, kept: Tensor) -> Tensor:
+        """The rows of a producer that belong to the units `kept`, in the order of the matrix."""
+        size = next(size for one, size in self.producers if one == ref)
+        half = spread(kept, size)
+        return torch.cat([half + number * size * self.units for number in range(self.halves)])
 
 
 def spread(units: Tensor, size: int) -> Tensor:
@@ -75,10 +85,11 @@ def neurons_of(block: Block) -> Part | str:
     if len(mlp) != 2 or len(mlp[1]) != 1:
         return f"an MLP of {len(refs)} linears is none of two, or of three with a gate"
     output, producers = mlp[1][0], mlp[0]
-    if any(ref.out_features != output.in_features for ref in producers):
-        made = ", ".join(f"{ref.name.rpartition('.')[2]} makes {ref.out_features}" for ref in producers)
-        last = output.name.rpartition(".")[2]
-        return f"{made} channels and {last} reads {output.in_features}, so two linears are fused in one"
+    made, read = sorted({ref.out_features for ref in producers}), output.in_features
+    if made == [2 * read] and len(producers) == 1:
+        return Part(NEURONS, block.index, output, 1, 1, ((producers[0], 1),), halves=2)
+    if made != [read]:
+        return f"linears that make {made} channels for one that reads {read} are no MLP that is known"
     return Part(NEURONS, block.index, output, 1, 1, tuple((ref, 1) for ref in producers))
 
 

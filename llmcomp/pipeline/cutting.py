@@ -125,8 +125,7 @@ class _Cutting:
         self._values = Renumbered.of(self._source.binding, smaller)
         self._adapter, self._params = smaller.full, Residency(smaller.full, self._values, self._setting.device)
         if _OUTSIDE in self._journal.done:
-            for block in self._adapter.blocks:
-                self._note(block)
+            self._resumed = len([self._note(block) for block in self._adapter.blocks])
         else:
             self._walk()
         source = self._opened(smaller)
@@ -268,10 +267,12 @@ class _Cutting:
 
     def _squared(self, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
         """All weights that go with units, units in columns."""
-        for ref, size in ((part.output, part.size), *part.producers):
-            weight = self._params.weight(ref)
-            turned = weight if ref is part.output else weight.t()
-            yield turned, torch.arange(turned.shape[1], device=turned.device).reshape(-1, size)
+        weight = self._params.weight(part.output)
+        units = torch.arange(part.units, device=weight.device)
+        yield weight, torch.stack([spread(unit, part.size) for unit in units.split(1)])
+        for ref, _ in part.producers:
+            weight = self._params.weight(ref).t()
+            yield weight, torch.stack([part.rows(ref, unit) for unit in units.split(1)])
 
     def _install(self, part: Part, kept: Tensor, made: Tensor) -> None:
         """Zeros where units are gone. made: [out, columns that stay]."""

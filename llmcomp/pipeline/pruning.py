@@ -162,8 +162,8 @@ def _counted(adapter: Adapter, what: str, share: float, config: PruneConfig) -> 
     try:
         kept = kept_count(share, units, multiple)
     except BadRecipe as error:
-        groups = f" ({parts[0].heads} heads share keys and values)" if parts[0].heads > 1 else ""
-        raise BadRecipe(f"{_FLAGS[what]} {share:g} of {units} {what}{groups}: {error}") from error
+        groups = f", each {parts[0].heads} heads that share keys and values" if parts[0].heads > 1 else ""
+        raise BadRecipe(f"{_FLAGS[what]}{groups}: {error}") from error
     choices = _heads_said(adapter, parts[0], kept) if what == HEADS else _widths_said(adapter, units, kept)
     return kept, _expressed(adapter, what, parts, kept, choices)
 
@@ -216,11 +216,9 @@ def _expressed(
         differing = [name for name in wanted if built.get(name) != wanted[name]]
         if not differing:
             return changes
-        if what == HEADS and len(adapter.model.state_dict()) == len(built):
-            why = (
-                "its config cannot say that there are fewer: with it, "
-                f"{differing[0]} would be {list(built[differing[0]])} instead of {list(wanted[differing[0]])}"
-            )
+        shape = built.get(differing[0])
+        would = "not be there" if shape is None else f"have the shape {list(shape)}"
+        why = f"its config cannot say that there are fewer of them: with it {differing[0]} would {would}"
     raise _refusal(what, why)
 
 
