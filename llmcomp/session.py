@@ -41,6 +41,7 @@ from llmcomp.pipeline.job import Data, Job, Outcome, Plan, Source, gather, open_
 from llmcomp.pipeline.journal import Journal, fingerprint
 from llmcomp.pipeline.labels import labels
 from llmcomp.pipeline.memory import PeakMemory
+from llmcomp.pipeline.narrowed import notes
 from llmcomp.pipeline.plan import bytes_needed
 from llmcomp.pipeline.run import Compression
 from llmcomp.pipeline.streaming import open_streamed
@@ -171,14 +172,17 @@ class Session:
             self._note(f"Resuming: {len(journal.done)} parts of an unfinished run are reused.")
         batches = [call(source.adapter.model, one.input_ids, one.attention_mask, one.context) for one in data.batches]
         partial = self.partial if self.world.first else scratch_of(self.partial, self.world.rank)
-        narrowed = None
+        narrowed: cutting.Cut | None = None
         if plan.reduction is not None:
             setting = cutting.Setting(
                 batches, data.witness, partial / "pruned", fingerprint(*parts), self.options.activation_memory,
                 self.device, self.options.trust_remote_code,
             )
             narrowed = cutting.cut(source, plan.reduction, setting, self.progress)
-            source, self.removed = narrowed.source, narrowed.removed
+            self.removed = narrowed.removed
+            for sentence in notes(self.removed, len(source.adapter.blocks)):
+                self._note(sentence)
+            source = narrowed.source
             plan = replace(plan_rest(self.recipe, source.adapter), reduction=plan.reduction)
         if plan.shares_ranks:
             with self._timed("ranks"):

@@ -31,15 +31,16 @@ from llmcomp.methods._project import damped_factor, solve_damped
 # important ones (_POOL times as many as go) are.
 _ROUNDS = 16
 _POOL = 2
-_MULTIPLES = (128, 64, 32, 16, 8)  # of groups that share a scale, and of what kernels and packed integers like
-_GRAIN = 16
+# Groups that share a scale, and what kernels and packed integers like; each with how often it is in a width that is
+# cut in steps of it: a coarser step would miss the share that was asked for.
+_MULTIPLES = ((128, 16), (64, 16), (32, 8), (16, 16), (8, 16))
 
 
 @dataclass(frozen=True)
 class PruneConfig:
     """damping: share of the mean diagonal that is added where what is left is refitted. compensate: whether it is.
     multiple: the neurons that stay are a multiple of this; None: of the largest of 128, 64, 32, 16 and 8 that divides
-    their number now and is no more than a 16th of it."""
+    their number now and is no more than a 16th of it (32: an 8th), so that groups of quantization still fit."""
 
     damping: float = 0.01
     compensate: bool = True
@@ -49,11 +50,57 @@ class PruneConfig:
         """Of what number those that stay of `width` neurons are a multiple.
 
         >>> PruneConfig().multiple_of(5632), PruneConfig().multiple_of(384), PruneConfig(multiple=8).multiple_of(384)
-        (128, 16, 8)
+        (128, 32, 8)
         """
         if self.multiple is not None:
             return self.multiple
-        return next((size for size in _MULTIPLES if width % size == 0 and size * _GRAIN <= width), 1)
+        return next((size for size, steps in _MULTIPLES if width % size == 0 and size * steps <= width), 1)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """An output projection without some units of its input.
+
+    Attributes:
+        kept: int64 [units that stay], ascending. weight: [out, columns that stay], in the dtype it had.
+        error: ||X(W - W')'||² / ||XW'||² over what calibration has read, None where it read nothing.
+    """
+
+    kept: Tensor
+    weight: Tensor
+    error: float | None
+
+
+def prune(weight: Tensor, gram: Tensor, units: Tensor, keep: int, config: PruneConfig = PruneConfig()) -> Pruned:
+    """Choose the units that stay, and refit their columns to the outputs of all.
+
+    Args:
+        weight: floating [out, in]. gram: floating [in, in] of its input.
+        units: int64 [units, size], the columns of each. keep: how many stay.
+
+    Raises:
+        NumericalError: a Gram matrix with NaN or Inf.
+    """
+    kept = choose(weight, gram, units, keep, config.damping)
+    columns = units.to(weight.device)[kept].flatten()
+    fitted = compensate(weight, gram, columns, config.damping) if config.compensate else weight[:, columns]
+    wide, left = gram.double(), weight.to(torch.float64, copy=True)
+    whole = float(((left @ wide) * left).sum())
+    left[:, columns] -= fitted.double()
+    lost = float(((left @ wide) * left).sum())
+    return Pruned(kept, fitted, lost / whole if whole > 0 else 0.0)
+
+
+def prune_by_size(weights: Iterable[tuple[Tensor, Tensor]], keep: int) -> Pruned:
+    """Keep the units of the largest weights, without calibration; what stays is as it was.
+
+    Args:
+        weights: as `magnitude`, the output projection first.
+    """
+    given = list(weights)
+    (weight, units), *_ = given
+    kept = most_important(magnitude(given), keep)
+    return Pruned(kept, weight[:, units[kept].flatten()], None)
 
 
 def head_units(width: int, head_dim: int, heads_per_group: int = 1) -> Tensor:

@@ -33,7 +33,7 @@ from llmcomp.errors import RunError
 from llmcomp.formats import witness
 from llmcomp.formats.save import ShardWriter, checkpoint_config, writing
 from llmcomp.matmul import WideProducts
-from llmcomp.methods.structured import choose, compensate, magnitude, most_important
+from llmcomp.methods.structured import most_important, prune, prune_by_size
 from llmcomp.pipeline.influence import influences
 from llmcomp.pipeline.job import Outcome, Source, open_source
 from llmcomp.pipeline.journal import Journal
@@ -248,24 +248,17 @@ class _Cutting:
         began, keep, config = time.perf_counter(), self._reduction.keep[part.what], self._reduction.config
         with self._timed("solve"):
             weight = self._params.weight(part.output)  # [out, in]
-            units = torch.arange(part.output.in_features, device=weight.device).reshape(-1, part.size)
-            error = None
             if stats is None:
-                kept = most_important(magnitude(self._squared(part)), keep)
-                made = weight[:, spread(kept, part.size)]
+                found = prune_by_size(self._weights(part), keep)
             else:
                 assert stats.gram is not None  # nothing has been made of it
-                kept = choose(weight, stats.gram, units, keep, config.damping)
-                columns = spread(kept, part.size)
-                made = weight[:, columns]
-                if config.compensate:
-                    made = compensate(weight, stats.gram, columns, config.damping)
-                error = _error(weight, made, columns, stats.gram)
-            self._install(part, kept, made)
+                units = torch.arange(weight.shape[1], device=weight.device).reshape(-1, part.size)
+                found = prune(weight, stats.gram, units, keep, config)
+            self._install(part, found.kept, found.weight)
         layer = narrowed(part, part.output, keep, weight.element_size(), self._reduction.step.method)
-        return kept, replace(layer, error=error, seconds=time.perf_counter() - began)
+        return found.kept, replace(layer, error=found.error, seconds=time.perf_counter() - began)
 
-    def _squared(self, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
+    def _weights(self, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
         """All weights that go with units, units in columns."""
         weight = self._params.weight(part.output)
         units = torch.arange(part.units, device=weight.device)
@@ -394,14 +387,6 @@ class _Cutting:
                 yield
         finally:
             self._phases[phase] += time.perf_counter() - began
-
-
-def _error(weight: Tensor, made: Tensor, columns: Tensor, gram: Tensor) -> float:
-    """||X(W - W')'||² / ||XW'||², in float64. made: [out, columns that stay]."""
-    wide, left = gram.double(), weight.to(torch.float64, copy=True)
-    whole = float(((left @ wide) * left).sum())
-    left[:, columns] -= made.double()
-    return float(((left @ wide) * left).sum()) / whole if whole > 0 else 0.0
 
 
 def _key(block: Block) -> str:

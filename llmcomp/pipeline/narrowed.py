@@ -84,3 +84,15 @@ def with_cut(done: Sequence[LayerReport], narrowed: Sequence[LayerReport]) -> li
             )  # fmt: skip
         found.append(layer)
     return [*found, *before.values()]
+
+
+def notes(removed: Sequence[Removed], blocks: int) -> list[str]:
+    """What is gone, in sentences. blocks: how many the source had."""
+    said = []
+    gone = [one for one in removed if one.what == "block"]
+    if gone:
+        scores = ", ".join(f"{number} ({one.score:.3g})" for one in gone for number in one.which)
+        said.append(f"Blocks that are gone, of {blocks}, counted from 0, with the score for which they went: {scores}.")
+    if any(one.which for one in removed if one.what != "block"):
+        said.append("Which heads are gone from each block is in llmcomp_report.json, under 'removed'.")
+    return said

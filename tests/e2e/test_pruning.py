@@ -438,10 +438,10 @@ def cannot(model: str, step: PruneStep, said: str, **sizes: Any) -> None:
         ("llava", PruneStep(mlp=0.5), "several stacks of blocks"),
         ("llama", PruneStep(layers=2), "--layers 2 of 2 blocks leaves none; take at most 1"),
         ("llama", PruneStep(heads=0.2), "--heads, each 2 heads that share keys and values: .*take at least 0.5"),
-        ("llama", PruneStep(mlp=0.01), "removes none; take at least 0.1"),
+        ("llama", PruneStep(mlp=0.01), "removes none; take at least 0.2"),
         ("llama", PruneStep(mlp=0.5, options={"multiple": 0}), "at least 1"),
         ("llama", PruneStep(mlp=0.5, options={"alpha": 1}), "unknown key 'alpha'"),
-        ("llama", PruneStep(heads=0.1, layers=7, mlp=0.01), "take at least 0.5; .*take at least 0.1; .*at most 1"),
+        ("llama", PruneStep(heads=0.1, layers=7, mlp=0.01), "take at least 0.5; .*take at least 0.2; .*at most 1"),
     ],
 )  # fmt: skip
 def test_what_a_model_cannot_is_refused_with_what_would_work(model: str, step: PruneStep, said: str) -> None:
