@@ -1,7 +1,7 @@
 """Quality side by side: every tool on the same model, windows and text; markdown tables on stdout.
 
-    python -m evals.quality [--tools NAME …] [--settings NAME …] [--part lm|sst2|lm-sparse|lm-lowrank|lm-pruned|sst2-pruned]
-                             [--threads 1] [--seeds 0 1 2] [--kept]
+    python -m evals.quality [--part lm|sst2|lm-sparse|lm-lowrank|lm-pruned|sst2-pruned]
+                             [--tools NAME …] [--settings NAME …] [--threads 1] [--seeds 0 1 2] [--kept]
 
 For each setting, calibration seed and tool: quantize in the tool's own environment, open the checkpoint as
 its user would (`evals/score.py`), keep the loss of every window. Peers' results are kept in a JSON file per
