@@ -17,6 +17,7 @@ __all__ = [
     "Lora",
     "Optimization",
     "Override",
+    "PruneStep",
     "QuantizeStep",
     "Recipe",
     "Report",
@@ -31,6 +32,7 @@ __all__ = [
     "export",
     "factorize",
     "load",
+    "prune",
     "quantize",
     "recover",
     "sparsify",
@@ -39,10 +41,12 @@ __all__ = [
 _HOMES: dict[str, tuple[str, ...]] = {
     "llmcomp.api": (
         "CompressResult", "ExportResult", "RunOptions", "bench", "compress", "evaluate", "export", "factorize", "load",
-        "quantize", "recover", "sparsify",
+        "prune", "quantize", "recover", "sparsify",
     ),
     "llmcomp.errors": ("LlmcompError", "RunError", "UserError"),
-    "llmcomp.recipe": ("Calibration", "FactorizeStep", "Override", "QuantizeStep", "Recipe", "SparsifyStep"),
+    "llmcomp.recipe": (
+        "Calibration", "FactorizeStep", "Override", "PruneStep", "QuantizeStep", "Recipe", "SparsifyStep",
+    ),
     "llmcomp.report.schema": ("Report",),
     "llmcomp.training.settings": ("Lora", "Optimization", "Teaching"),
 }

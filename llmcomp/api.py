@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmcomp.progress import Progress, Silent
 from llmcomp.ranks import joined
-from llmcomp.recipe import Calibration, FactorizeStep, Recipe, SparsifyStep, check, step_of
+from llmcomp.recipe import Calibration, FactorizeStep, PruneStep, Recipe, SparsifyStep, check, step_of
 from llmcomp.report.schema import Report
 from llmcomp.training.settings import Lora, Optimization, Plan, Teaching
 
@@ -111,6 +111,36 @@ def quantize(
         given = {"bits": bits, "group_size": group_size, "method": method, "activations": activations}
         step = step_of(format, symmetric=symmetric, **{k: v for k, v in given.items() if v is not None})
         recipe = Recipe((step,), Calibration(calibration), format=format)
+    return compress(model, recipe, options=options, progress=progress, **run)
+
+
+def prune(
+    model: str,
+    *,
+    heads: float | None = None,
+    mlp: float | None = None,
+    layers: int | None = None,
+    method: str = "activation",
+    calibration: str = "default",
+    options: RunOptions = RunOptions(),
+    progress: Progress | None = None,
+    **run: Any,
+) -> CompressResult:
+    """Take attention heads, neurons and blocks out of a model, verify the checkpoint, and measure what it cost.
+
+    What comes out is a smaller model of the same kind, which plain transformers opens.
+
+    Args:
+        model: a local directory, a Hub id, an alias or a 'sample:' name.
+        heads: share of the attention heads that go, in groups that share keys and values.
+        mlp: share of the MLPs' neurons that go. layers: how many blocks go.
+        method: 'activation', what costs least of what calibration reads, made up for by what stays; or 'magnitude'.
+        calibration, options, progress, run: as `quantize`.
+
+    Raises:
+        UserError, RunError: as `quantize`.
+    """
+    recipe = Recipe((PruneStep(method, heads, mlp, layers),), Calibration(calibration), format="dense")
     return compress(model, recipe, options=options, progress=progress, **run)
 
 

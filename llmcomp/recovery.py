@@ -288,6 +288,7 @@ class Recovering:
             layers=[replace(layer, error=None, seconds=0.0, block_error=None, block_error_start=None)
                     for layer in before.layers],
             left=before.left,
+            removed=before.removed,
             size_before=size_of(self.path, subject.role),
             peak_memory=peak,
             labels=[*before.labels, *([_BESIDE_LABEL] if beside else [])],

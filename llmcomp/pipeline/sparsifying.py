@@ -11,10 +11,10 @@ from llmcomp.errors import BadRecipe
 from llmcomp.methods import METHODS, SPARSE
 from llmcomp.pipeline.assign import Assignment, Pruning, Task, alone, assign, left_out, unknown
 from llmcomp.pipeline.factorizing import Ranks, with_factors
-from llmcomp.recipe import FactorizeStep, QuantizeStep, SparsifyStep, Step, override_for, pattern_for
+from llmcomp.recipe import FactorizeStep, QuantizeStep, SparsifyStep, TargetedStep, override_for, pattern_for
 
 
-def assign_steps(adapter: Adapter, steps: Sequence[Step], ranks: Ranks = MappingProxyType({})) -> Assignment:
+def assign_steps(adapter: Adapter, steps: Sequence[TargetedStep], ranks: Ranks = MappingProxyType({})) -> Assignment:
     """What all steps of a recipe do to each linear.
 
     Args:
@@ -23,6 +23,8 @@ def assign_steps(adapter: Adapter, steps: Sequence[Step], ranks: Ranks = Mapping
     Raises:
         BadRecipe: a step that does not fit, or two that exclude each other on a linear.
     """
+    if not steps:
+        return Assignment({}, dict(adapter.uncompressed))
     others = [step for step in steps if not isinstance(step, FactorizeStep)]
     if len(others) < len(steps):
         return with_factors(adapter, steps, ranks)

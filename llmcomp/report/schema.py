@@ -70,6 +70,27 @@ class Left:
 
 
 @dataclass
+class Removed:
+    """What pruning took out of one place.
+
+    Attributes:
+        name: of the output projection that read the units, or of the block, in the source.
+        what: 'neuron', 'head', 'group of heads' (that share keys and values) or 'block'.
+        of, count: how many there were, how many are gone.
+        which: their numbers, of heads and blocks.
+        score: of a block its influence (1 - cos of what it reads and gives; by magnitude, the sum of squared weights);
+            else ||X(W - W')'||² / ||XW'||² of the output projection, None without calibration.
+    """
+
+    name: str
+    what: str
+    of: int
+    count: int
+    which: list[int]
+    score: float | None = None
+
+
+@dataclass
 class Size:
     """Where the bytes are. `parts`: bytes by role (attention, mlp, embeddings, head, other)."""
 
@@ -193,7 +214,7 @@ class Report:
         command: the verb, such as 'quantize' or 'evaluate'.
         model: what was given; source: the directory or Hub id and revision it resolved to.
         recipe: the recipe as plain data; calibration: in words what was read, with its warnings.
-        layers, left: what was compressed and what was not.
+        layers, left: what was compressed and what was not. removed: heads, neurons and blocks that are gone.
         before, after: measurements, None with --no-evaluate.
         phases: seconds by phase (read, calibrate, solve, save, verify, evaluate).
         peak_memory: anonymous resident bytes of compressing and saving over those after imports.
@@ -215,6 +236,7 @@ class Report:
     calibration: dict[str, Any]
     layers: list[LayerReport] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
+    removed: list[Removed] = field(default_factory=list)
     size_before: Size | None = None
     size_after: Size | None = None
     before: Measured | None = None
