@@ -101,8 +101,8 @@ class PrunedTraining(TrainingRun):
         self.assigned = plan_recipe(Recipe((self.plan.step,), format="dense"), source.adapter)
         if self.assigned.untied:
             raise BadRecipe(
-                f"{self.plan.model} shares its head's weights with its embeddings, so no mask can be of one of them: leave "
-                "head out of targets."
+                f"{self.plan.model} shares its head's weights with its embeddings, so no mask can be of one of them: "
+                "leave head out of targets."
             )
         self.refs: dict[str, LinearRef] = {task.ref.name: task.ref for task in self.assigned.assignment.tasks.values()}
         self.left = left_alone(source, self.assigned)

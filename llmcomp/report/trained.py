@@ -17,8 +17,8 @@ def pruning_lines(report: Report) -> list[str]:
     rounds = f" in {found.rounds} rounds" if found.rounds > 1 else ""
     under = parameters(sum(prod(layer.shape) for layer in report.layers))
     lines = [
-        f"{percent(found.removed)} of {under} weights removed by {found.method}, {parameters(found.parameters)} numbers "
-        f"trained for {found.steps:,} steps{rounds}{by}.",
+        f"{percent(found.removed)} of {under} weights removed by {found.method}, {parameters(found.parameters)} "
+        f"numbers trained for {found.steps:,} steps{rounds}{by}.",
         f"Trained on {found.data}.",
     ]
     losses = [one["loss"] for one in found.history if "loss" in one]

@@ -6,7 +6,7 @@ import gc
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,12 +160,14 @@ def draw_tickets(
     world, kept = pruner.world, folder / REWIND
     if world.first and rewind == 0 and not kept.exists():
         _keep_start(model, kept)
-    number = int(world.message(str(_latest(folder)).encode() if world.first else None))
+    number = began = int(world.message(str(_latest(folder)).encode() if world.first else None))
     while True:
         states = folder / f"{ROUND}-{number}"
         if number and last_whole(states) is None:
             restore(model, states / f"{STATE}-0")
         done = train_round(states, [] if number else [Rewind(rewind, states, kept, first=world.first)])
+        if number != began:  # the state that it began with is not one that a killed run has left
+            done = replace(done, resumed=0)
         if world.first:
             _note(folder, number, done)
         if number == rounds:
