@@ -26,8 +26,8 @@ import torch
 
 from evals.common import assets_root, cache_root, markdown, paired_interval, sentence_labels
 from evals.process import machine
+from llmcomp import prune_in_training
 from llmcomp.measure.bootstrap import interval
-from llmcomp.pruned_training import prune_in_training
 from llmcomp.training.pruning_plan import PruningPlan
 
 MODEL, TRAIN, TEST = "models/minilm-sst2", "data/sst2/train.jsonl", "data/sst2/test.jsonl"

@@ -17,6 +17,7 @@ __all__ = [
     "Lora",
     "Optimization",
     "Override",
+    "PruningPlan",
     "QuantizeStep",
     "Recipe",
     "Report",
@@ -31,6 +32,7 @@ __all__ = [
     "export",
     "factorize",
     "load",
+    "prune_in_training",
     "quantize",
     "recover",
     "sparsify",
@@ -39,11 +41,12 @@ __all__ = [
 _HOMES: dict[str, tuple[str, ...]] = {
     "llmcomp.api": (
         "CompressResult", "ExportResult", "RunOptions", "bench", "compress", "evaluate", "export", "factorize", "load",
-        "quantize", "recover", "sparsify",
+        "prune_in_training", "quantize", "recover", "sparsify",
     ),
     "llmcomp.errors": ("LlmcompError", "RunError", "UserError"),
     "llmcomp.recipe": ("Calibration", "FactorizeStep", "Override", "QuantizeStep", "Recipe", "SparsifyStep"),
     "llmcomp.report.schema": ("Report",),
+    "llmcomp.training.pruning_plan": ("PruningPlan",),
     "llmcomp.training.settings": ("Lora", "Optimization", "Teaching"),
 }
 

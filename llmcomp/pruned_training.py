@@ -16,7 +16,6 @@ import torch
 import yaml
 from torch import Tensor
 
-from llmcomp import hub
 from llmcomp.adapters.base import LinearRef
 from llmcomp.checkpoint import Checkpoint
 from llmcomp.devices import describe as describe_device
@@ -30,8 +29,8 @@ from llmcomp.measure.machine import this_machine
 from llmcomp.patterns import UNSTRUCTURED, Pattern, check_mask
 from llmcomp.pipeline.job import Source, open_source, plan_recipe
 from llmcomp.pipeline.labels import labels
-from llmcomp.progress import Progress, Silent
-from llmcomp.ranks import ALONE, World, joined
+from llmcomp.progress import Progress
+from llmcomp.ranks import ALONE, World
 from llmcomp.recipe import Recipe
 from llmcomp.report.schema import LayerReport, Pruning, Report
 from llmcomp.report.summary import PLAN_NAME
@@ -45,33 +44,9 @@ from llmcomp.training.trainer import Rules, Teacher, Trained, train
 from llmcomp.training_run import TrainingRun, regresses
 
 if TYPE_CHECKING:
-    from llmcomp.api import CompressResult, RunOptions
+    from llmcomp.api import RunOptions
 
 _RATE = 5e-5  # the highest, where none is given
-
-
-def prune_in_training(plan: PruningPlan, progress: Progress | None = None) -> CompressResult:
-    """Train a model while weights are removed, verify the checkpoint, and measure what it cost.
-
-    In a process that torchrun or `accelerate launch --multi_gpu` started, all ranks call this and train together.
-
-    Raises:
-        UserError: what was asked cannot be (exit status 2).
-        RunError: something failed on the way; no output appears (exit status 1). Of several ranks, all fail.
-    """
-    from llmcomp.api import CompressResult, RunOptions
-
-    plan.check()
-    progress = progress or Silent()
-    options = RunOptions(
-        output=None if plan.output is None else Path(plan.output), overwrite=plan.overwrite, evaluate=plan.evaluate,
-        verify=plan.verify, device=plan.device, eval_data=plan.eval_data, text_column=plan.text_column,
-        label_column=plan.label_column,
-    )  # fmt: skip
-    with joined() as world:
-        resolved = hub.resolve(plan.model, progress=progress if world.first else Silent())
-        run = PrunedTraining(plan, resolved.path, options, progress, world)
-        return CompressResult(*run.run())
 
 
 class PrunedTraining(TrainingRun):

@@ -42,9 +42,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from llmcomp import prune_in_training
     from llmcomp.cli.progress import listener
     from llmcomp.cli.running import show
-    from llmcomp.pruned_training import prune_in_training
     from llmcomp.ranks import joined
     from llmcomp.training.pruning_plan import read_plan
 

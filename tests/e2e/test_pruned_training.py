@@ -17,13 +17,12 @@ from e2e_runs import LENGTH, hashes, tensors
 from tiny import tiny
 from transformers import AutoModelForSequenceClassification
 
-from llmcomp import training_run
+from llmcomp import prune_in_training, training_run
 from llmcomp.errors import NumericalError, RunError, VerificationFailed
 from llmcomp.formats import witness
 from llmcomp.formats.save import partial_of
 from llmcomp.formats.verify import check
 from llmcomp.patterns import Pattern, holds
-from llmcomp.pruned_training import prune_in_training
 from llmcomp.report.schema import Report
 from llmcomp.report.summary import PLAN_NAME, reproduce
 from llmcomp.report.trained import pruning_lines
