@@ -114,12 +114,16 @@ class Rewind(TrainerCallback):  # type: ignore[misc]
     """Keeps the state of one step of the first round, to which all later ones go back.
 
     Args:
-        share: of all steps, after which it is; at 0 the weights that training started from.
+        share: of all steps, after which it is; where that is none, the weights that training started from.
         states: folder of the round's states. kept: where it goes.
     """
 
-    def __init__(self, share: float, states: Path, kept: Path, *, first: bool) -> None:
-        self.share, self.states, self.kept, self.first = share, states, kept, first
+    def __init__(self, model: nn.Module, share: float, states: Path, kept: Path, *, first: bool) -> None:
+        self.model, self.share, self.states, self.kept, self.first = model, share, states, kept, first
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        if self.first and int(self.share * state.max_steps) == state.global_step == 0 and not self.kept.exists():
+            _keep_start(self.model, self.kept)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
         step = int(self.share * state.max_steps)
@@ -158,14 +162,12 @@ def draw_tickets(
         What each round was, also of those that an earlier run had done.
     """
     world, kept = pruner.world, folder / REWIND
-    if world.first and rewind == 0 and not kept.exists():
-        _keep_start(model, kept)
     number = began = int(world.message(str(_latest(folder)).encode() if world.first else None))
     while True:
         states = folder / f"{ROUND}-{number}"
         if number and last_whole(states) is None:
             restore(model, states / f"{STATE}-0")
-        done = train_round(states, [] if number else [Rewind(rewind, states, kept, first=world.first)])
+        done = train_round(states, [] if number else [Rewind(model, rewind, states, kept, first=world.first)])
         if number != began:  # the state that it began with is not one that a killed run has left
             done = replace(done, resumed=0)
         if world.first:
