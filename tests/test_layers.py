@@ -18,7 +18,7 @@ ROWS = [
     "__main__",
     "cli",
     "api",
-    "recovery pruned_training",
+    "recovery pruned_training distillation",
     "training_run",
     "session",
     "report hub",
@@ -35,8 +35,8 @@ ROWS = [
     "methods kernels",
     "native_kinds",
     "native",
-    "progress weights losses kinds calibration.stats calibration.files calibration.hub_data calibration.parking "
-    "sentences",
+    "progress weights losses inner_losses kinds calibration.stats calibration.files calibration.hub_data "
+    "calibration.parking sentences",
     "report.schema",
     "report.words building packing bnb schemes patterns activations matmul network aliases samples shards experts "
     "feeds ranks devices",

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmcomp.losses import IGNORED, hard_targets, scores, soft_targets
+from llmcomp.losses import IGNORED, hard_targets, jensen_shannon, reverse_targets, scores, soft_targets
 
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(2, 6))
 
@@ -37,6 +37,36 @@ def soft64(logits: torch.Tensor, targets: torch.Tensor, scored: torch.Tensor, te
             p, q = softmax64(teacher, temperature), softmax64(student, temperature)
             terms.append(math.fsum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True)))
     return temperature**2 * math.fsum(terms) / max(1, len(terms))
+
+
+def jensen64(logits: torch.Tensor, targets: torch.Tensor, scored: torch.Tensor, temperature: float) -> float:
+    terms = []
+    rows = zip(logits.flatten(0, -2), targets.flatten(0, -2), scored.flatten(), strict=True)
+    for student, teacher, counts in rows:
+        if counts:
+            p, q = softmax64(teacher, temperature), softmax64(student, temperature)
+            terms.append(math.fsum((a * math.log(2 * a / (a + b)) + b * math.log(2 * b / (a + b))) / 2
+                                   for a, b in zip(p, q, strict=True)))  # fmt: skip
+    return temperature**2 * math.fsum(terms) / max(1, len(terms))
+
+
+@settings(max_examples=30, deadline=None)
+@given(shapes, st.integers(0, 1000), st.floats(0.5, 5))
+def test_other_divergences_are_their_equations(
+    shape: tuple[int, int, int], seed: int, temperature: float
+) -> None:
+    logits, targets = drawn(shape, seed), drawn(shape, seed + 1)
+    scored = torch.rand(shape[:-1], generator=torch.Generator().manual_seed(seed)) < 0.7
+    found = float(reverse_targets(logits, targets, scored, temperature))
+    assert found == pytest.approx(soft64(targets, logits, scored, temperature), rel=1e-3, abs=1e-5)
+    both = float(jensen_shannon(logits, targets, scored, temperature))
+    assert both == pytest.approx(jensen64(logits, targets, scored, temperature), rel=1e-3, abs=1e-5)
+    assert both == pytest.approx(float(jensen_shannon(targets, logits, scored, temperature)), rel=1e-4, abs=1e-5)
+    assert -1e-5 <= both <= temperature**2 * math.log(2) + 1e-5
+    n = scored.sum() + 3
+    assert float(reverse_targets(logits, targets, scored, temperature, n)) == pytest.approx(
+        found * int(scored.sum()) / int(n), rel=1e-3, abs=1e-5
+    )
 
 
 @settings(max_examples=40, deadline=None)

@@ -25,7 +25,7 @@ from llmcomp.methods.structured import PruneConfig, kept_count
 from llmcomp.recipe import PruneStep
 
 # What configs call the width of an MLP.
-_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "ffn_hidden_size", "d_ff")
+WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "ffn_hidden_size", "d_ff")
 _INSTEAD = {HEADS: "--mlp or --layers", NEURONS: "--heads or --layers", "blocks": "--heads or --mlp"}
 _FLAGS = {HEADS: "--heads", NEURONS: "--mlp", "blocks": "--layers"}
 
@@ -172,22 +172,22 @@ def _refusal(what: str, why: str) -> BadRecipe:
     return BadRecipe(f"{_FLAGS[what]} cannot be, since {why}; prune {_INSTEAD[what]} instead")
 
 
-def _field(config: Any, name: str) -> str:
+def field_name(config: Any, name: str) -> str:
     """What config.json calls a field that all configs have under one name."""
     return str(type(config).attribute_map.get(name, name))
 
 
 def _heads_said(adapter: Adapter, part: Part, kept: int) -> list[dict[str, Any]]:
     config = adapter.config
-    said = {_field(config, "num_attention_heads"): kept * part.heads, "head_dim": part.size // part.heads}
+    said = {field_name(config, "num_attention_heads"): kept * part.heads, "head_dim": part.size // part.heads}
     if getattr(config, "num_key_value_heads", None) is not None:
-        said[_field(config, "num_key_value_heads")] = kept
+        said[field_name(config, "num_key_value_heads")] = kept
     return [said]
 
 
 def _widths_said(adapter: Adapter, units: int, kept: int) -> list[dict[str, Any]]:
     config = adapter.config
-    names = dict.fromkeys(_field(config, name) for name in _WIDTHS if hasattr(config, name))
+    names = dict.fromkeys(field_name(config, name) for name in WIDTHS if hasattr(config, name))
     return [{name: kept} for name in names if getattr(config, name) in (units, None)]
 
 
@@ -262,7 +262,7 @@ def _smaller(source: Adapter, kept: tuple[int, ...], widths: Mapping[str, Any]) 
     Raises:
         BadRecipe: one that transformers cannot build, or whose blocks are others than the source's.
     """
-    changes = _depth(source, kept)
+    changes = depth_changes(source, kept)
     full = source
     if changes:
         full = _built(source, changes)
@@ -280,7 +280,7 @@ def _built(source: Adapter, changes: Mapping[str, Any]) -> Adapter:
         raise BadRecipe(f"transformers cannot build {source.architecture} with {dict(changes)}: {error}.") from error
 
 
-def _depth(source: Adapter, kept: Sequence[int]) -> dict[str, Any]:
+def depth_changes(source: Adapter, kept: Sequence[int]) -> dict[str, Any]:
     """Changes of config.json for the blocks that stay: their number, and what it says of each.
 
     Raises:
@@ -293,7 +293,7 @@ def _depth(source: Adapter, kept: Sequence[int]) -> dict[str, Any]:
         raise _refusal("blocks", f"its config says num_hidden_layers differently than its {total} blocks")
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         raise _refusal("blocks", "each block divides by its number, which would change")
-    changes: dict[str, Any] = {_field(config, "num_hidden_layers"): len(kept)}
+    changes: dict[str, Any] = {field_name(config, "num_hidden_layers"): len(kept)}
     for name, value in config.to_dict().items():
         if "layer" in name and isinstance(value, list) and len(value) == total:
             changes[name] = [value[index] for index in kept]
