@@ -11,6 +11,7 @@ from typing import Any
 __all__ = [
     "Calibration",
     "CompressResult",
+    "DistillPlan",
     "ExportResult",
     "FactorizeStep",
     "LlmcompError",
@@ -29,6 +30,7 @@ __all__ = [
     "UserError",
     "bench",
     "compress",
+    "distill",
     "evaluate",
     "export",
     "factorize",
@@ -43,15 +45,17 @@ __all__ = [
 _HOMES: dict[str, tuple[str, ...]] = {
     "llmcomp.api": (
         "CompressResult", "ExportResult", "RunOptions", "bench", "compress", "evaluate", "export", "factorize", "load",
-        "prune", "prune_in_training", "quantize", "recover", "sparsify",
+        "prune", "quantize", "sparsify",
     ),
     "llmcomp.errors": ("LlmcompError", "RunError", "UserError"),
     "llmcomp.recipe": (
         "Calibration", "FactorizeStep", "Override", "PruneStep", "QuantizeStep", "Recipe", "SparsifyStep",
     ),
     "llmcomp.report.schema": ("Report",),
+    "llmcomp.training.distill_plan": ("DistillPlan",),
     "llmcomp.training.pruning_plan": ("PruningPlan",),
     "llmcomp.training.settings": ("Lora", "Optimization", "Teaching"),
+    "llmcomp.training_api": ("distill", "prune_in_training", "recover"),
 }
 
 

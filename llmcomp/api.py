@@ -17,13 +17,11 @@ from llmcomp.progress import Progress, Silent
 from llmcomp.ranks import joined
 from llmcomp.recipe import Calibration, FactorizeStep, PruneStep, Recipe, SparsifyStep, check, step_of
 from llmcomp.report.schema import Report
-from llmcomp.training.settings import Lora, Optimization, Plan, Teaching
 
 if TYPE_CHECKING:
     from llmcomp.measure.bench import Benchmark
     from llmcomp.measure.bench import Settings as BenchSettings
     from llmcomp.measure.run import Evaluation, Settings
-    from llmcomp.training.pruning_plan import PruningPlan
 
 ACTIVATION_MEMORY = 8 * 2**20
 
@@ -241,83 +239,6 @@ def compress(
 
         session = Session(model, resolved.source, resolved.path, recipe, options, progress, world)
         return CompressResult(*session.run())
-
-
-def recover(
-    directory: str | Path,
-    data: str,
-    *,
-    method: str = "lora",
-    samples: int | None = None,
-    sequence_length: int = 256,
-    lora: Lora | None = None,
-    teaching: Teaching | None = None,
-    optimization: Optimization | None = None,
-    options: RunOptions = RunOptions(),
-    progress: Progress | None = None,
-    **run: Any,
-) -> CompressResult:
-    """Train what llmcomp has compressed, in the form that it has, verify the checkpoint, and measure what was won back.
-
-    Removed weights stay removed, two factors stay two, and integers stay as they are: an adapter is kept beside those.
-    In a process that torchrun or `accelerate launch --multi_gpu` started, all ranks call this and train together.
-
-    Args:
-        directory: a checkpoint that llmcomp has written.
-        data: 'default', 'sample', a file of text or of rows with labels, or a Hub dataset; `text_column` and
-            `label_column` of the options are its columns, too.
-        method: 'lora' or 'full'.
-        samples: how many of the data at most. sequence_length: tokens of one.
-        lora, teaching, optimization: see there; None is their defaults.
-        options: how to run; `run` overrides single fields, as in `recover(directory, data, overwrite=True)`. The
-            device is where it is trained.
-        progress: hears where the run stands.
-
-    Raises:
-        UserError: what was asked cannot be (exit status 2).
-        RunError: something failed on the way; no output appears (exit status 1). Of several ranks, all fail.
-    """
-    from llmcomp import hub
-
-    progress = progress or Silent()
-    options = replace(options, **run)
-    with joined() as world:
-        resolved = hub.resolve(str(directory), progress=progress if world.first else Silent())
-        parts = lora or Lora(), teaching or Teaching(), optimization or Optimization()
-        plan = Plan(data, samples, sequence_length, method, *parts)
-        plan.check()
-        from llmcomp.recovery import Recovering
-
-        return CompressResult(*Recovering(str(directory), resolved.path, plan, options, progress, world).run())
-
-
-def prune_in_training(plan: PruningPlan, progress: Progress | None = None) -> CompressResult:
-    """Train a dense model while weights are removed, verify the checkpoint, and measure what it cost.
-
-    In a process that torchrun or `accelerate launch --multi_gpu` started, all ranks call this and train together.
-
-    Args:
-        plan: what is trained, removed and written (docs/training-time-pruning.md).
-        progress: hears where the run stands.
-
-    Raises:
-        UserError: what was asked cannot be (exit status 2).
-        RunError: something failed on the way; no output appears (exit status 1). Of several ranks, all fail.
-    """
-    from llmcomp import hub
-
-    plan.check()
-    progress = progress or Silent()
-    options = RunOptions(
-        output=None if plan.output is None else Path(plan.output), overwrite=plan.overwrite, evaluate=plan.evaluate,
-        verify=plan.verify, device=plan.device, eval_data=plan.eval_data, text_column=plan.text_column,
-        label_column=plan.label_column,
-    )  # fmt: skip
-    with joined() as world:
-        resolved = hub.resolve(plan.model, progress=progress if world.first else Silent())
-        from llmcomp.pruned_training import PrunedTraining
-
-        return CompressResult(*PrunedTraining(plan, resolved.path, options, progress, world).run())
 
 
 def evaluate(

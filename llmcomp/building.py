@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -42,6 +44,28 @@ def read_yaml(text: str, where: str, what: str = "") -> dict[Any, Any]:
     if not isinstance(data, dict):
         raise BadRecipe(f"{where} must be a mapping{what}, not {type(data).__name__}.")
     return dict(data)
+
+
+def read_settings(path: Path, settings: Sequence[str] = ()) -> dict[Any, Any]:
+    """The mapping of a YAML file.
+
+    Args:
+        settings: 'key=value' each, which say otherwise than the file.
+
+    Raises:
+        BadRecipe: a file that cannot be read or is no mapping, or a setting that is none.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadRecipe(f"--config {path} cannot be read: {error}.") from error
+    data = read_yaml(text, str(path))
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise BadRecipe(f"'{setting}' is no setting; give KEY=VALUE, such as seed=1.")
+        data |= read_yaml(f"{key}: {value}", f"'{setting}'")
+    return data
 
 
 def build(kind: Any, data: Any, where: str) -> Any:

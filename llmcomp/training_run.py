@@ -197,8 +197,10 @@ class TrainingRun(ABC):
             BadCheckpoint: another task, vocabulary or other labels.
         """
         name = self.learning.teaching.teacher
-        if name is None:
-            return None
+        return None if name is None else frozen(self._teacher_model(name, subject, task, tokenizer))
+
+    def _teacher_model(self, name: str, subject: Subject, task: str, tokenizer: Any) -> Any:
+        """A teacher on the device; raises as `_teacher`."""
         path = hub.resolve(name, progress=self.progress).path
         if (other := task_of(path)) != task:
             raise BadCheckpoint(f"The teacher {name} is for {other} and {self.model} for {task}; give one for {task}.")
@@ -214,7 +216,7 @@ class TrainingRun(ABC):
                 f"The teacher {name} has another vocabulary than {self.model}, so its logits are of other tokens; give "
                 "one with the same tokenizer."
             )
-        return frozen(model.to(self.device))
+        return model.to(self.device)
 
     # --- the work ---
 
@@ -224,12 +226,16 @@ class TrainingRun(ABC):
         Args:
             plan: in which `save_every` says nothing, since it changes no bit.
         """
-        parts = [repr(plan), version("llmcomp"), subject.checkpoint.fingerprint(), data_fingerprint(samples.windows),
+        parts = [repr(plan), version("llmcomp"), self._identity(subject), data_fingerprint(samples.windows),
                  str(self.world.size), repr(None if samples.labels is None else samples.labels.tolist())]  # fmt: skip
         if self.device.type != "cpu":
             parts.append(describe_device(self.device))
         if Journal(self.partial, fingerprint(*parts), self.world).discarded:
             self._note("An unfinished run of other settings, data or another checkpoint was discarded.")
+
+    def _identity(self, subject: Subject) -> str:
+        """What is trained: another one is another run."""
+        return subject.checkpoint.fingerprint()
 
     def _objective(self, subject: Subject, samples: Samples, task: str, teacher: Teacher | None) -> Objective:
         return objective_of(

@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "llmcomp"
 ROWS = [
     "__main__",
     "cli",
+    "training_api",
     "api",
     "recovery pruned_training distillation",
     "training_run",
@@ -45,7 +46,7 @@ ROWS = [
 
 # In these packages every file stands for itself, but for what they share (gptq falls back on rtn and wanda).
 SHARED = {
-    "cli": {"options", "progress", "running"},
+    "cli": {"options", "progress", "running", "training"},
     "formats": {"base", "loading", "reading", "opening", "save", "witness"},
     "methods": {
         "_grid", "_masks", "_project", "_scale", "_solve", "_swept", "rank_budget", "solution", "rtn", "gptq", "wanda",

@@ -17,6 +17,7 @@ import typer
 
 from llmcomp.cli.bench import bench
 from llmcomp.cli.compress import compress
+from llmcomp.cli.distill import distill
 from llmcomp.cli.evaluate import evaluate
 from llmcomp.cli.export import export
 from llmcomp.cli.factorize import factorize
@@ -34,7 +35,7 @@ from llmcomp.ranks import joined, launched
 
 INTERRUPTED, TERMINATED = 130, 143
 # By one process or several, and resumed by the same command.
-_COMPRESSING = ("quantize", "prune", "sparsify", "factorize", "compress", "recover")
+_COMPRESSING = ("quantize", "prune", "sparsify", "factorize", "compress", "recover", "distill")
 
 app = typer.Typer(
     help="Make Hugging Face models smaller, see what it cost, get a checkpoint that other software loads.",
@@ -43,8 +44,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 _VERBS = (
-    quantize, prune, sparsify, factorize, compress, recover, inspect, plan, evaluate, export, bench, generate, report,
-    models,
+    quantize, prune, sparsify, factorize, compress, recover, distill, inspect, plan, evaluate, export, bench, generate,
+    report, models,
 )  # fmt: skip
 for _verb in _VERBS:
     app.command(no_args_is_help=_verb is not models)(_verb)

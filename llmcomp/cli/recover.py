@@ -8,23 +8,15 @@ from typing import Annotated
 import typer
 
 from llmcomp.cli import options as o
+from llmcomp.cli import training as t
 from llmcomp.cli.running import show
 
-_TEACHER, _LORA, _TRAINING = "A teacher", "LoRA", "Training"
-_Columns = "of --data and --eval-data"
+_LORA = "LoRA"
 
 
 def recover(
     directory: Annotated[str, typer.Argument(help="A checkpoint that llmcomp has written.", show_default=False)],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            "--data",
-            help="What to train on: a .txt, .jsonl, .csv or .parquet file, a Hub dataset name[:config[:split]], or "
-            "'default', the text that a calibration takes.",
-            show_default=False,
-        ),
-    ] = None,
+    data: t.Data = None,
     method: Annotated[
         str,
         typer.Option(
@@ -33,8 +25,8 @@ def recover(
             "all weights, for those that are floating.",
         ),
     ] = "lora",
-    samples: Annotated[int | None, typer.Option(help="Samples of the data.", show_default="all")] = None,
-    sequence_length: Annotated[int, typer.Option("--sequence-length", help="Tokens of a sample.")] = 256,
+    samples: t.Samples = None,
+    sequence_length: t.SequenceLength = 256,
     rank: Annotated[int, typer.Option(help="Of the factors.", rich_help_panel=_LORA)] = 16,
     alpha: Annotated[
         float | None,
@@ -52,51 +44,27 @@ def recover(
     ] = None,
     teacher: Annotated[
         str | None,
-        typer.Option(help="Learn from this model's logits, too, such as the original.", rich_help_panel=_TEACHER),
+        typer.Option(help="Learn from this model's logits, too, such as the original.", rich_help_panel=t.TEACHER),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="Of the teacher's logits.", rich_help_panel=_TEACHER)] = 2.0,
+    temperature: t.Temperature = 2.0,
     soft_weight: Annotated[
-        float, typer.Option("--soft-weight", help="Share of the teacher in the loss.", rich_help_panel=_TEACHER)
+        float, typer.Option("--soft-weight", help="Share of the teacher in the loss.", rich_help_panel=t.TEACHER)
     ] = 0.5,
     learning_rate: Annotated[
         float | None,
         typer.Option(
-            "--learning-rate", help="The highest.", show_default="2e-4, full 5e-5", rich_help_panel=_TRAINING
+            "--learning-rate", help="The highest.", show_default="2e-4, full 5e-5", rich_help_panel=t.TRAINING
         ),
     ] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.", rich_help_panel=_TRAINING)] = 1.0,
-    steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps, instead of passes.", rich_help_panel=_TRAINING)
-    ] = None,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", help="Samples of a forward.", rich_help_panel=_TRAINING)
-    ] = 8,
-    accumulate: Annotated[int, typer.Option(help="Forwards of a step.", rich_help_panel=_TRAINING)] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Order, dropout, factors.", rich_help_panel=_TRAINING)] = 0,
-    bf16: Annotated[
-        bool, typer.Option("--bf16", help="Forwards and gradients in bf16.", rich_help_panel=_TRAINING)
-    ] = False,
-    evaluate_every: Annotated[
-        int | None,
-        typer.Option(
-            "--evaluate-every", help="Steps between losses on a held-out part.", show_default="never",
-            rich_help_panel=_TRAINING,
-        ),
-    ] = None,
-    patience: Annotated[
-        int | None,
-        typer.Option(
-            help="Losses that may be no better before training ends; the best weights are taken.",
-            show_default="trained to the end", rich_help_panel=_TRAINING,
-        ),
-    ] = None,
-    save_every: Annotated[
-        int | None,
-        typer.Option(
-            "--save-every", help="Steps between what a killed run resumes from.", show_default="a tenth of all",
-            rich_help_panel=_TRAINING,
-        ),
-    ] = None,
+    epochs: t.Epochs = 1.0,
+    steps: t.Steps = None,
+    batch_size: t.BatchSize = 8,
+    accumulate: t.Accumulate = 1,
+    seed: t.Seed = 0,
+    bf16: t.Bf16 = False,
+    evaluate_every: t.EvaluateEvery = None,
+    patience: t.Patience = None,
+    save_every: t.SaveEvery = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory.", show_default="./DIRECTORY-recovered")
     ] = None,
@@ -105,12 +73,8 @@ def recover(
     verify: o.Verify = True,
     device: o.Device = "auto",
     eval_data: o.EvalData = None,
-    text_column: Annotated[
-        str | None, typer.Option("--text-column", help=f"Column with the text, {_Columns}.")
-    ] = None,
-    label_column: Annotated[
-        str | None, typer.Option("--label-column", help=f"Column with the label of a row, {_Columns}.")
-    ] = None,
+    text_column: t.TextColumn = None,
+    label_column: t.LabelColumn = None,
     json: o.Json = False,
 ) -> None:  # fmt: skip
     """Train what was compressed, in the form that it has; verify the checkpoint, measure what was won back.
@@ -127,9 +91,10 @@ def recover(
 
     if data is None:
         raise BadData("llmcomp recover needs something to train on; give --data a file, a Hub dataset or 'default'.")
-    from llmcomp.api import RunOptions, recover
+    from llmcomp.api import RunOptions
     from llmcomp.cli.progress import listener
     from llmcomp.training.settings import Lora, Optimization, Teaching
+    from llmcomp.training_api import recover
 
     with listener(json) as progress:
         result = recover(

@@ -90,7 +90,7 @@ def load(
     native.register(stored)
     given = {} if config is None else {"config": config}
     try:
-        with _quiet():
+        with quiet():
             model, info = auto.from_pretrained(
                 str(directory), output_loading_info=True, local_files_only=True, **bnb.placement(stored), **given
             )
@@ -154,7 +154,7 @@ def prepare(directory: str | Path, task: str | None = None) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bar and no load report: what matters of them is in the loading info, which is checked."""
     bar = transformers.utils.logging.is_progress_bar_enabled()
     level = transformers.utils.logging.get_verbosity()

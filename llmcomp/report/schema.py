@@ -221,6 +221,35 @@ class Pruning:
 
 
 @dataclass
+class Distillation:
+    """A training of a smaller model by a larger one; the report's `before` is the teacher, `after` the student.
+
+    Attributes:
+        method: such as 'distilbert'. losses: name → how much it counts.
+        student: in words what it started from. teachers: whose outputs it learned from.
+        data: in words what was trained on. parameters: how many numbers the student has, teacher_parameters the first
+            teacher. steps: optimizer steps; resumed: those of a run that was killed.
+        history: by 'step' the 'loss' and, where some data were held out, the 'eval_loss'.
+        baseline: the same student trained as long on the same data without a teacher, None where it was not asked for.
+        baseline_divergence: of that from the teacher. baseline_history: as history.
+    """
+
+    method: str
+    losses: dict[str, float]
+    student: str
+    teachers: list[str]
+    data: str
+    parameters: int
+    teacher_parameters: int
+    steps: int
+    resumed: int
+    history: list[dict[str, float]]
+    baseline: Measured | None = None
+    baseline_divergence: Divergence | None = None
+    baseline_history: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass
 class Machine:
     cpu: str
     threads: int
@@ -244,7 +273,7 @@ class Report:
         labels: honest words on where the artefact is faster and where it is only smaller.
         notes: fallbacks and warnings, one sentence each.
         recovery: of `llmcomp recover`, whose layers are those that had been compressed.
-        pruning: of a training that removed weights.
+        pruning: of a training that removed weights. distillation: of `llmcomp distill`.
     """
 
     command: str
@@ -274,6 +303,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     recovery: Recovery | None = None
     pruning: Pruning | None = None
+    distillation: Distillation | None = None
     llmcomp_version: str = ""
     schema_version: int = SCHEMA_VERSION
 

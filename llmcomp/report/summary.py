@@ -16,6 +16,7 @@ from llmcomp.report.words import ABSENT, number, parameters, percent, ratio, sec
 
 ROLES = ("attention", "mlp", "embeddings", "head")
 PLAN_NAME = "prune_in_training.yaml"  # of a training that prunes, beside its model
+DISTILL_NAME = "distill.yaml"  # likewise of a distillation
 PARTS = (*ROLES, "other")
 
 # name → (how a change is stated, whether a larger value is better)
@@ -369,6 +370,8 @@ def reproduce(report: Report) -> str:
         return f"llmcomp recover {shlex.quote(report.model)}{_flags(report.recipe)}{output}"
     if report.pruning is not None:
         return f"accelerate launch scripts/prune_in_training.py --config {PLAN_NAME}"
+    if report.distillation is not None:
+        return f"accelerate launch scripts/distill_lm.py --config {DISTILL_NAME}"
     verb = "quantize" if report.command == "quantize" else "compress"  # which take any recipe
     return f"llmcomp {verb} {shlex.quote(report.model)} --recipe llmcomp_recipe.yaml{output}"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmcomp.building import build, read_yaml
+from llmcomp.building import build, read_settings
 from llmcomp.errors import BadRecipe
 from llmcomp.patterns import UNSTRUCTURED, Pattern
 from llmcomp.recipe import Override, Recipe, SparsifyStep
@@ -176,16 +176,7 @@ def read_plan(path: Path, settings: Sequence[str] = ()) -> PruningPlan:
     Raises:
         BadRecipe: a file that cannot be read or is no mapping, unknown keys, values that cannot be.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadRecipe(f"--config {path} cannot be read: {error}.") from error
-    data = read_yaml(text, str(path))
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise BadRecipe(f"'{setting}' is no setting; give KEY=VALUE, such as seed=1.")
-        data |= read_yaml(f"{key}: {value}", f"'{setting}'")
+    data = read_settings(path, settings)
     if "model" not in data:
         raise BadRecipe(f"{path} names no model; give model: with a directory, a Hub id, an alias or a 'sample:' name.")
     for name in ("targets", "skip"):

@@ -80,7 +80,8 @@ class Made:
     @property
     def described(self) -> str:
         """Such as 'blocks 0, 2, 5 of the teacher, all weights copied'."""
-        where = f"blocks {', '.join(map(str, self.kept))} of the teacher" if self.kept else "a config of its own"
+        blocks = "block" if len(self.kept) == 1 else "blocks"
+        where = f"{blocks} {', '.join(map(str, self.kept))} of the teacher" if self.kept else "a config of its own"
         if self.copied == self.of:
             return f"{where}, all weights copied"
         return f"{where}, {100 * self.copied / self.of:.3g}% of the weights copied, the others drawn"

@@ -207,7 +207,11 @@ def held_state(model: nn.Module) -> dict[str, Tensor]:
 
 def restore(model: nn.Module, folder: Path) -> None:
     """Put back what a training state holds."""
-    held = load_file(folder / WEIGHTS)
+    put_back(model, load_file(folder / WEIGHTS))
+
+
+def put_back(model: nn.Module, held: Mapping[str, Tensor]) -> None:
+    """The inverse of `held_state`."""
     with torch.no_grad():
         for name, value in [*trained(model), *mask_buffers(model)]:
             value.copy_(held[name])

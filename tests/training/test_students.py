@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ def test_blocks_are_spread_evenly(count: int, more: int) -> None:
     assert list(kept) == sorted(set(kept)) and kept[0] == 0 and len(kept) == count
     if count > 1:
         assert kept[-1] == count + more - 1
-        steps = [later - earlier for earlier, later in zip(kept, kept[1:], strict=False)]
+        steps = [later - earlier for earlier, later in pairwise(kept)]
         assert max(steps) - min(steps) <= 1
 
 

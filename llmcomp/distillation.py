@@ -1,0 +1,308 @@
+"""One distillation: a student made from a teacher, trained by it, verified, and measured beside it.
+
+`llmcomp.training_run` is how it runs, `llmcomp.training.distilling` what is learned. The student is written as a
+checkpoint into a temporary folder first, which is then trained as any other; it is made anew, with the same bits, where
+a killed run goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from llmcomp import hub
+from llmcomp.adapters.discover import discover, skeleton
+from llmcomp.checkpoint import Checkpoint
+from llmcomp.devices import describe as describe_device
+from llmcomp.errors import BadData, BadRecipe, LlmcompError
+from llmcomp.experts import split_experts
+from llmcomp.formats.opening import open_checkpoint
+from llmcomp.formats.save import ShardWriter
+from llmcomp.inner_losses import head_map, layer_map
+from llmcomp.loading import load_opened
+from llmcomp.measure.cost import size_of
+from llmcomp.measure.load import load, quiet, task_of
+from llmcomp.measure.machine import this_machine
+from llmcomp.progress import Progress
+from llmcomp.ranks import ALONE, World
+from llmcomp.report.html import FILE_NAME as PAGE_NAME
+from llmcomp.report.schema import FILE_NAME, Distillation, Report
+from llmcomp.report.summary import DISTILL_NAME
+from llmcomp.session import default_output
+from llmcomp.training import distilling
+from llmcomp.training.data import Samples, collator
+from llmcomp.training.distill_plan import DistillPlan
+from llmcomp.training.distilling import Guide, Layers, Weights, ensemble, mean_scores, project, watched
+from llmcomp.training.students import configured_student, cut_student, parse_cut
+from llmcomp.training.subject import Subject
+from llmcomp.training.taps import Taps
+from llmcomp.training.trainer import Objective, Trained, held_state, put_back, slow_products, train
+from llmcomp.training_run import TrainingRun, regresses
+
+if TYPE_CHECKING:
+    from llmcomp.api import RunOptions
+
+_RATE = 5e-5  # the highest, where none is given
+_LABEL = "A smaller dense model of the same kind: faster and smaller wherever its teacher runs."
+
+
+class Distilling(TrainingRun):
+    """The run of a plan.
+
+    Args:
+        teacher: the directory of the plan's teacher.
+    """
+
+    def __init__(
+        self, plan: DistillPlan, teacher: Path, options: RunOptions, progress: Progress, world: World = ALONE
+    ) -> None:
+        output = Path(options.output or default_output(plan.teacher, plan.summary))
+        super().__init__(
+            plan.teacher, teacher, plan, options, progress, original=plan.teacher, output=output, world=world
+        )
+        self.plan, self.teacher = plan, teacher
+        self.bare: dict[str, Tensor] | None = None  # weights of the student that was trained without a teacher
+        self.without: Trained | None = None
+
+    def run(self) -> tuple[Path, Report]:
+        """Do it all; raises as `TrainingRun.run`."""
+        with TemporaryDirectory(prefix="llmcomp-student-") as folder:
+            self.scratch = Path(folder)
+            return super().run()
+
+    # --- the student ---
+
+    def _open(self) -> Subject:
+        """The student before it is trained.
+
+        Raises:
+            BadRecipe, BadCheckpoint: one that cannot be made, or does not fit its teacher.
+        """
+        self.adapter = discover(skeleton(self.teacher))
+        task = task_of(self.teacher)
+        self.path = self._student(task)
+        own = discover(skeleton(self.path))
+        self.blocks = [block.name for block in own.blocks], [block.name for block in self.adapter.blocks]
+        opened = open_checkpoint(self.path)
+        if opened.kinds:
+            raise BadRecipe(f"--student {self.plan.student} is compressed already; llmcomp recover trains it.")
+        model = load_opened(opened)
+        split_experts(model)
+        roles = {ref.name: ref.role for ref in own.refs}
+        return Subject(Checkpoint.open(self.path), opened, self._blank(task), model, {}, roles)
+
+    def _student(self, task: str) -> Path:
+        """Its directory."""
+        said, cut = Path(self.plan.student), parse_cut(self.plan.student)
+        if cut is None and not said.is_file():
+            self.model = self.plan.student
+            self.described = f"the checkpoint {self.plan.student}"
+            return hub.resolve(self.plan.student, progress=self.progress).path
+        teacher = load(self.teacher, task)
+        if cut is not None:
+            made = cut_student(teacher, self.adapter, cut, self.plan.seed)
+        else:
+            made = configured_student(teacher, self.adapter, said, self.plan.seed)
+        self.described = made.described
+        folder = self.scratch / "student"
+        with quiet():
+            made.model.save_pretrained(folder)
+        _copy_beside(self.teacher, folder)
+        return folder
+
+    def _identity(self, subject: Subject) -> str:
+        """Of the teachers and, where it is no part of this run, of the student."""
+        found = [Checkpoint.open(self.teacher).fingerprint(), subject.checkpoint.fingerprint(times=False)]
+        found += [Checkpoint.open(hub.resolve(name).path).fingerprint() for name in self.plan.ensemble]
+        if self.scratch not in self.path.parents:
+            found.append(subject.checkpoint.fingerprint())
+        return " ".join(found)
+
+    def _room(self, subject: Subject) -> int:
+        """With the states on the way, those of a baseline too."""
+        weights = sum(value.numel() for value in subject.model.parameters())
+        return 2 * subject.checkpoint.nbytes + (1 + self.plan.baseline) * 3 * 3 * 4 * weights
+
+    # --- the teacher ---
+
+    def _teacher(self, subject: Subject, task: str, tokenizer: Any) -> Any:
+        """The teachers' models, of which the first one is listened to; raises as `TrainingRun`'s."""
+        models = [self._teacher_model(name, subject, task, tokenizer)
+                  for name in (self.plan.teacher, *self.plan.ensemble)]  # fmt: skip
+        for model in models:
+            if not getattr(model, "is_quantized", False) and slow_products(model):
+                model.float()
+        own, its = (sum(value.numel() for value in model.parameters()) for model in (subject.model, models[0]))
+        if own > its:
+            self._note(f"The student has {own:,} parameters and its teacher {its:,}: it is no smaller.")
+        self.parameters = own, its
+        return models
+
+    def _layers(self, student: Any, teacher: Any, weights: Weights) -> Layers:
+        """Which layers are compared.
+
+        Raises:
+            BadRecipe: maps that do not fit both models, widths that a loss cannot compare.
+        """
+        plan, (own, its) = self.plan, (len(names) for names in self.blocks)
+        inside = weights.hidden or weights.attention or weights.transfer
+        pairs = layer_map(plan.layer_map, own, its) if inside or plan.layer_map != "uniform" else ()
+        one, other = student.config, teacher.config
+        if weights.cosine and one.hidden_size != other.hidden_size:
+            raise BadRecipe(
+                f"Between hidden states of {one.hidden_size} and {other.hidden_size} channels there is no cosine; "
+                "give --cosine-weight 0, or --method tinybert, which projects them."
+            )
+        heads = (head_map(plan.head_map, one.num_attention_heads, other.num_attention_heads)
+                 if weights.attention else [])  # fmt: skip
+        relation = plan.relation_heads or _relation_heads(one, other)
+        return Layers(pairs, (own - 1, its - 1), heads, relation)
+
+    # --- the work ---
+
+    def _train(self, subject: Subject, samples: Samples, tokenizer: Any, task: str, teacher: Any) -> Trained:
+        plan, model = self.plan, subject.model
+        regression = regresses(subject, task)
+        labelled = task != "sequence-classification" or samples.labels is not None
+        if plan.baseline and not labelled:
+            raise BadData("A baseline without a teacher needs labels; name their column with --label-column.")
+        weights = plan.weights if labelled else replace(plan.weights, hard=0.0)
+        layers = self._layers(model, teacher[0], weights)
+        told = {name: value for name, value in plan.said().items() if name != "eval_data"}
+        self._own_partial(subject, samples, told)
+        subject.widen()
+        model.requires_grad_(True)
+        model.to(self.device)
+        collate = collator(task, tokenizer, regression)
+
+        def one(objective: Objective, states: str) -> Trained:
+            return train(
+                model, samples, collate, objective, plan.optimization, self.partial / states, self.progress,
+                learning_rate=_RATE, device=self.device.type,
+            )  # fmt: skip
+
+        if plan.baseline:
+            with self._timed("train the baseline"):
+                start = held_state(model)
+                self.without = one(Objective(regression=regression), "baseline")
+                self.bare = held_state(model)
+                put_back(model, start)
+        torch.manual_seed(plan.seed)
+        leave = project(model, weights, (model.config.hidden_size, teacher[0].config.hidden_size))
+        model.to(self.device)
+        taps = Taps(model, self.blocks[0], layers.hidden(weights, 0), layers.attention(weights, 0))
+        above = Taps(teacher[0], self.blocks[1], layers.hidden(weights, 1), layers.attention(weights, 1))
+        objective = distilling.Distillation(
+            temperature=plan.temperature, regression=regression, labelled=labelled,
+            guide=self._guide(teacher, above, regression), student=taps, weights=weights, layers=layers,
+            divergence=plan.divergence,
+        )  # fmt: skip
+        try:
+            with self._timed("train"):
+                trained = one(objective, "training")
+        finally:
+            taps.close()
+            above.close()
+            leave()
+        if trained.resumed:
+            self._note(f"Resumed at step {trained.resumed} of an unfinished run.")
+        self.weights = weights
+        return trained
+
+    def _guide(self, teachers: Sequence[Any], taps: Taps, regression: bool) -> Guide:
+        """All teachers as one."""
+        guides = [watched(teachers[0], taps), *(watched(model, Taps(model, ())) for model in teachers[1:])]
+        if len(guides) == 1:
+            return guides[0]
+        return mean_scores(guides) if regression else ensemble(guides, self.plan.temperature)
+
+    # --- what comes out ---
+
+    def _blank(self, task: str) -> Report:
+        """A report of what is known before anything is done."""
+        return Report(
+            command="distill", model=self.plan.teacher, source=str(self.teacher), output=str(self.output), created="",
+            machine=this_machine("cpu"), architecture=self.adapter.architecture, task=task,
+            recipe=self.plan.said(), format="dense", calibration={}, llmcomp_version=version("llmcomp"),
+        )  # fmt: skip
+
+    def _report(self, subject: Subject, trained: Trained, task: str, data: str, peak: int) -> Report:
+        counted = {name: value for name, value in dataclasses.asdict(self.weights).items() if value}
+        self.subject = subject
+        return replace(
+            subject.report,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            machine=this_machine(describe_device(self.device)),
+            size_before=size_of(self.teacher, subject.role),
+            peak_memory=peak,
+            labels=[_LABEL],
+            distillation=Distillation(
+                method=self.plan.method, losses=counted, student=self.described,
+                teachers=[self.plan.teacher, *self.plan.ensemble], data=data, parameters=self.parameters[0],
+                teacher_parameters=self.parameters[1], steps=trained.steps, resumed=trained.resumed,
+                history=trained.history, baseline_history=[] if self.without is None else self.without.history,
+            ),
+        )  # fmt: skip
+
+    def _measure(self, report: Report, checkpoint: Path, texts: Any) -> None:
+        """Teacher and student, and the student that had no teacher, with the same code on the same data."""
+        found = report.distillation
+        assert found is not None
+        with self._timed("evaluate"):
+            try:
+                both = self._evaluate(checkpoint, self.teacher, texts, cost=True)
+                report.before, report.after, report.divergence = both.before, both.after, both.divergence
+                if self.bare is not None:
+                    bare = self._evaluate(self._bare_checkpoint(), self.teacher, texts, cost=False)
+                    found.baseline, found.baseline_divergence = bare.after, bare.divergence
+            except LlmcompError as error:
+                self._note(f"Not evaluated: {error}")
+                return
+        for note in both.notes:
+            self._note(note)
+
+    def _bare_checkpoint(self) -> Path:
+        """The baseline in the form that the student has, for its measurement."""
+        assert self.bare is not None
+        put_back(self.subject.model, self.bare)
+        writer, source = ShardWriter(self.scratch / "baseline"), self.subject.checkpoint
+        files = sorted(self.subject.stored().items())
+        order = [writer.write(path.stem, tensors).name for path, tensors in files]
+        return writer.finish(order, source.config, source.copied_files(), root=source.path)
+
+    def _beside(self) -> dict[str, str]:
+        """The plan, so that the run can be done again."""
+        said = self.plan.said()
+        return {DISTILL_NAME: yaml.safe_dump(said, sort_keys=False, default_flow_style=None, width=100)}
+
+
+def _copy_beside(source: Path, target: Path) -> None:
+    """Tokenizer and the like, which a student has from its teacher."""
+    for file in Checkpoint.open(source).copied_files():
+        copy = target / file.relative_to(source)
+        if file.name in (FILE_NAME, PAGE_NAME) or copy.exists() or file.is_dir():
+            continue
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+
+
+def _relation_heads(one: Any, other: Any) -> int:
+    """The most relation heads that divide all channels of both, up to the teacher's heads."""
+    channels = 0
+    for config in (one, other):
+        heads = config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        channels = math.gcd(channels, heads * size, (getattr(config, "num_key_value_heads", None) or heads) * size)
+    return max(count for count in range(1, other.num_attention_heads + 1) if channels % count == 0)

@@ -1,0 +1,169 @@
+"""What a distillation is to do: flags of `llmcomp distill`, keys of a YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llmcomp.building import build, read_settings
+from llmcomp.errors import BadRecipe
+from llmcomp.training.distilling import DIVERGENCES, METHODS, Weights
+from llmcomp.training.settings import Optimization, Teaching
+from llmcomp.training.students import parse_cut
+
+_AWAY = ("output", "overwrite", "evaluate", "verify", "device", "save_every")  # change nothing of the result
+_LISTS = ("ensemble", "head_map")
+
+
+@dataclass(frozen=True)
+class DistillPlan:
+    """One distillation.
+
+    Attributes:
+        teacher: a directory, Hub id, alias or 'sample:' name. ensemble: further teachers, whose distributions are
+            averaged with its.
+        student: what is cut from the teacher, such as 'layers=3' (`training.students`), a checkpoint, or a config.json.
+        output: the directory to be made.
+        data, eval_data, text_column, label_column, samples, sequence_length: as `llmcomp recover`.
+        method: one of `distilling.METHODS`, which says how much each loss counts; a `…_weight` says otherwise.
+        temperature: T of the soft targets. divergence: forward, reverse or jsd.
+        layer_map: uniform, last, skip, or pairs '0:1,1:3'. head_map: teacher's heads, where numbers differ.
+        relation_heads: of MiniLM's relations; None for the most that both models' channels divide into.
+        baseline: train the same student without a teacher, too, and measure it beside.
+        learning_rate and the rest: of the training, as `llmcomp recover`.
+    """
+
+    teacher: str
+    student: str
+    output: str | None = None
+    ensemble: tuple[str, ...] = ()
+    data: str = "default"
+    eval_data: str | None = None
+    text_column: str | None = None
+    label_column: str | None = None
+    samples: int | None = None
+    sequence_length: int = 128
+    method: str = "logits"
+    temperature: float = 2.0
+    divergence: str = "forward"
+    hard_weight: float | None = None
+    soft_weight: float | None = None
+    cosine_weight: float | None = None
+    embedding_weight: float | None = None
+    hidden_weight: float | None = None
+    attention_weight: float | None = None
+    relation_weight: float | None = None
+    transfer_weight: float | None = None
+    layer_map: str = "uniform"
+    head_map: tuple[int, ...] = ()
+    relation_heads: int | None = None
+    baseline: bool = False
+    learning_rate: float | None = None
+    epochs: float = 1.0
+    steps: int | None = None
+    batch_size: int = 8
+    accumulate: int = 1
+    weight_decay: float = 0.0
+    seed: int = 0
+    bf16: bool = False
+    evaluate_every: int | None = None
+    patience: int | None = None
+    save_every: int | None = None
+    device: str = "auto"
+    evaluate: bool = True
+    verify: bool = True
+    overwrite: bool = False
+
+    @property
+    def teaching(self) -> Teaching:
+        return Teaching(self.teacher, self.temperature)
+
+    @property
+    def optimization(self) -> Optimization:
+        own = {one.name for one in dataclasses.fields(self)}
+        names = [one.name for one in dataclasses.fields(Optimization) if one.name in own]
+        return Optimization(**{name: getattr(self, name) for name in names})
+
+    @property
+    def weights(self) -> Weights:
+        """The method's, and what was said otherwise."""
+        names = [one.name for one in dataclasses.fields(Weights)]
+        said = {name: getattr(self, f"{name}_weight") for name in names}
+        return replace(METHODS[self.method], **{name: value for name, value in said.items() if value is not None})
+
+    @property
+    def summary(self) -> str:
+        """Such as 'distilbert-layers3', for names of directories."""
+        cut = parse_cut(self.student)
+        if cut is None:
+            return f"{self.method}-student"
+        said = {"layers": cut.layers or len(cut.blocks), "hidden": cut.hidden, "heads": cut.heads, "mlp": cut.mlp}
+        return "-".join([self.method, *(f"{name}{value}" for name, value in said.items() if value)])
+
+    def check(self) -> None:
+        """Refuse what cannot be, before anything is opened.
+
+        Raises:
+            BadRecipe: naming the flag.
+        """
+        if self.method not in METHODS:
+            raise BadRecipe(f"--method {self.method} cannot be: choose one of {', '.join(METHODS)}.")
+        if self.divergence not in DIVERGENCES:
+            raise BadRecipe(f"--divergence {self.divergence} cannot be: choose one of {', '.join(DIVERGENCES)}.")
+        for name, value in dataclasses.asdict(self.weights).items():
+            if not 0 <= value < float("inf"):
+                raise BadRecipe(f"--{name}-weight {value} cannot be: it is a finite number of at least 0.")
+        if not any(value for name, value in dataclasses.asdict(self.weights).items() if name != "hard"):
+            raise BadRecipe("With these weights nothing is learned from the teacher; give one a weight above 0.")
+        parse_cut(self.student)
+        self.teaching.check()
+        self.optimization.check()
+        for name, least in (("samples", 1), ("sequence_length", 2), ("relation_heads", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise BadRecipe(f"--{name.replace('_', '-')} {value} cannot be: it is at least {least}.")
+
+    def said(self) -> dict[str, Any]:
+        """What was asked, as plain data; what is left at its default, or changes nothing of the result, left out."""
+        found = {}
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            if value != one.default and one.name not in _AWAY:
+                found[one.name] = list(value) if isinstance(value, tuple) else value
+        return found
+
+
+def read_distill_plan(path: Path, settings: Sequence[str] = (), **defaults: Any) -> DistillPlan:
+    """A plan from a YAML file.
+
+    Args:
+        settings: 'key=value' each, which say otherwise than the file. defaults: where neither says anything.
+
+    Raises:
+        BadRecipe: a file that cannot be read or is no mapping, unknown keys, values that cannot be.
+    """
+    return distill_plan({**defaults, **read_settings(path, settings)}, str(path))
+
+
+def distill_plan(data: Mapping[Any, Any], where: str) -> DistillPlan:
+    """A checked plan from a mapping.
+
+    Raises:
+        BadRecipe: unknown keys, values that cannot be.
+    """
+    data = dict(data)
+    for name, example in (("teacher", "a directory, a Hub id or a 'sample:' name"), ("student", "layers=3")):
+        if name not in data:
+            raise BadRecipe(f"{where} names no {name}; give {name}: with {example}.")
+    for name in _LISTS:
+        if name in data:
+            kind = str if name == "ensemble" else int
+            if not isinstance(data[name], list) or not all(isinstance(one, kind) for one in data[name]):
+                raise BadRecipe(f"{where}: '{name}' must be a list, got {data[name]!r}.")
+            data[name] = tuple(data[name])
+    plan: DistillPlan = build(DistillPlan, data, where)
+    plan.check()
+    return plan
