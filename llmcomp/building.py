@@ -59,7 +59,16 @@ def read_settings(path: Path, settings: Sequence[str] = ()) -> dict[Any, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadRecipe(f"--config {path} cannot be read: {error}.") from error
-    data = read_yaml(text, str(path))
+    return {**read_yaml(text, str(path)), **said(settings)}
+
+
+def said(settings: Sequence[str]) -> dict[Any, Any]:
+    """The mapping of 'key=value' each.
+
+    Raises:
+        BadRecipe: a setting that is none.
+    """
+    data: dict[Any, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:

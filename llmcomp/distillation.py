@@ -45,7 +45,7 @@ from llmcomp.training import distilling
 from llmcomp.training.data import Samples, collator
 from llmcomp.training.distill_plan import DistillPlan
 from llmcomp.training.distilling import Guide, Layers, Weights, ensemble, mean_scores, project, watched
-from llmcomp.training.students import configured_student, cut_student, parse_cut
+from llmcomp.training.students import configured_student, cut_student, headed_student, parse_cut
 from llmcomp.training.subject import Subject
 from llmcomp.training.taps import Taps
 from llmcomp.training.trainer import Objective, Trained, held_state, put_back, slow_products, train
@@ -54,6 +54,7 @@ from llmcomp.training_run import TrainingRun, regresses
 if TYPE_CHECKING:
     from llmcomp.api import RunOptions
 
+_BODIES = ("masked-lm", "encoder")  # tasks whose models are, without their heads, a start for others
 _RATE = 5e-5  # the highest, where none is given
 _LABEL = "A smaller dense model of the same kind: faster and smaller wherever its teacher runs."
 
@@ -109,25 +110,33 @@ class Distilling(TrainingRun):
         if cut is None and not said.is_file():
             self.model = self.plan.student
             self.described = f"the checkpoint {self.plan.student}"
-            return hub.resolve(self.plan.student, progress=self.progress).path
+            path = hub.resolve(self.plan.student, progress=self.progress).path
+            if task_of(path) not in _BODIES or task in _BODIES:
+                return path
+            self.described += " under a fresh head"
+            return self._written(headed_student(load(self.teacher, task), path, self.plan.seed), path)
         teacher = load(self.teacher, task)
         if cut is not None:
             made = cut_student(teacher, self.adapter, cut, self.plan.seed)
         else:
             made = configured_student(teacher, self.adapter, said, self.plan.seed)
         self.described = made.described
+        return self._written(made.model, self.teacher)
+
+    def _written(self, model: Any, beside: Path) -> Path:
         folder = self.scratch / "student"
+        model.should_save_on_this_rank = lambda main: True  # each rank has a folder of its own, maybe on another host
         with quiet():
-            made.model.save_pretrained(folder)
-        _copy_beside(self.teacher, folder)
+            model.save_pretrained(folder)
+        _copy_beside(beside, folder)
         return folder
 
     def _identity(self, subject: Subject) -> str:
         """Of the teachers and, where it is no part of this run, of the student."""
         found = [Checkpoint.open(self.teacher).fingerprint(), subject.checkpoint.fingerprint(times=False)]
         found += [Checkpoint.open(hub.resolve(name).path).fingerprint() for name in self.plan.ensemble]
-        if self.scratch not in self.path.parents:
-            found.append(subject.checkpoint.fingerprint())
+        if parse_cut(self.plan.student) is None and (path := hub.resolve(self.plan.student).path).is_dir():
+            found.append(Checkpoint.open(path).fingerprint())
         return " ".join(found)
 
     def _room(self, subject: Subject) -> int:

@@ -42,8 +42,8 @@ def recover(
         method: 'lora' or 'full'.
         samples: how many of the data at most. sequence_length: tokens of one.
         lora, teaching, optimization: see there; None is their defaults.
-        options: how to run, None is the defaults; `run` overrides single fields, as in `recover(directory, data, overwrite=True)`. The
-            device is where it is trained.
+        options: how to run, None is the defaults; `run` overrides single fields, as in
+            `recover(directory, data, overwrite=True)`. The device is where it is trained.
         progress: hears where the run stands.
 
     Raises:

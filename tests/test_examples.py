@@ -8,13 +8,16 @@ import pytest
 from tiny import build
 
 from llmcomp.adapters.discover import discover
+from llmcomp.building import read_settings
 from llmcomp.pipeline.job import Plan, plan_recipe
 from llmcomp.recipe import QuantizeStep, Recipe, check
+from llmcomp.training.distill_plan import distill_plan
 from llmcomp.training.pruning_plan import GRADUAL, LOTTERY, MOVEMENT, read_plan
 
 FILES = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.yaml"))
 TRAINED = [path for path in FILES if "scripts/prune_in_training.py" in path.read_text(encoding="utf-8")]
-EXAMPLES = [path for path in FILES if path not in TRAINED]
+DISTILLED = [path for path in FILES if "scripts/distill_" in path.read_text(encoding="utf-8")]
+EXAMPLES = [path for path in FILES if path not in TRAINED and path not in DISTILLED]
 
 
 def planned(path: Path) -> Plan:
@@ -33,6 +36,15 @@ def test_an_example_fits_a_llama(path: Path) -> None:
 def test_an_example_of_training_can_be_read(path: Path) -> None:
     plan = read_plan(path, ["seed=3"])  # which refuses what cannot be
     assert plan.seed == 3 and plan.learning_rate is not None
+    assert f"--config examples/{path.name}" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", DISTILLED, ids=lambda path: path.stem)
+def test_an_example_of_distillation_can_be_read(path: Path) -> None:
+    data = read_settings(path)
+    for stage in data.values() if "general" in data else [data]:
+        plan = distill_plan({"student": "given", **stage}, str(path))  # which refuses what cannot be
+        assert plan.learning_rate is not None
     assert f"--config examples/{path.name}" in path.read_text(encoding="utf-8")
 
 

@@ -46,7 +46,7 @@ ROWS = [
 
 # In these packages every file stands for itself, but for what they share (gptq falls back on rtn and wanda).
 SHARED = {
-    "cli": {"options", "progress", "running", "training"},
+    "cli": {"options", "progress", "running", "scripting", "training"},
     "formats": {"base", "loading", "reading", "opening", "save", "witness"},
     "methods": {
         "_grid", "_masks", "_project", "_scale", "_solve", "_swept", "rank_budget", "solution", "rtn", "gptq", "wanda",

@@ -20,6 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from llmcomp.adapters.base import Adapter
 from llmcomp.adapters.discover import resized
 from llmcomp.errors import BadCheckpoint, BadRecipe
+from llmcomp.measure.load import quiet
 from llmcomp.pipeline.pruning import WIDTHS, depth_changes, field_name, renumbered
 
 _EXAMPLES = "layers=3, blocks=0+2+5 or layers=3,hidden=128,heads=4,mlp=512"
@@ -150,6 +151,24 @@ def configured_student(teacher: Any, adapter: Adapter, path: Path, seed: int) ->
         reason = " ".join(str(error).split())[:200]
         raise BadCheckpoint(f"--student {path} is no config for {adapter.architecture}: {reason}.") from error
     return _filled(teacher, adapter, config, (), seed)
+
+
+def headed_student(teacher: Any, path: Path, seed: int) -> Any:
+    """An encoder without the teacher's task under a fresh head for it, such as what a masked language model was trained
+    to be, which is then to classify.
+
+    Raises:
+        BadCheckpoint: a checkpoint of another family.
+    """
+    said = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    if said.get("model_type") != (wanted := teacher.config.model_type):
+        raise BadCheckpoint(f"--student {path} is of {said.get('model_type')} and its teacher of {wanted}.")
+    config = type(teacher.config).from_pretrained(path)
+    config.id2label, config.label2id = teacher.config.id2label, teacher.config.label2id
+    config.problem_type = teacher.config.problem_type
+    torch.manual_seed(seed)
+    with quiet():
+        return type(teacher).from_pretrained(path, config=config, local_files_only=True).eval()
 
 
 def _filled(teacher: Any, adapter: Adapter, config: Any, kept: Sequence[int], seed: int) -> Made:

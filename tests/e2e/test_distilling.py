@@ -1,9 +1,10 @@
-"""Distillation from end to end: an ordinary smaller checkpoint, a report of teacher, student and the student that had no
-teacher, runs that resume to the same bits, and one sentence for what cannot be."""
+"""Distillation from end to end: an ordinary smaller checkpoint, a report of teacher, student and the student without a
+teacher, runs that resume to the same bits, the scripts, and one sentence for what cannot be."""
 
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,9 @@ from tiny import tiny
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from llmcomp import DistillPlan, distill, training_run
+from llmcomp.cli import scripting
 from llmcomp.cli.main import main
-from llmcomp.errors import NumericalError, RunError
+from llmcomp.errors import NumericalError, RunError, UserError
 from llmcomp.formats.save import partial_of
 from llmcomp.formats.verify import check
 from llmcomp.measure import run as measuring
@@ -34,6 +36,7 @@ PLAN = DistillPlan(
     "sample:classifier", "layers=1", samples=24, sequence_length=24, steps=6, batch_size=4, learning_rate=1e-3,
     save_every=2, evaluate=False, device="cpu",
 )  # fmt: skip
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 NARROW = {"student": "layers=1,hidden=64,heads=4,mlp=96", "method": "tinybert"}
 
 
@@ -263,3 +266,66 @@ def test_labels_that_do_not_match(tmp_path: Path, capfd: pytest.CaptureFixture[s
     for missing in (["--student", "layers=1"], ["--data", "default"]):
         assert main(["distill", "sample:classifier", *missing]) == 2
         assert "llmcomp distill needs" in capfd.readouterr().err
+
+
+# --- the scripts ---
+
+
+def script(name: str, arguments: list[str]) -> int:
+    found: int = runpy.run_path(str(SCRIPTS / f"distill_{name}.py"))["main"](arguments)
+    return found
+
+
+@pytest.mark.parametrize(("name", "teacher", "method"), [("bert", "classifier", "distilbert"), ("lm", "lm", "logits")])
+def test_a_script_runs_a_file(name: str, teacher: str, method: str, tmp_path: Path) -> None:
+    config, output = tmp_path / "plan.yaml", tmp_path / "out"
+    config.write_text(f"teacher: sample:{teacher}\nstudent: layers=1\nsamples: 8\nsteps: 9\nsequence_length: 24\n")
+    settings = ["steps=2", "evaluate=false", "device=cpu", f"output={output}"]
+    assert script(name, ["--config", str(config), *settings]) == 0
+    found = Report.read(output).distillation
+    assert found is not None and (found.steps, found.method) == (2, method)
+
+
+def test_two_stages(text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The task's student is the general one under a head of its own; a general stage that is there is not run again."""
+    masked = tiny("bert", tmp_path / "masked", tokenizer=True)
+    classifier = tiny("bert-classifier", tmp_path / "classifier", tokenizer=True)
+    rows = [json.dumps({"text": f"Row {number} of some.", "label": number % 3}) for number in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    shared = {"steps": 2, "sequence_length": 24, "batch_size": 4, "evaluate": False, "device": "cpu"}
+    general = {"teacher": str(masked), "student": NARROW["student"], "data": str(text), "samples": 8, **shared}
+    task = {"teacher": str(classifier), "data": str(tmp_path / "rows.jsonl"), "label_column": "label", **shared}
+    config = tmp_path / "plan.yaml"
+    config.write_text(json.dumps({"general": {**general, "output": str(tmp_path / "general")}, "task": task}))
+    for number in range(2):
+        assert script("tinybert", ["--config", str(config), f"output={tmp_path / str(number)}"]) == 0
+    assert hashes(tmp_path / "0") == hashes(tmp_path / "1")
+    found = Report.read(tmp_path / "0").distillation
+    assert found is not None and found.student.endswith("under a fresh head") and found.method == "tinybert"
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "0")
+    assert (model.config.num_labels, model.config.hidden_size) == (3, 64)
+    config.write_text(json.dumps({"general": general, "task": task}))
+    assert script("tinybert", ["--config", str(config)]) == 2
+    assert "names no output of general" in capfd.readouterr().err
+    config.write_text(json.dumps(task))
+    assert script("tinybert", ["--config", str(config)]) == 2
+    assert "it needs the mappings general and task" in capfd.readouterr().err
+
+
+def test_processes_that_did_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Launcher:
+        def __init__(self, *line: str) -> None:
+            self.line = ["accelerate", "launch", *line]
+
+        def parent(self) -> Launcher:
+            return self
+
+        def cmdline(self) -> list[str]:
+            return self.line
+
+    monkeypatch.setattr(scripting.psutil, "Process", lambda: Launcher("--cpu", "--num_processes", "2", "x.py"))
+    with pytest.raises(UserError, match="asked for 2 processes and started one; give it --multi_gpu"):
+        scripting.require_processes(1)
+    scripting.require_processes(2)
+    monkeypatch.setattr(scripting.psutil, "Process", lambda: Launcher("--num-processes", "1", "x.py"))
+    scripting.require_processes(1)

@@ -1,0 +1,41 @@
+"""Train a small BERT in TinyBERT's two stages: by a masked language model on plain text, then by a classifier on its task.
+
+    accelerate launch scripts/distill_tinybert.py --config examples/tinybert.yaml
+
+The file has the keys of docs/distillation.md twice, under `general` and under `task`; the task's student is what the
+general stage made. A general stage whose output is there is not run again, and a killed one resumes. KEY=VALUE after
+the file is the task's. Several processes: `accelerate launch --multi_gpu --num_processes 2 …` or torchrun.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmcomp import CompressResult, distill
+from llmcomp.building import read_settings, said
+from llmcomp.cli.scripting import script
+from llmcomp.errors import BadRecipe
+from llmcomp.progress import Progress
+from llmcomp.training.distill_plan import distill_plan
+
+
+def work(config: Path, settings: Sequence[str], progress: Progress) -> CompressResult:
+    data = read_settings(config)
+    if set(data) != {"general", "task"} or not all(isinstance(stage, dict) for stage in data.values()):
+        raise BadRecipe(f"{config} has the keys {', '.join(map(str, data))}; it needs the mappings general and task.")
+    if "output" not in data["general"]:
+        raise BadRecipe(f"{config} names no output of general; give one, from which the task's student is read.")
+    general = distill_plan({"method": "tinybert", "hard_weight": 0.0, **data["general"]}, f"{config}, general")
+    given = {"method": "tinybert", "student": general.output, **data["task"], **said(settings)}
+    task = distill_plan(given, f"{config}, task")
+    if general.output is not None and not (Path(general.output) / "config.json").exists():
+        distill(general, progress)
+    return distill(task, progress)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return script("distill_tinybert", __doc__, work, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
