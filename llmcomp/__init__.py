@@ -18,6 +18,7 @@ __all__ = [
     "Optimization",
     "Override",
     "PruneStep",
+    "PruningPlan",
     "QuantizeStep",
     "Recipe",
     "Report",
@@ -33,6 +34,7 @@ __all__ = [
     "factorize",
     "load",
     "prune",
+    "prune_in_training",
     "quantize",
     "recover",
     "sparsify",
@@ -41,13 +43,14 @@ __all__ = [
 _HOMES: dict[str, tuple[str, ...]] = {
     "llmcomp.api": (
         "CompressResult", "ExportResult", "RunOptions", "bench", "compress", "evaluate", "export", "factorize", "load",
-        "prune", "quantize", "recover", "sparsify",
+        "prune", "prune_in_training", "quantize", "recover", "sparsify",
     ),
     "llmcomp.errors": ("LlmcompError", "RunError", "UserError"),
     "llmcomp.recipe": (
         "Calibration", "FactorizeStep", "Override", "PruneStep", "QuantizeStep", "Recipe", "SparsifyStep",
     ),
     "llmcomp.report.schema": ("Report",),
+    "llmcomp.training.pruning_plan": ("PruningPlan",),
     "llmcomp.training.settings": ("Lora", "Optimization", "Teaching"),
 }
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llmcomp.measure.bench import Benchmark
     from llmcomp.measure.bench import Settings as BenchSettings
     from llmcomp.measure.run import Evaluation, Settings
+    from llmcomp.training.pruning_plan import PruningPlan
 
 ACTIVATION_MEMORY = 8 * 2**20
 
@@ -288,6 +289,35 @@ def recover(
         from llmcomp.recovery import Recovering
 
         return CompressResult(*Recovering(str(directory), resolved.path, plan, options, progress, world).run())
+
+
+def prune_in_training(plan: PruningPlan, progress: Progress | None = None) -> CompressResult:
+    """Train a dense model while weights are removed, verify the checkpoint, and measure what it cost.
+
+    In a process that torchrun or `accelerate launch --multi_gpu` started, all ranks call this and train together.
+
+    Args:
+        plan: what is trained, removed and written (docs/training-time-pruning.md).
+        progress: hears where the run stands.
+
+    Raises:
+        UserError: what was asked cannot be (exit status 2).
+        RunError: something failed on the way; no output appears (exit status 1). Of several ranks, all fail.
+    """
+    from llmcomp import hub
+
+    plan.check()
+    progress = progress or Silent()
+    options = RunOptions(
+        output=None if plan.output is None else Path(plan.output), overwrite=plan.overwrite, evaluate=plan.evaluate,
+        verify=plan.verify, device=plan.device, eval_data=plan.eval_data, text_column=plan.text_column,
+        label_column=plan.label_column,
+    )  # fmt: skip
+    with joined() as world:
+        resolved = hub.resolve(plan.model, progress=progress if world.first else Silent())
+        from llmcomp.pruned_training import PrunedTraining
+
+        return CompressResult(*PrunedTraining(plan, resolved.path, options, progress, world).run())
 
 
 def evaluate(

@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from llmcomp.building import build
+from llmcomp.building import build, read_yaml
 from llmcomp.errors import BadRecipe
 from llmcomp.steps import (
     ORDERS,
@@ -87,17 +87,6 @@ class Calibration:
     text_column: str | None = None
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without numbers to the base of 60, by which an unquoted `pattern: 2:4` would be 124."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in some if tag != "tag:yaml.org,2002:int"]
-    for first, some in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
-
-
 @dataclass(frozen=True)
 class Recipe:
     """The whole run but for model and output."""
@@ -149,13 +138,7 @@ class Recipe:
         Raises:
             BadRecipe: not YAML, not a mapping, unknown keys or impossible values.
         """
-        try:
-            data = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            raise BadRecipe(f"{where} is not YAML ({str(error).splitlines()[0]}).") from error
-        if not isinstance(data, dict):
-            raise BadRecipe(f"{where} must be a mapping with 'steps', not {type(data).__name__}.")
-        data = dict(data)
+        data = read_yaml(text, where, " with 'steps'")
         if "calibration" in data:
             data["calibration"] = build(Calibration, data["calibration"], f"{where}: calibration")
         if "steps" in data:

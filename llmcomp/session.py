@@ -338,7 +338,7 @@ class Session:
             format=self.recipe.format,
             calibration=data.facts,
             layers=outcome.layers,
-            left=_left(source, plan),
+            left=left_alone(source, plan),
             removed=self.removed,
             size_before=size_of(self.path, _role_of(source), allow_pickle=self.options.allow_pickle),
             peak_memory=peak,
@@ -382,7 +382,7 @@ def _role_of(source: Source) -> Any:
     return role
 
 
-def _left(source: Source, plan: Plan) -> list[Left]:
+def left_alone(source: Source, plan: Plan) -> list[Left]:
     """What was not compressed, or not stored so, with its bytes; what shares another's storage has none."""
     state = source.adapter.model.state_dict()
     found = []

@@ -14,6 +14,9 @@ from llmcomp.schemes import Scheme
 # `aten::_weight_int8pack_mm` reads whole vectors: where they do not divide a row, two rows of inputs and more give
 # wrong numbers, or a segmentation fault (torch 2.13, columns 12, 20 and 33).
 VECTOR = 32
+# It reads inputs only from multiples of so many bytes, and with AVX512 the integers, too; anywhere else it faults.
+# Files promise 8.
+_ALIGNED = 16
 
 
 def fits(scheme: Scheme, rows: int, columns: int, device: str) -> bool:
@@ -23,14 +26,14 @@ def fits(scheme: Scheme, rows: int, columns: int, device: str) -> bool:
 
 def hold(stored: Tensor, grid: Grid) -> dict[str, Tensor]:
     """`integers` int8 [rows, columns], and the operator's `factors` bf16 [rows]."""
-    integers = native.integers(stored, 8, grid.columns)
+    integers = readable(native.integers(stored, 8, grid.columns))
     return {"integers": integers, "factors": grid.scale.view(-1).to(torch.bfloat16)}
 
 
 def product(x: Tensor, held: Mapping[str, Tensor], grid: Grid) -> Tensor:
     rows, integers = x.reshape(-1, x.shape[-1]), held["integers"]
     if len(rows) <= few_rows(8):
-        out = torch.ops.aten._weight_int8pack_mm(rows.to(torch.bfloat16).contiguous(), integers, held["factors"])
+        out = packed(rows, integers, held["factors"])
     else:
         out = by_tiles(rows.to(product_dtype()), integers).mul_(grid.scale.view(-1))
     return out.to(x.dtype).view(*x.shape[:-1], len(grid.scale))
@@ -38,6 +41,21 @@ def product(x: Tensor, held: Mapping[str, Tensor], grid: Grid) -> Tensor:
 
 def values(held: Mapping[str, Tensor], grid: Grid) -> Tensor:
     return held["integers"]
+
+
+def readable(integers: Tensor) -> Tensor:
+    """Integers [out, columns] from where `packed` can read them, on most machines where they already lie."""
+    return integers if torch.backends.cpu.get_cpu_capability() == "AVX2" else _aligned(integers)
+
+
+def packed(x: Tensor, integers: Tensor, factors: Tensor) -> Tensor:
+    """x [rows, columns] times the transpose of factors bf16 [out] times `readable` integers, in bf16."""
+    product: Tensor = torch.ops.aten._weight_int8pack_mm(_aligned(x.to(torch.bfloat16).contiguous()), integers, factors)
+    return product
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.data_ptr() % _ALIGNED == 0 else tensor.clone()
 
 
 def by_tiles(x: Tensor, integers: Tensor) -> Tensor:

@@ -198,6 +198,29 @@ class Recovery:
 
 
 @dataclass
+class Pruning:
+    """A training that removed weights on its way; the report's `before` is the model that it started from.
+
+    Attributes:
+        method: how weights were chosen. removed: of the weights under masks, the share that is removed.
+        data: in words what was trained on; teacher: whose logits were learned from, too.
+        parameters: how many numbers were trained. steps: optimizer steps, of all rounds; resumed: those of a run that
+            was killed. rounds: trainings, more than one of a lottery ticket.
+        history: by 'step' the 'loss' and, where some data were held out, the 'eval_loss'; by 'round', too, of several.
+    """
+
+    method: str
+    removed: float
+    data: str
+    teacher: str | None
+    parameters: int
+    steps: int
+    resumed: int
+    rounds: int
+    history: list[dict[str, float]]
+
+
+@dataclass
 class Machine:
     cpu: str
     threads: int
@@ -221,6 +244,7 @@ class Report:
         labels: honest words on where the artefact is faster and where it is only smaller.
         notes: fallbacks and warnings, one sentence each.
         recovery: of `llmcomp recover`, whose layers are those that had been compressed.
+        pruning: of a training that removed weights.
     """
 
     command: str
@@ -249,6 +273,7 @@ class Report:
     labels: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     recovery: Recovery | None = None
+    pruning: Pruning | None = None
     llmcomp_version: str = ""
     schema_version: int = SCHEMA_VERSION
 

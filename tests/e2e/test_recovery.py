@@ -23,7 +23,7 @@ from tiny import tiny
 from torch import Tensor
 
 import llmcomp
-from llmcomp import Lora, Optimization, Teaching, api, lora, recovery
+from llmcomp import Lora, Optimization, Teaching, api, lora, training_run
 from llmcomp.calibration.data import read_texts
 from llmcomp.cli.main import main
 from llmcomp.errors import NumericalError, RunError
@@ -31,7 +31,7 @@ from llmcomp.formats.opening import open_checkpoint
 from llmcomp.formats.save import partial_of
 from llmcomp.formats.verify import check
 from llmcomp.kinds import LowRank, Sparse
-from llmcomp.measure.load import load_tokenizer
+from llmcomp.measure.load import load_tokenizer, task_of
 from llmcomp.recipe import Calibration, QuantizeStep, Recipe, SparsifyStep, Step
 from llmcomp.report.schema import Recovery, Report
 from llmcomp.report.summary import reproduce, won_back
@@ -79,8 +79,8 @@ class Made(dict[Any, Path]):
 def quick() -> Iterator[None]:
     """Checkpoints are verified in this process, and pages are not drawn."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recovery, "verify", check)
-        patch.setattr(recovery, "render", lambda report: "<!doctype html>")
+        patch.setattr(training_run, "verify", check)
+        patch.setattr(training_run, "render", lambda report: "<!doctype html>")
         yield
 
 
@@ -137,7 +137,7 @@ def recover(directory: Path, output: Path, data: Path, method: str, **more: Any)
 def loss_of(directory: Path, data: Path) -> float:
     """On what was trained on, as a reader of the checkpoint has it."""
     model, tokenizer = llmcomp.load(directory), load_tokenizer(directory)
-    task = recovery.task_of(directory)
+    task = task_of(directory)
     samples = samples_of(read_texts(str(data)), tokenizer, model, task, length=LENGTH, count=24, seed=0)
     torch.manual_seed(0)
     batch = collator(task, tokenizer)([samples[n] for n in range(len(samples))])
@@ -309,7 +309,7 @@ def test_a_run_that_was_trained_to_its_end_is_not_trained_further(
 
     output = tmp_path / "late"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recovery, "verify", fail)
+        patch.setattr(training_run, "verify", fail)
         with pytest.raises(RunError, match="no verification"):
             recover(compressed["llama 2:4"], output, text, "full")
     report = recover(compressed["llama 2:4"], output, text, "full")
@@ -391,7 +391,7 @@ def test_the_command_in_fresh_processes(
         "--sequence-length", "16", "--rank", "2", "--target", "mlp", "--no-evaluate", "-o", str(output),
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recovery, "verify", verify)
+        patch.setattr(training_run, "verify", verify)
         assert main(arguments) == 0
     printed = capfd.readouterr().out
     assert "What was won back" in printed and "kept beside the packed weights" in printed
