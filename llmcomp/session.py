@@ -11,7 +11,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -53,9 +53,7 @@ from llmcomp.recipe import Recipe
 from llmcomp.report.html import FILE_NAME as PAGE_NAME
 from llmcomp.report.html import render
 from llmcomp.report.schema import FILE_NAME, Left, Removed, Report
-
-if TYPE_CHECKING:
-    from llmcomp.api import RunOptions
+from llmcomp.run_options import RunOptions
 
 RECIPE_NAME = "llmcomp_recipe.yaml"
 _DISCARDED = (

@@ -127,8 +127,9 @@ def recover(
 
     if data is None:
         raise BadData("llmcomp recover needs something to train on; give --data a file, a Hub dataset or 'default'.")
-    from llmcomp.api import RunOptions, recover
+    from llmcomp.api import recover
     from llmcomp.cli.progress import listener
+    from llmcomp.run_options import RunOptions
     from llmcomp.training.settings import Lora, Optimization, Teaching
 
     with listener(json) as progress:
