@@ -128,8 +128,8 @@ class Session:
                 self.progress.phase("verify")
                 report.verification = verify(checkpoint, self.partial / "witness")
         if self.options.evaluate:
-            self._measure(report, checkpoint, source, texts)
-        report.size_after = size_of(checkpoint, _role_of(source))
+            self._measure(report, checkpoint, source, plan, texts)
+        report.size_after = size_of(checkpoint, _role_of(source, plan))
         report.phases, report.notes = self.phases, self.notes
         report.labels = labels(plan, report.format)
         with writing(checkpoint):
@@ -257,7 +257,9 @@ class Session:
             writer = ShardWriter(self.partial)
             return writer.finish(outcome.order, config, files, extra, root=source.checkpoint.path)
 
-    def _measure(self, report: Report, checkpoint: Path, source: Source, texts: Texts | Media | None) -> None:
+    def _measure(
+        self, report: Report, checkpoint: Path, source: Source, plan: Plan, texts: Texts | Media | None
+    ) -> None:
         """Before and after with the same code; what cannot be measured does not cost the user the checkpoint."""
         if texts is None:
             what = MEDIA[source.adapter.task]
@@ -269,7 +271,7 @@ class Session:
                     checkpoint,
                     against=self.path,
                     data=texts,
-                    role=_role_of(source),
+                    role=_role_of(source, plan),
                     progress=self.progress,
                     streamer=open_streamed,
                     allow_pickle=self.options.allow_pickle,
@@ -338,7 +340,7 @@ class Session:
             layers=outcome.layers,
             left=left_alone(source, plan),
             removed=self.removed,
-            size_before=size_of(self.path, _role_of(source), allow_pickle=self.options.allow_pickle),
+            size_before=size_of(self.path, _role_of(source, plan), allow_pickle=self.options.allow_pickle),
             peak_memory=peak,
             resumed_blocks=outcome.resumed,
             llmcomp_version=version("llmcomp"),
@@ -369,9 +371,10 @@ def default_output(model: str, *steps: str) -> Path:
     return Path("-".join([stem, *steps]))
 
 
-def _role_of(source: Source) -> Any:
-    """Tensor name → role, by the module it belongs to."""
-    roles = {ref.name: ref.role for ref in source.adapter.refs}
+def _role_of(source: Source, plan: Plan) -> Any:
+    """Tensor name → role, by the module it belongs to; of all that was there where the plan prunes."""
+    adapter = source.adapter if plan.reduction is None else plan.reduction.source
+    roles = {ref.name: ref.role for ref in adapter.refs}
 
     def role(name: str) -> str:
         module = name.rpartition(".")[0]

@@ -424,6 +424,9 @@ def test_the_report_says_what_is_gone(runs: dict[str, Run]) -> None:
     assert {layer.scheme for layer in report.layers} == {"4 of 8 heads", "192 of 256 neurons"}
     assert all((layer.error is not None) == layer.name.endswith(("o_proj", "down_proj")) for layer in report.layers)
     assert Report.from_json(report.to_json()) == report
+    before, after = report.size_before, report.size_after
+    assert before is not None and after is not None
+    assert before.parts["mlp"] == 3 * 3 * 128 * 256 * 2 and after.parts["mlp"] == 2 * 3 * 128 * 192 * 2
 
 
 def test_magnitude_reads_no_text(runs: dict[str, Run]) -> None:
