@@ -39,10 +39,10 @@ def plan_of(args: argparse.Namespace, method: str, kept: float, seed: int) -> Pr
     """Everything but the method is the same for both."""
     root = assets_root()
     return PruningPlan(
-        model=str(root / MODEL), data=str(root / TRAIN), text_column="sentence", label_column="label",
+        model=str(root / args.model), data=str(root / TRAIN), text_column="sentence", label_column="label",
         sequence_length=48, method=method, sparsity=1 - kept, scope=args.scope, begin=args.begin, end=args.end,
-        learning_rate=args.learning_rate, steps=args.steps, batch_size=args.batch_size, seed=seed,
-        teacher=str(root / MODEL) if args.teacher else None, device=args.device, evaluate=False, verify=False,
+        every=args.every, learning_rate=args.learning_rate, steps=args.steps, batch_size=args.batch_size, seed=seed,
+        teacher=str(root / args.teacher) if args.teacher else None, device=args.device, evaluate=False, verify=False,
     )  # fmt: skip
 
 
@@ -113,15 +113,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--begin", type=float, default=0.1)
     parser.add_argument("--end", type=float, default=0.7)
     parser.add_argument("--scope", choices=("layer", "global"), default="layer")
-    parser.add_argument("--teacher", action="store_true", help="the dense model teaches both")
+    parser.add_argument("--model", default=MODEL, help="below LLMCOMP_ASSETS, or a directory")
+    parser.add_argument("--teacher", help="below LLMCOMP_ASSETS, or a directory: teaches both methods")
+    parser.add_argument("--every", type=int, default=1, help="steps between changes of the mask")
     parser.add_argument("--rows", default=TEST, help="below LLMCOMP_ASSETS; choices are made on validation.jsonl")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     print(json.dumps(machine(args.threads)))
-    dense = correct(assets_root() / MODEL, assets_root() / args.rows)
-    print(f"\n{args.steps} steps of {args.batch_size}, the dense model has {dense.mean():.2%}\n")
+    dense = correct(assets_root() / args.model, assets_root() / args.rows)
+    print(f"\n{args.steps} steps of {args.batch_size}, training starts from a dense model of {dense.mean():.2%}\n")
     header = ["kept", *(f"{name} [95%] (seeds)" for name in METHODS), "movement − gradual, points [95%]"]
     print(markdown(header, rows_of(args)))
     return 0
