@@ -46,6 +46,10 @@ from llmcomp.training_run import TrainingRun, regresses
 if TYPE_CHECKING:
     from llmcomp.api import RunOptions
 
+_NOTHING = (
+    "No weight was removed: no score has come below the threshold; take more steps, or a larger score_learning_rate, "
+    "penalty or threshold."
+)
 _RATE = 5e-5  # the highest, where none is given
 
 
@@ -135,6 +139,8 @@ class PrunedTraining(TrainingRun):
             self._note("Resumed from the last state of an unfinished run.")
         subject.masks = {name: mask.cpu() for name, mask in fold(model).items()}
         self._check(subject)
+        if not any(bool((~mask).any()) for mask in subject.masks.values()):
+            self._note(_NOTHING)
         return done
 
     def _pruner(self, model: Any) -> Pruner:
