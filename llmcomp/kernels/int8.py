@@ -14,6 +14,9 @@ from llmcomp.schemes import Scheme
 # `aten::_weight_int8pack_mm` reads whole vectors: where they do not divide a row, two rows of inputs and more give
 # wrong numbers, or a segmentation fault (torch 2.13, columns 12, 20 and 33).
 VECTOR = 32
+# Bytes: with AVX512 it loads inputs and integers by instructions that fault at other addresses, and where a file maps a
+# weight, or where a slice of one token begins, may be any.
+_ALIGNED_INPUTS, _ALIGNED_INTEGERS = 32, 16
 
 
 def fits(scheme: Scheme, rows: int, columns: int, device: str) -> bool:
@@ -23,14 +26,14 @@ def fits(scheme: Scheme, rows: int, columns: int, device: str) -> bool:
 
 def hold(stored: Tensor, grid: Grid) -> dict[str, Tensor]:
     """`integers` int8 [rows, columns], and the operator's `factors` bf16 [rows]."""
-    integers = native.integers(stored, 8, grid.columns)
+    integers = aligned_integers(stored, grid)
     return {"integers": integers, "factors": grid.scale.view(-1).to(torch.bfloat16)}
 
 
 def product(x: Tensor, held: Mapping[str, Tensor], grid: Grid) -> Tensor:
     rows, integers = x.reshape(-1, x.shape[-1]), held["integers"]
     if len(rows) <= few_rows(8):
-        out = torch.ops.aten._weight_int8pack_mm(rows.to(torch.bfloat16).contiguous(), integers, held["factors"])
+        out = few(rows, integers, held["factors"])
     else:
         out = by_tiles(rows.to(product_dtype()), integers).mul_(grid.scale.view(-1))
     return out.to(x.dtype).view(*x.shape[:-1], len(grid.scale))
@@ -38,6 +41,21 @@ def product(x: Tensor, held: Mapping[str, Tensor], grid: Grid) -> Tensor:
 
 def values(held: Mapping[str, Tensor], grid: Grid) -> Tensor:
     return held["integers"]
+
+
+def aligned_integers(stored: Tensor, grid: Grid) -> Tensor:
+    """Integers int8 [rows, columns] as a file holds them, where `few` can read them."""
+    return _aligned(native.integers(stored, 8, grid.columns), _ALIGNED_INTEGERS)
+
+
+def few(x: Tensor, integers: Tensor, factors: Tensor) -> Tensor:
+    """x [few, columns] times the transpose of aligned integers [out, columns], times factors bf16 [out], in bf16."""
+    rows = _aligned(x.to(torch.bfloat16).contiguous(), _ALIGNED_INPUTS)
+    return torch.ops.aten._weight_int8pack_mm(rows, integers, factors)
+
+
+def _aligned(tensor: Tensor, step: int) -> Tensor:
+    return tensor.clone() if tensor.data_ptr() % step else tensor
 
 
 def by_tiles(x: Tensor, integers: Tensor) -> Tensor:
