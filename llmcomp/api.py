@@ -121,6 +121,7 @@ def sparsify(
     sparsity: float | None = None,
     method: str = "sparsegpt",
     calibration: str = "default",
+    format: str = "dense",
     options: RunOptions = RunOptions(),
     progress: Progress | None = None,
     **run: Any,
@@ -132,14 +133,14 @@ def sparsify(
         pattern: '2:4', '4:8', any 'N:M' (N of every M consecutive inputs are kept), or 'unstructured'.
         sparsity: share that an unstructured pattern removes; a half where none is given.
         method: a name in `llmcomp.methods.SPARSE`.
-        calibration, options, progress, run: as `quantize`. The checkpoint is plain safetensors, zeros stored like any
-            weight.
+        calibration, options, progress, run: as `quantize`.
+        format: 'dense' stores zeros like any weight, so nothing is smaller; 'llmcomp' what N:M keeps and its places.
 
     Raises:
         UserError, RunError: as `quantize`.
     """
     step = SparsifyStep(method, pattern, sparsity)
-    recipe = Recipe((step,), Calibration(calibration), format="dense")
+    recipe = Recipe((step,), Calibration(calibration), format=format)
     return compress(model, recipe, options=options, progress=progress, **run)
 
 

@@ -37,6 +37,15 @@ def sparsify(
     samples: o.Samples = None,
     sequence_length: o.SequenceLength = None,
     seed: o.Seed = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="dense: plain safetensors, zeros stored like any weight, as large as before; llmcomp: what N:M keeps "
+            "and where it stands (2:4 of 16 bits: 0.56 of the bytes), with no form for unstructured weights.",
+            show_default="dense",
+        ),
+    ] = None,
     save_recipe: o.SaveRecipe = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory.", show_default="./MODEL-METHOD-2of4")
@@ -54,11 +63,13 @@ def sparsify(
     allow_pickle: o.AllowPickle = False,
     json: o.Json = False,
 ) -> None:
-    """Set weights to zero, verify the checkpoint, measure what it cost. Zeros are stored like any weight.
+    """Set weights to zero, verify the checkpoint, measure what it cost. In --format dense it is as large as before.
 
     Examples:
 
         llmcomp sparsify sample:lm
+
+        llmcomp sparsify ./my-llama --format llmcomp
 
         llmcomp sparsify bert-base --pattern unstructured --sparsity 0.6 --method alps
 
@@ -67,7 +78,7 @@ def sparsify(
     made = o.make_recipe(
         None, "sparsify", pattern=pattern, sparsity=sparsity, method=method, target=target, skip=skip,
         override=override, option=option, calibration=calibration, samples=samples, sequence_length=sequence_length,
-        seed=seed, format="dense",
+        seed=seed, format=format or "dense",
     )  # fmt: skip
     run(
         model, made, json, save_recipe, activation_memory, output=output, overwrite=overwrite, evaluate=evaluate,

@@ -82,11 +82,9 @@ def test_a_fresh_process_computes_what_the_run_computed(name: str, reloaded: dic
 def test_what_is_stored_keeps_exactly_its_pattern(name: str, runs: dict[str, Run]) -> None:
     run, step = runs[name], CASES[name].steps[0]
     assert isinstance(step, SparsifyStep)
-    opened = open_checkpoint(run.output)
-    stored = dict(opened.dense())
+    stored = stored_weights(run.output, run.report)
     for layer in run.report.layers:
-        weight = stored[f"{layer.name}.weight"]
-        weight = weight.t() if opened.ref(layer.name).transposed else weight
+        weight = stored[layer.name]
         label = layer.scheme.partition(" + ")[0].removesuffix(" stored dense")
         if label.startswith("unstructured"):
             removed = Pattern.parse("unstructured", step.sparsity).removes(weight.numel())
@@ -149,6 +147,7 @@ def test_a_broken_run_ends_bit_identical(name: str, runs: dict[str, Run], text: 
         ((SparsifyStep(overrides=(Override("mlp", bits=8),)),), "dense", "sets bits"),
         ((QuantizeStep(overrides=(Override("mlp", pattern="2:4"),)),), "dense", "sets pattern"),
         ((SparsifyStep(),), "compressed-tensors", "'format: dense'"),
+        ((SparsifyStep(pattern="unstructured"),), "llmcomp", "is unstructured 50%; take --format dense"),
         ((SparsifyStep(options={"damping": 0.1}), QuantizeStep()), "dense", "give damping as options of the step to"),
         ((SparsifyStep(),), "bnb-nf4", "take --format dense"),
         ((QuantizeStep(), SparsifyStep()), "dense", "do not go together"),
@@ -215,3 +214,29 @@ def test_the_commands(
     assert main(["sparsify", model, "--sparsity", "0.7", "-o", str(tmp_path / "no")]) == 2
     assert "leave --sparsity out" in capfd.readouterr().err
     assert not list(tmp_path.glob("*no*"))
+
+
+def test_the_verb_packs_what_it_is_asked_to(tmp_path: Path) -> None:
+    source = tiny("llama", tmp_path / "llama", dtype=torch.bfloat16)
+    quick = ["--method", "magnitude", "--no-evaluate", "--no-verify"]
+    sizes = {}
+    for format in ("dense", "llmcomp"):
+        output = tmp_path / format
+        assert main(["sparsify", str(source), *quick, "--format", format, "-o", str(output)]) == 0
+        report = Report.read(output)
+        assert report.format == format
+        sizes[format] = sum(layer.bytes_after for layer in report.layers)
+        assert all(holds(Pattern(2, 4), weight != 0) for weight in stored_weights(output, report).values())
+    shapes = 16 * len(report.layers)
+    assert (sizes["llmcomp"] - shapes) * 16 == sizes["dense"] * 9  # of every four two of 16 bits, and their places
+    assert main(["sparsify", str(source), "--sparsity", "0.5", "--pattern", "unstructured", "--format", "llmcomp",
+                 "-o", str(tmp_path / "no")]) == 2  # fmt: skip
+    assert not list(tmp_path.glob("*no*"))
+
+
+def stored_weights(output: Path, report: Report) -> dict[str, torch.Tensor]:
+    """{linear that was compressed: its dense weight [out, in]}."""
+    opened = open_checkpoint(output)
+    stored = dict(opened.dense())
+    weights = {layer.name: stored[f"{layer.name}.weight"] for layer in report.layers}
+    return {name: weight.t() if opened.ref(name).transposed else weight for name, weight in weights.items()}
