@@ -120,6 +120,7 @@ def sparsify(
     pattern: str = "2:4",
     sparsity: float | None = None,
     method: str = "sparsegpt",
+    allocate: bool = False,
     calibration: str = "default",
     format: str = "dense",
     options: RunOptions = RunOptions(),
@@ -133,13 +134,14 @@ def sparsify(
         pattern: '2:4', '4:8', any 'N:M' (N of every M consecutive inputs are kept), or 'unstructured'.
         sparsity: share that an unstructured pattern removes; a half where none is given.
         method: a name in `llmcomp.methods.SPARSE`.
+        allocate: `sparsity` is of all matrices together, and more is removed where it costs less.
         calibration, options, progress, run: as `quantize`.
         format: 'dense' stores zeros like any weight, so nothing is smaller; 'llmcomp' what N:M keeps and its places.
 
     Raises:
         UserError, RunError: as `quantize`.
     """
-    step = SparsifyStep(method, pattern, sparsity)
+    step = SparsifyStep(method, pattern, sparsity, allocate)
     recipe = Recipe((step,), Calibration(calibration), format=format)
     return compress(model, recipe, options=options, progress=progress, **run)
 

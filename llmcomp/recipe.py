@@ -187,6 +187,11 @@ def check(recipe: Recipe) -> None:
             _check_override(step, override)
         if isinstance(step, FactorizeStep):
             _check_factors(recipe, step)
+        if isinstance(step, SparsifyStep) and step.allocate and (pattern := pattern_for(step, None)).of is not None:
+            raise BadRecipe(
+                f"--allocate shares out what an unstructured pattern removes, and {pattern.label} removes one share of "
+                "every weight; take --pattern unstructured, or leave --allocate out."
+            )
         if recipe.format not in FIXED:
             continue
         if isinstance(step, SparsifyStep):

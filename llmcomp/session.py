@@ -50,8 +50,8 @@ from llmcomp.pipeline.labels import labels
 from llmcomp.pipeline.memory import PeakMemory
 from llmcomp.pipeline.plan import bytes_after
 from llmcomp.pipeline.run import Compression
+from llmcomp.pipeline.sharing import Sharing
 from llmcomp.pipeline.streaming import open_streamed
-from llmcomp.pipeline.surveying import ranks_of
 from llmcomp.pipeline.whole import Conversion, prepare
 from llmcomp.progress import Progress, Silent
 from llmcomp.ranks import ALONE, World
@@ -156,7 +156,7 @@ class Session:
     # --- the phases ---
 
     def _compress(self, source: Source, plan: Plan, data: Data) -> tuple[Plan, Outcome]:
-        """By the loop over blocks; the plan, with ranks if those were to be shared out first."""
+        """By the loop over blocks; the plan, with ranks or sparsities if those were to be shared out first."""
         parts = [self.recipe.to_yaml(), source.checkpoint.fingerprint(), data.fingerprint, version("llmcomp")]
         if self.device.type != "cpu":  # sums in another order are other bits
             parts.append(describe(self.device))
@@ -172,13 +172,12 @@ class Session:
         model = source.adapter.model
         batches = [call(model, one.input_ids, one.attention_mask, one.context) for one in data.batches]
         partial = self.partial if self.world.first else scratch_of(self.partial, self.world.rank)
-        if plan.shares_ranks:
-            with self._timed("ranks"):
+        if plan.shared is not None:
+            with self._timed(plan.shared):
                 memory = self.options.activation_memory
-                ranks = ranks_of(
-                    source, plan, batches, partial, memory, self.device, self.world, self.progress
-                )
-                plan = plan_recipe(self.recipe, source.adapter, ranks)
+                sharing = Sharing(source, plan, batches, partial, memory, self.device, self.world, self.progress)
+                shares = {"ranks": sharing.ranks()} if plan.shared == "ranks" else {"sparsities": sharing.sparsities()}
+                plan = plan_recipe(self.recipe, source.adapter, **shares)
         job = Job(
             adapter=source.adapter,
             binding=source.binding,

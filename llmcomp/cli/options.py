@@ -145,8 +145,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 _STEP = {
     "bits": "bits", "group_size": "group_size", "method": "method", "asymmetric": "symmetric",
     "activations": "activations", "target": "targets", "skip": "skip", "override": "override", "option": "options",
-    "pattern": "pattern", "sparsity": "sparsity", "ratio": "ratio", "rank": "rank", "ranks": "ranks",
-    "update": "update",
+    "pattern": "pattern", "sparsity": "sparsity", "allocate": "allocate", "ratio": "ratio", "rank": "rank",
+    "ranks": "ranks", "update": "update",
 }  # fmt: skip
 _CALIBRATION = {"calibration": "source", "samples": "samples", "sequence_length": "sequence_length"}
 _RUN = {"seed": "seed", "format": "format"}

@@ -25,6 +25,15 @@ def sparsify(
         float | None,
         typer.Option("--sparsity", help="Share that an unstructured pattern removes.", show_default="0.5"),
     ] = None,
+    allocate: Annotated[
+        bool | None,
+        typer.Option(
+            "--allocate/--uniform",
+            help="That share of all matrices together, more being removed where a pass over the source model has found "
+            "that it costs less; or of each.",
+            show_default="uniform",
+        ),
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option("--method", help="sparsegpt, alps, wanda or magnitude.", show_default="sparsegpt"),
@@ -76,9 +85,9 @@ def sparsify(
         llmcomp sparsify ./my-llama --pattern 4:8 --skip blocks:0-1 --override "down_proj pattern=2:4"
     """
     made = o.make_recipe(
-        None, "sparsify", pattern=pattern, sparsity=sparsity, method=method, target=target, skip=skip,
-        override=override, option=option, calibration=calibration, samples=samples, sequence_length=sequence_length,
-        seed=seed, format=format or "dense",
+        None, "sparsify", pattern=pattern, sparsity=sparsity, allocate=allocate, method=method, target=target,
+        skip=skip, override=override, option=option, calibration=calibration, samples=samples,
+        sequence_length=sequence_length, seed=seed, format=format or "dense",
     )  # fmt: skip
     run(
         model, made, json, save_recipe, activation_memory, output=output, overwrite=overwrite, evaluate=evaluate,

@@ -28,7 +28,7 @@ from llmcomp.pipeline import feeding
 from llmcomp.pipeline.assign import Assignment
 from llmcomp.pipeline.factorizing import Ranks
 from llmcomp.pipeline.solved import method_config
-from llmcomp.pipeline.sparsifying import assign_steps
+from llmcomp.pipeline.sparsifying import Sparsities, assign_steps
 from llmcomp.progress import Progress
 from llmcomp.ranks import ALONE, World
 from llmcomp.recipe import FIXED, QuantizeStep, Recipe
@@ -72,10 +72,12 @@ class Plan:
     whole: bool = False
 
     @property
-    def shares_ranks(self) -> bool:
-        """Whether ranks are still to be shared out, by a pass over the source model."""
-        step = self.recipe.factorizing
-        return step is not None and step.ranks == "balanced"
+    def shared(self) -> str | None:
+        """What is to be shared out by a pass over the source model: 'ranks', 'sparsity' or nothing."""
+        factorizing, sparsifying = self.recipe.factorizing, self.recipe.sparsifying
+        if factorizing is not None and factorizing.ranks == "balanced":
+            return "ranks"
+        return "sparsity" if sparsifying is not None and sparsifying.allocate else None
 
 
 @dataclass(frozen=True)
@@ -147,11 +149,15 @@ def open_source(path: Path, *, trust_remote_code: bool = False, allow_pickle: bo
     return Source(checkpoint, adapter, binding)
 
 
-def plan_recipe(recipe: Recipe, adapter: Adapter, ranks: Ranks = MappingProxyType({})) -> Plan:
+def plan_recipe(
+    recipe: Recipe, adapter: Adapter, ranks: Ranks = MappingProxyType({}),
+    sparsities: Sparsities = MappingProxyType({}),
+) -> Plan:
     """Meet a recipe with a model.
 
     Args:
-        ranks: of factors, where one budget was shared out; a plan without them has one ratio for all.
+        ranks: of factors, sparsities: of unstructured patterns, where one budget was shared out; a plan without them
+            has one ratio, or one sparsity, for all.
 
     Raises:
         BadRecipe: it does not fit; all problems at once.
@@ -159,7 +165,7 @@ def plan_recipe(recipe: Recipe, adapter: Adapter, ranks: Ranks = MappingProxyTyp
     if recipe.format not in FORMATS:
         raise BadRecipe(f"Format '{recipe.format}' is not one of {', '.join(FORMATS)}.")
     asked = _grids_apart(recipe)
-    assignment = assign_steps(adapter, asked.steps, ranks)
+    assignment = assign_steps(adapter, asked.steps, ranks, sparsities)
     if asked.quantizing is not None:
         for method in _asked_methods(asked.quantizing, assignment):
             method_config(method, asked.quantizing.options)

@@ -38,8 +38,8 @@ class Row:
         disk: bytes that the output's disk must have free: output, and spilled activations while it runs.
         spilled: activations beyond `--activation-memory`, in mapped files.
         seconds: of compressing and saving, good to a factor of two, if each rank is as fast as this process.
-        statistics: inputs whose Gram matrices are gathered. passes: how often each window is computed for them: once
-            more where the source model's activations go beside, and where ranks are measured beforehand.
+        statistics: inputs whose Gram matrices are gathered. beside: whether each window is computed by the source
+            model, too. shared: what is shared out by a pass over the source model beforehand.
         fallbacks: {module name: what is done instead of what was asked}.
         asked: whether this is what the recipe says, as opposed to an alternative.
     """
@@ -56,7 +56,8 @@ class Row:
     statistics: int
     fallbacks: dict[str, str]
     asked: bool
-    passes: int = 1
+    beside: bool = False
+    shared: str | None = None
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,8 @@ def row(
         statistics=passes,
         fallbacks=fallbacks,
         asked=True,
-        passes=1 + plan.assignment.beside + (plan.shares_ranks and plan.assignment.calibrated),
+        beside=plan.assignment.beside,
+        shared=plan.shared if plan.assignment.calibrated else None,
     )
 
 
@@ -208,7 +210,7 @@ def _method(recipe: Recipe, plan: Plan) -> str:
         elif isinstance(step, FactorizeStep):
             said.append(f"{method} {step.amount}")
         else:
-            said.append(f"{method} {pattern_for(step, None).label}")
+            said.append(f"{method} {pattern_for(step, None).label}" + (" allocated" if step.allocate else ""))
     return " + ".join(said)
 
 

@@ -251,7 +251,7 @@ def test_ranks_are_those_of_the_source_s_losses_under_one_budget(
     output = tmp_path / "out"
     partial = broken_run(run.source, output, recipe, 1)
     measured = json.loads((partial / "ranks.json").read_text())
-    monkeypatch.setattr(surveying._Pass, "spectra", None)  # a second measurement would fail
+    monkeypatch.setattr(surveying.Pass, "run", None)  # a second measurement would fail
     made = quantize(run.source, output, recipe)
     assert made.report.resumed_blocks == 1
 
@@ -283,7 +283,7 @@ def test_ranks_are_those_of_the_source_s_losses_under_one_budget(
 def test_a_budget_is_spent_without_text_where_the_method_reads_none() -> None:
     recipe = Recipe((FactorizeStep("svd", ranks="balanced"),), format="llmcomp")
     plan = plan_recipe(recipe, discover(build("llama")))
-    assert plan.shares_ranks and not plan.assignment.calibrated
+    assert plan.shared == "ranks" and not plan.assignment.calibrated
 
 
 def test_what_no_rank_makes_smaller_stays_dense() -> None:
@@ -356,9 +356,9 @@ def test_the_plan_says_how_often_windows_are_computed() -> None:
         step = FactorizeStep("svd", update=update)
         recipe = Recipe((step,), Calibration(samples=4, sequence_length=64), format="llmcomp")
         found[update] = prospect(adapter, recipe, (), 8 * 2**20).rows[0]
-    assert [found[update].passes for update in (True, False)] == [2, 1]
+    assert [found[update].beside for update in (True, False)] == [True, False]
     recipe = Recipe((SHARED,), Calibration(samples=4, sequence_length=64), format="llmcomp")
-    assert prospect(adapter, recipe, (), 8 * 2**20).rows[0].passes == 3
+    assert prospect(adapter, recipe, (), 8 * 2**20).rows[0].shared == "ranks"
     assert found[True].statistics and not found[False].statistics
     assert found[True].peak_memory > found[False].peak_memory
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +13,20 @@ import pytest
 import torch
 from command_line import parse
 from e2e_runs import LENGTH, SAMPLES, Run, broken_run, hashes, quantize, reload
-from tiny import build, tiny
+from tiny import build, tiny, write_tokenizer
+from torch import Tensor
 
 from llmcomp.adapters.discover import discover
 from llmcomp.cli.main import main
 from llmcomp.errors import BadRecipe
 from llmcomp.formats.opening import open_checkpoint
 from llmcomp.patterns import Pattern, holds
+from llmcomp.pipeline import surveying
 from llmcomp.pipeline.job import plan_recipe
 from llmcomp.pipeline.plan import prospect
 from llmcomp.recipe import Calibration, Override, QuantizeStep, Recipe, SparsifyStep, Step, check
 from llmcomp.report.schema import Report
-from llmcomp.report.summary import reproduce
+from llmcomp.report.summary import reproduce, roles
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,7 @@ def test_a_broken_run_ends_bit_identical(name: str, runs: dict[str, Run], text: 
         ((SparsifyStep(pattern="4:2"),), "dense", "N at least 1 and below M"),
         ((SparsifyStep(pattern="half"),), "dense", "--pattern half cannot be"),
         ((SparsifyStep(sparsity=0.7),), "dense", "leave --sparsity out"),
+        ((SparsifyStep(allocate=True),), "dense", "2:4 removes one share of every weight; take --pattern unstructured"),
         ((SparsifyStep(pattern="unstructured", sparsity=1.5),), "dense", "share between 0 and 1"),
         ((SparsifyStep("lottery"),), "dense", "method 'lottery' is not one of sparsegpt, alps"),
         ((SparsifyStep(targets=("embeddings",)),), "dense", "looked up row by row"),
@@ -214,6 +219,64 @@ def test_the_commands(
     assert main(["sparsify", model, "--sparsity", "0.7", "-o", str(tmp_path / "no")]) == 2
     assert "leave --sparsity out" in capfd.readouterr().err
     assert not list(tmp_path.glob("*no*"))
+
+
+def uneven(name: str, directory: Path) -> Path:
+    """A tiny model of which some matrices have few large weights, as others have not."""
+    model = build(name)
+    with torch.no_grad():
+        for number, (key, value) in enumerate(model.named_parameters()):
+            if ".layers." in key and value.dim() > 1:
+                spread = value.sign() * value.abs() ** (1 + number % 4)
+                value.copy_(spread * value.std() / spread.std())
+    model.save_pretrained(directory)
+    write_tokenizer(directory, encoder=False)
+    return directory
+
+
+def test_what_is_removed_is_shared_out_under_one_budget(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exactly, by what was measured once; a resumed run goes by the same numbers and ends bit-identical."""
+    source, own = uneven("llama", tmp_path / "source"), Override("o_proj", sparsity=0.3)
+    step = SparsifyStep(pattern="unstructured", sparsity=0.6, allocate=True, overrides=(own,))
+    recipe = recipe_of(text, Case("llama", (step,)))
+    whole = quantize(source, tmp_path / "whole", recipe)
+    partial = broken_run(source, tmp_path / "again", recipe, 1)
+    shared = json.loads((partial / "sparsities.json").read_text())
+    monkeypatch.setattr(surveying.Pass, "run", None)  # a second measurement would fail
+    again = quantize(source, tmp_path / "again", recipe)
+    assert again.report.resumed_blocks == 1
+    assert hashes(again.output) == hashes(whole.output)
+    removed = {name: int((weight == 0).sum()) for name, weight in stored_weights(whole.output, whole.report).items()}
+    sizes = {layer.name: layer.shape[0] * layer.shape[1] for layer in whole.report.layers}
+    assert set(shared) == {name for name in sizes if "o_proj" not in name} and len(set(shared.values())) > 4
+    assert all(removed[name] == round(share * sizes[name]) for name, share in shared.items())
+    assert all(0.4 - 1e-6 <= share <= 0.8 + 1e-6 for share in shared.values())
+    assert sum(removed[name] for name in shared) == sum(Pattern(removed=0.6).removes(sizes[name]) for name in shared)
+    assert all(removed[name] == Pattern(removed=0.3).removes(sizes[name]) for name in sizes if "o_proj" in name)
+    assert any(re.fullmatch(r"unstructured [\d.]+–[\d.]+%", role.schemes) for role in roles(whole.report))
+
+
+@pytest.mark.parametrize(("method", "model"), [("wanda", "mixtral"), ("magnitude", "mixtral"), ("alps", "llama")])
+def test_every_method_shares_out(method: str, model: str, text: Path, tmp_path: Path) -> None:
+    options = {"iterations": 5} if method == "alps" else {}
+    step = SparsifyStep(method, "unstructured", 0.5, allocate=True, options=options)
+    source = uneven(model, tmp_path / "source")
+    run = quantize(source, tmp_path / "out", recipe_of(text, Case(model, (step,))))
+    weights = stored_weights(run.output, run.report)
+    gone, size = sum(int((one == 0).sum()) for one in weights.values()), sum(map(Tensor.numel, weights.values()))
+    slack = max(len(one) for one in weights.values()) / 2 if method == "wanda" else len(weights)
+    assert abs(gone - size / 2) <= slack
+    assert len({layer.scheme for layer in run.report.layers}) > 3
+
+
+def test_the_plan_says_that_it_measures_first() -> None:
+    recipe = Recipe((SparsifyStep(pattern="unstructured", allocate=True),), format="dense")
+    seen = prospect(discover(build("llama")), recipe, (), 8 * 2**20)
+    assert seen.rows[0].shared == "sparsity" and seen.rows[0].method == "sparsegpt unstructured 50% allocated"
+    with pytest.raises(BadRecipe, match="runs one block several times"):
+        plan_recipe(recipe, discover(build("albert")))
 
 
 def test_the_verb_packs_what_it_is_asked_to(tmp_path: Path) -> None:
