@@ -110,7 +110,7 @@ class Session:
                 prepare(source.adapter, plan)
             if self.world.first:
                 need = 2 * bytes_after(source.adapter, plan, source.binding.key_of)
-                preflight(self.output, self.options.overwrite, need)
+                preflight(self.path, self.output, self.options.overwrite, need)
             texts = self._evaluation_data(source.adapter.task)
             data = gather(self.recipe, source, plan, self.model, self.progress, self.world)
         forget_peak(self.device)

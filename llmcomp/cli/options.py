@@ -214,6 +214,8 @@ def _number(text: str) -> int | str:
 
 def _override(text: str) -> Override:
     """'down_proj bits=8 group_size=channel' as an Override."""
+    if not text.strip():
+        raise BadRecipe(f"--override {text!r} names no target; expected one and what differs, as 'down_proj bits=8'.")
     target, *settings = text.split()
     fields: dict[str, Any] = {"target": target}
     for setting in settings:
@@ -235,6 +237,6 @@ def _setting(text: str, where: str) -> tuple[str, Any]:
     if value in ("true", "false"):
         return name, value == "true"
     try:
-        return name, int(value) if value.isdigit() else float(value)
+        return name, int(value) if re.fullmatch(r"-?[0-9]+", value) else float(value)
     except ValueError:
         return name, value

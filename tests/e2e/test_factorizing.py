@@ -311,6 +311,7 @@ def test_what_no_rank_makes_smaller_stays_dense() -> None:
         ((FactorizeStep(options={"alpha": 0.3}),), "llmcomp", "unknown key 'alpha'"),
         ((FactorizeStep(ranks="fair"),), "llmcomp", "choose uniform or balanced"),
         ((FactorizeStep(rank=8, ranks="balanced"),), "llmcomp", "leave --rank out"),
+        ((FactorizeStep(ratio=0.001, ranks="balanced"),), "llmcomp", "smallest ranks of all 14 matrices take 4,096"),
         ((FactorizeStep(overrides=(Override("mlp", bits=8),)),), "llmcomp", "sets bits"),
         ((QuantizeStep(overrides=(Override("mlp", rank=8),)),), "llmcomp", "sets rank"),
         ((FactorizeStep(),), "compressed-tensors", "--format llmcomp holds their factors"),
