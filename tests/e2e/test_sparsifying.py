@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from command_line import parse
-from e2e_runs import LENGTH, SAMPLES, Run, broken_run, hashes, quantize, reload
+from e2e_runs import Case, Run, broken_run, hashes, quantize, recipe_of_case, reload, runs_of
 from tiny import build, tiny, write_tokenizer
 from torch import Tensor
 
@@ -27,15 +26,6 @@ from llmcomp.pipeline.plan import prospect
 from llmcomp.recipe import Calibration, Override, QuantizeStep, Recipe, SparsifyStep, Step, check
 from llmcomp.report.schema import Report
 from llmcomp.report.summary import reproduce, roles
-
-
-@dataclass(frozen=True)
-class Case:
-    model: str
-    steps: tuple[Step, ...]
-    format: str = "dense"
-    dtype: torch.dtype = torch.float32
-
 
 SKIPPED = (Override("mlp", pattern="1:4"), Override("blocks:0", skip=True))  # of two the later one wins
 CASES = {
@@ -53,27 +43,17 @@ CASES = {
 }
 
 
-def recipe_of(text: Path, case: Case) -> Recipe:
-    return Recipe(case.steps, Calibration(str(text), SAMPLES, LENGTH), format=case.format)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, Run]:
-    root, made = tmp_path_factory.mktemp("sparsifying"), {}
-    for name, case in CASES.items():
-        source = root / f"{case.model}-{case.dtype}"
-        if not source.exists():
-            tiny(case.model, source, tokenizer=True, dtype=case.dtype)
-        made[name] = quantize(source, root / name.replace(" ", "-"), recipe_of(text, case))
-    return made
+    return runs_of(CASES, tmp_path_factory.mktemp("sparsifying"), text)
 
 
 @pytest.fixture(scope="module")
 def reloaded(runs: dict[str, Run]) -> dict[str, dict[str, Any]]:
-    return reload({name: run for name, run in runs.items() if CASES[name].format != "llmcomp"})
+    return reload({name: run for name, run in runs.items() if CASES[name].stored != "llmcomp"})
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.format != "llmcomp"])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.stored != "llmcomp"])
 def test_a_fresh_process_computes_what_the_run_computed(name: str, reloaded: dict[str, dict[str, Any]]) -> None:
     found = reloaded[name]
     assert found["account"] == {} and found["imported"] == []
@@ -128,7 +108,7 @@ def test_the_report_says_what_was_done(runs: dict[str, Run]) -> None:
 
 @pytest.mark.parametrize("name", ["llama one sweep", "bert alps"])
 def test_a_broken_run_ends_bit_identical(name: str, runs: dict[str, Run], text: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(text, CASES[name])
+    recipe = recipe_of_case(text, CASES[name])
     output = tmp_path / "again"
     broken_run(runs[name].source, output, recipe, 1)
     again = quantize(runs[name].source, output, recipe)
@@ -197,7 +177,7 @@ def test_the_plan_counts_what_admm_takes() -> None:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_recipes_are_read_as_they_were_written(case: Case) -> None:
-    recipe = Recipe(case.steps, format=case.format)
+    recipe = Recipe(case.steps, format=case.stored)
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
 
 
@@ -241,7 +221,7 @@ def test_what_is_removed_is_shared_out_under_one_budget(
     """Exactly, by what was measured once; a resumed run goes by the same numbers and ends bit-identical."""
     source, own = uneven("llama", tmp_path / "source"), Override("o_proj", sparsity=0.3)
     step = SparsifyStep(pattern="unstructured", sparsity=0.6, allocate=True, overrides=(own,))
-    recipe = recipe_of(text, Case("llama", (step,)))
+    recipe = recipe_of_case(text, Case("llama", (step,)))
     whole = quantize(source, tmp_path / "whole", recipe)
     partial = broken_run(source, tmp_path / "again", recipe, 1)
     shared = json.loads((partial / "sparsities.json").read_text())
@@ -264,7 +244,7 @@ def test_every_method_shares_out(method: str, model: str, text: Path, tmp_path: 
     options = {"iterations": 5} if method == "alps" else {}
     step = SparsifyStep(method, "unstructured", 0.5, allocate=True, options=options)
     source = uneven(model, tmp_path / "source")
-    run = quantize(source, tmp_path / "out", recipe_of(text, Case(model, (step,))))
+    run = quantize(source, tmp_path / "out", recipe_of_case(text, Case(model, (step,))))
     weights = stored_weights(run.output, run.report)
     gone, size = sum(int((one == 0).sum()) for one in weights.values()), sum(map(Tensor.numel, weights.values()))
     slack = max(len(one) for one in weights.values()) / 2 if method == "wanda" else len(weights)
