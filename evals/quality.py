@@ -1,7 +1,7 @@
 """Quality side by side: every tool on the same model, windows and text; markdown tables on stdout.
 
-    python -m evals.quality [--tools NAME …] [--settings NAME …] [--part lm|sst2|lm-sparse|lm-lowrank]
-                             [--threads 1] [--seeds 0 1 2] [--kept]
+    python -m evals.quality [--part lm|sst2|lm-sparse|lm-lowrank|lm-pruned|sst2-pruned]
+                             [--tools NAME …] [--settings NAME …] [--threads 1] [--seeds 0 1 2] [--kept]
 
 For each setting, calibration seed and tool: quantize in the tool's own environment, open the checkpoint as
 its user would (`evals/score.py`), keep the loss of every window. Peers' results are kept in a JSON file per
@@ -39,7 +39,7 @@ from evals.common import (
     sentence_kl,
     sentence_labels,
 )
-from evals.peers.arguments import FACTORS, PRUNING
+from evals.peers.arguments import CUTTING, FACTORS, PRUNING
 from evals.process import RunFailed, environment, machine, run, versions
 from evals.setup_peers import peer_python
 
@@ -73,6 +73,7 @@ class Setting:
     group_size: int | None = None
     pattern: str | None = None
     ratio: float | None = None  # of bytes that factors keep
+    cut: str | None = None  # what is pruned, as llmcomp's flags say it
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ TOOLS = {
         Tool(LEARNED, OURS, "gptq-signround"),
         *(Tool(f"llmcomp {method}", OURS, method) for method in ("sparsegpt", "alps", "wanda", "magnitude")),
         *(Tool(f"llmcompressor {method}", "llmcompressor", method) for method in ("sparsegpt", "wanda")),
-        *(Tool(f"llmcomp {method}", OURS, method) for method in FACTORS),
+        *(Tool(f"llmcomp {method}", OURS, method) for method in (*FACTORS, *CUTTING)),
         Tool("llmcompressor gptq", "llmcompressor", "gptq"),
         Tool("llmcompressor gptq-mse", "llmcompressor", "gptq-mse"),
         Tool("llmcompressor awq", "llmcompressor", "awq"),
@@ -124,7 +125,7 @@ PARTS = {
         ),
         tuple(
             name for name, tool in TOOLS.items()
-            if "rtn" not in name and name != LEARNED and tool.method not in (*PRUNING, *FACTORS)
+            if "rtn" not in name and name != LEARNED and tool.method not in (*PRUNING, *FACTORS, *CUTTING)
         ),
     ),
     "lm-sparse": Part(
@@ -148,6 +149,27 @@ PARTS = {
         tuple(Setting(f"ratio {ratio}", ratio=ratio) for ratio in (0.8, 0.6, 0.4)),
         tuple(f"llmcomp {method}" for method in FACTORS),
         "llmcomp svd-llm-update",
+    ),
+    "lm-pruned": Part(
+        "lm-pruned",
+        "causal-lm",
+        "models/lm",
+        {"books": "data/books/validation.txt", "wikitext": "data/wikitext-2-raw/test.txt"},
+        tuple(
+            Setting(what.strip("-"), cut=what)
+            for what in ("--mlp 0.125", "--mlp 0.25", "--mlp 0.5", "--heads 0.5", "--layers 1", "--layers 2")
+        ),
+        tuple(f"llmcomp {method}" for method in CUTTING),
+        "llmcomp cut",
+    ),
+    "sst2-pruned": Part(
+        "sst2-pruned",
+        "classification",
+        "models/minilm-sst2",
+        {"sst2": "data/sst2/test.jsonl"},
+        tuple(Setting(what.strip("-"), cut=what) for what in ("--mlp 0.25", "--mlp 0.5", "--layers 1")),
+        tuple(f"llmcomp {method}" for method in CUTTING),
+        "llmcomp cut",
     ),
     "sst2": Part(
         "sst2",
@@ -210,6 +232,7 @@ def measure(tool: Tool, part: Part, setting: Setting, windows: Path, threads: in
         arguments += ["--bits", str(setting.bits), "--group-size", group, "--output", str(output)]
         arguments += [] if setting.pattern is None else ["--pattern", setting.pattern]
         arguments += [] if setting.ratio is None else ["--ratio", str(setting.ratio)]
+        arguments += [] if setting.cut is None else [f"--cut={setting.cut}"]
         arguments += ["--threads", str(threads), "--method", tool.method, "--task", part.task]
         try:
             measured = run(tool.python, f"evals.peers.{tool.package}_run", arguments, threads)
@@ -225,6 +248,7 @@ def cell_path(tool: Tool, part: Part, setting: Setting, seed: int) -> Path:
     key = [tool.name, found, part.model, part.task, part.texts, setting.bits, setting.group_size, seed]
     key += [] if setting.pattern is None else [setting.pattern]
     key += [] if setting.ratio is None else [setting.ratio]
+    key += [] if setting.cut is None else [setting.cut]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     words = f"{part.name} {setting.name} {tool.name} {found.get(tool.package, '')} seed{seed} {digest}"
     return cache_root() / f"{words.replace(' ', '_')}.json"
@@ -317,12 +341,11 @@ def sst2_table(part: Part, tools: list[str], results: dict, dense: dict[str, lis
                 f"{kl.mean():.2e}", f"{np.percentile(kl, 99):.2e}", f"{agree:.2%}",
             ]  # fmt: skip
         for name in tools:
-            note = compared(divergences, False) if name == OURS else ""
+            note = compared(divergences, False, part.ours) if name == (part.ours or OURS) else ""
             rows.append([setting.name, name, *cells[name], note])
     head = ["setting", "tool", "accuracy", "points − original (95%)", "KL mean", "KL p99", "agreement"]
-    return f"Original: accuracy {before.mean():.2%}.\n\n" + markdown(
-        [*head, "KL, llmcomp − best peer (95%)"], rows
-    )
+    against = "llmcomp − best peer" if part.ours is None else f"{part.ours} − best other"
+    return f"Original: accuracy {before.mean():.2%}.\n\n" + markdown([*head, f"KL, {against} (95%)"], rows)
 
 
 def run_part(part: Part, tools: list[str], threads: int, seeds: Sequence[int], kept_ours: bool) -> str:

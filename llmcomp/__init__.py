@@ -17,6 +17,8 @@ __all__ = [
     "Lora",
     "Optimization",
     "Override",
+    "PruneStep",
+    "PruningPlan",
     "QuantizeStep",
     "Recipe",
     "Report",
@@ -31,6 +33,8 @@ __all__ = [
     "export",
     "factorize",
     "load",
+    "prune",
+    "prune_in_training",
     "quantize",
     "recover",
     "sparsify",
@@ -39,11 +43,14 @@ __all__ = [
 _HOMES: dict[str, tuple[str, ...]] = {
     "llmcomp.api": (
         "CompressResult", "ExportResult", "RunOptions", "bench", "compress", "evaluate", "export", "factorize", "load",
-        "quantize", "recover", "sparsify",
+        "prune", "prune_in_training", "quantize", "recover", "sparsify",
     ),
     "llmcomp.errors": ("LlmcompError", "RunError", "UserError"),
-    "llmcomp.recipe": ("Calibration", "FactorizeStep", "Override", "QuantizeStep", "Recipe", "SparsifyStep"),
+    "llmcomp.recipe": (
+        "Calibration", "FactorizeStep", "Override", "PruneStep", "QuantizeStep", "Recipe", "SparsifyStep",
+    ),
     "llmcomp.report.schema": ("Report",),
+    "llmcomp.training.pruning_plan": ("PruningPlan",),
     "llmcomp.training.settings": ("Lora", "Optimization", "Teaching"),
 }
 

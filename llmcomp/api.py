@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmcomp.progress import Progress, Silent
 from llmcomp.ranks import joined
-from llmcomp.recipe import Calibration, FactorizeStep, Recipe, SparsifyStep, check, step_of
+from llmcomp.recipe import Calibration, FactorizeStep, PruneStep, Recipe, SparsifyStep, check, step_of
 from llmcomp.report.schema import Report
 from llmcomp.training.settings import Lora, Optimization, Plan, Teaching
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llmcomp.measure.bench import Benchmark
     from llmcomp.measure.bench import Settings as BenchSettings
     from llmcomp.measure.run import Evaluation, Settings
+    from llmcomp.training.pruning_plan import PruningPlan
 
 ACTIVATION_MEMORY = 8 * 2**20
 
@@ -114,6 +115,36 @@ def quantize(
     return compress(model, recipe, options=options, progress=progress, **run)
 
 
+def prune(
+    model: str,
+    *,
+    heads: float | None = None,
+    mlp: float | None = None,
+    layers: int | None = None,
+    method: str = "activation",
+    calibration: str = "default",
+    options: RunOptions = RunOptions(),
+    progress: Progress | None = None,
+    **run: Any,
+) -> CompressResult:
+    """Take attention heads, neurons and blocks out of a model, verify the checkpoint, and measure what it cost.
+
+    What comes out is a smaller model of the same kind, which plain transformers opens.
+
+    Args:
+        model: a local directory, a Hub id, an alias or a 'sample:' name.
+        heads: share of the attention heads that go, in groups that share keys and values.
+        mlp: share of the MLPs' neurons that go. layers: how many blocks go.
+        method: 'activation', what costs least of what calibration reads, made up for by what stays; or 'magnitude'.
+        calibration, options, progress, run: as `quantize`.
+
+    Raises:
+        UserError, RunError: as `quantize`.
+    """
+    recipe = Recipe((PruneStep(method, heads, mlp, layers),), Calibration(calibration), format="dense")
+    return compress(model, recipe, options=options, progress=progress, **run)
+
+
 def sparsify(
     model: str,
     *,
@@ -141,7 +172,7 @@ def sparsify(
     Raises:
         UserError, RunError: as `quantize`.
     """
-    step = SparsifyStep(method, pattern, sparsity, allocate)
+    step = SparsifyStep(method, pattern, sparsity, allocate=allocate)
     recipe = Recipe((step,), Calibration(calibration), format=format)
     return compress(model, recipe, options=options, progress=progress, **run)
 
@@ -261,6 +292,35 @@ def recover(
         from llmcomp.recovery import Recovering
 
         return CompressResult(*Recovering(str(directory), resolved.path, plan, options, progress, world).run())
+
+
+def prune_in_training(plan: PruningPlan, progress: Progress | None = None) -> CompressResult:
+    """Train a dense model while weights are removed, verify the checkpoint, and measure what it cost.
+
+    In a process that torchrun or `accelerate launch --multi_gpu` started, all ranks call this and train together.
+
+    Args:
+        plan: what is trained, removed and written (docs/training-time-pruning.md).
+        progress: hears where the run stands.
+
+    Raises:
+        UserError: what was asked cannot be (exit status 2).
+        RunError: something failed on the way; no output appears (exit status 1). Of several ranks, all fail.
+    """
+    from llmcomp import hub
+
+    plan.check()
+    progress = progress or Silent()
+    options = RunOptions(
+        output=None if plan.output is None else Path(plan.output), overwrite=plan.overwrite, evaluate=plan.evaluate,
+        verify=plan.verify, device=plan.device, eval_data=plan.eval_data, text_column=plan.text_column,
+        label_column=plan.label_column,
+    )  # fmt: skip
+    with joined() as world:
+        resolved = hub.resolve(plan.model, progress=progress if world.first else Silent())
+        from llmcomp.pruned_training import PrunedTraining
+
+        return CompressResult(*PrunedTraining(plan, resolved.path, options, progress, world).run())
 
 
 def evaluate(

@@ -4,9 +4,44 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from typing import Any
 
+import yaml
+
 from llmcomp.errors import BadRecipe
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 without numbers to the base of 60, by which an unquoted `pattern: 2:4` would be 124, and with 1e-4,
+    which is a text there for want of a point."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in some if tag != "tag:yaml.org,2002:int"]
+    for first, some in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_DIGITS = list("-+0123456789")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), _DIGITS)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), _DIGITS)
+
+
+def read_yaml(text: str, where: str, what: str = "") -> dict[Any, Any]:
+    """The mapping of a YAML text.
+
+    Args:
+        what: is in it, for the sentence of an error, such as " with 'steps'".
+
+    Raises:
+        BadRecipe: not YAML, or not a mapping.
+    """
+    try:
+        data = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise BadRecipe(f"{where} is not YAML ({str(error).splitlines()[0]}).") from error
+    if not isinstance(data, dict):
+        raise BadRecipe(f"{where} must be a mapping{what}, not {type(data).__name__}.")
+    return dict(data)
 
 
 def build(kind: Any, data: Any, where: str) -> Any:

@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from llmcomp.building import build
+from llmcomp.building import build, read_yaml
 from llmcomp.errors import BadRecipe
 from llmcomp.patterns import Pattern
 from llmcomp.steps import (
@@ -35,9 +35,11 @@ from llmcomp.steps import (
     STEPS,
     FactorizeStep,
     Override,
+    PruneStep,
     QuantizeStep,
     SparsifyStep,
     Step,
+    TargetedStep,
     default_bits,
     matches,
     override_for,
@@ -53,10 +55,12 @@ __all__ = [  # with what a recipe is made of
     "Calibration",
     "FactorizeStep",
     "Override",
+    "PruneStep",
     "QuantizeStep",
     "Recipe",
     "SparsifyStep",
     "Step",
+    "TargetedStep",
     "check",
     "default_bits",
     "matches",
@@ -84,17 +88,6 @@ class Calibration:
     text_column: str | None = None
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without numbers to the base of 60, by which an unquoted `pattern: 2:4` would be 124."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in some if tag != "tag:yaml.org,2002:int"]
-    for first, some in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
-
-
 @dataclass(frozen=True)
 class Recipe:
     """The whole run but for model and output."""
@@ -120,9 +113,19 @@ class Recipe:
         return next((step for step in self.steps if isinstance(step, FactorizeStep)), None)
 
     @property
+    def pruning(self) -> PruneStep | None:
+        """The step that makes a smaller model, if there is one."""
+        return next((step for step in self.steps if isinstance(step, PruneStep)), None)
+
+    @property
+    def targeted(self) -> tuple[TargetedStep, ...]:
+        """The steps that do something to single weights, of what is left where the first one prunes."""
+        return tuple(step for step in self.steps if not isinstance(step, PruneStep))
+
+    @property
     def correcting(self) -> bool:
         """Whether its factors correct what a step to quantize has lost."""
-        return len(self.steps) > 1 and isinstance(self.steps[1], FactorizeStep)
+        return len(self.targeted) > 1 and isinstance(self.targeted[1], FactorizeStep)
 
     def to_yaml(self) -> str:
         data = _plain(self)
@@ -136,13 +139,7 @@ class Recipe:
         Raises:
             BadRecipe: not YAML, not a mapping, unknown keys or impossible values.
         """
-        try:
-            data = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            raise BadRecipe(f"{where} is not YAML ({str(error).splitlines()[0]}).") from error
-        if not isinstance(data, dict):
-            raise BadRecipe(f"{where} must be a mapping with 'steps', not {type(data).__name__}.")
-        data = dict(data)
+        data = read_yaml(text, where, " with 'steps'")
         if "calibration" in data:
             data["calibration"] = build(Calibration, data["calibration"], f"{where}: calibration")
         if "steps" in data:
@@ -180,7 +177,9 @@ def check(recipe: Recipe) -> None:
         known = "; ".join(", ".join(order) for order in ORDERS)
         said = ", ".join(step.kind for step in recipe.steps)
         raise BadRecipe(f"The steps {said} do not go together; what does: {known}.")
-    for step in recipe.steps:
+    if recipe.pruning is not None:
+        _check_pruning(recipe, recipe.pruning)
+    for step in recipe.targeted:
         for target in (*step.targets, *(override.target for override in step.overrides)):
             _check_target(target)
         for override in (None, *step.overrides):
@@ -206,7 +205,34 @@ def check(recipe: Recipe) -> None:
         )
 
 
-def _check_amount(step: Step, override: Override | None) -> None:
+def _check_pruning(recipe: Recipe, step: PruneStep) -> None:
+    """Refuse what no model could make right in a step that prunes.
+
+    Raises:
+        BadRecipe: naming it.
+    """
+    if step.method not in ("activation", "magnitude"):
+        raise BadRecipe(f"--method {step.method} cannot prune: choose activation or magnitude.")
+    if step.heads is None and step.mlp is None and step.layers is None:
+        raise BadRecipe("Nothing is to be pruned: give --heads 0.25, --mlp 0.3, --layers 2 or several of them.")
+    for name in ("heads", "mlp"):
+        share = getattr(step, name)
+        if share is not None and not 0 < share < 1:
+            raise BadRecipe(f"--{name} {share:g} cannot be: it is the share that goes, above 0 and below 1, as 0.25.")
+    if step.layers is not None and step.layers < 1:
+        raise BadRecipe(f"--layers {step.layers} cannot be: it is how many blocks go, at least 1.")
+    if step.options and step.method == "magnitude":
+        raise BadRecipe(f"Method magnitude has no options, got {', '.join(step.options)}; leave them out.")
+    if recipe.format in FIXED:
+        raise BadRecipe(
+            f"--format {recipe.format} is made of a whole checkpoint by transformers; run llmcomp prune first, then "
+            f"llmcomp quantize --format {recipe.format} on its output."
+        )
+    if not recipe.targeted and recipe.format != "dense":
+        raise BadRecipe(f"Pruning alone gives an ordinary model; take --format dense instead of {recipe.format}.")
+
+
+def _check_amount(step: TargetedStep, override: Override | None) -> None:
     if isinstance(step, SparsifyStep):
         pattern_for(step, override)
     elif isinstance(step, FactorizeStep):
@@ -250,7 +276,7 @@ def _check_factors(recipe: Recipe, step: FactorizeStep) -> None:
         raise BadRecipe("Factors that correct integers come on top of them, so there is no ratio; give a rank, as 16.")
 
 
-def _check_override(step: Step, override: Override | None) -> None:
+def _check_override(step: TargetedStep, override: Override | None) -> None:
     """Refuse what an override says of another kind of step.
 
     Raises:
@@ -309,6 +335,8 @@ def _step(data: Any, where: str, fixed: dict[str, Any]) -> Step:
     kind = STEPS[str(data["kind"])]
     data = {**(fixed if kind is QuantizeStep else {}), **data}
     del data["kind"]
+    if issubclass(kind, PruneStep):
+        return build(kind, data, where)
     overrides = data.get("overrides", [])
     if not isinstance(overrides, list):
         raise BadRecipe(f"{where}: 'overrides' must be a list.")

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -35,20 +36,13 @@ from llmcomp.measure.cost import size_of
 from llmcomp.measure.inputs import MEDIA, evaluation_data
 from llmcomp.measure.machine import this_machine
 from llmcomp.measure.run import evaluate_model
-from llmcomp.pipeline.job import (
-    Data,
-    Job,
-    Outcome,
-    Plan,
-    Source,
-    gather,
-    open_source,
-    plan_recipe,
-)
+from llmcomp.pipeline import cutting
+from llmcomp.pipeline.job import Data, Job, Outcome, Plan, Source, gather, open_source, plan_recipe, plan_rest
 from llmcomp.pipeline.journal import Journal, fingerprint
 from llmcomp.pipeline.labels import labels
 from llmcomp.pipeline.memory import PeakMemory
-from llmcomp.pipeline.plan import bytes_after
+from llmcomp.pipeline.narrowed import notes
+from llmcomp.pipeline.plan import bytes_needed
 from llmcomp.pipeline.run import Compression
 from llmcomp.pipeline.sharing import Sharing
 from llmcomp.pipeline.streaming import open_streamed
@@ -58,7 +52,7 @@ from llmcomp.ranks import ALONE, World
 from llmcomp.recipe import Recipe
 from llmcomp.report.html import FILE_NAME as PAGE_NAME
 from llmcomp.report.html import render
-from llmcomp.report.schema import FILE_NAME, Left, Report
+from llmcomp.report.schema import FILE_NAME, Left, Removed, Report
 
 if TYPE_CHECKING:
     from llmcomp.api import RunOptions
@@ -90,6 +84,7 @@ class Session:
         self.partial = partial_of(self.output)
         self.phases: dict[str, float] = {}
         self.notes: list[str] = []
+        self.removed: list[Removed] = []
 
     def run(self) -> tuple[Path, Report]:
         """Do it all.
@@ -108,14 +103,19 @@ class Session:
                 self._alone()
                 self.device = CPU
                 prepare(source.adapter, plan)
+            if plan.reduction is not None and self.world.size > 1:
+                raise BadRecipe(
+                    f"A model is pruned in one process, and this run has {self.world.size}; run llmcomp prune without "
+                    "a launcher, then what is to follow on its output."
+                )
             if self.world.first:
-                need = 2 * bytes_after(source.adapter, plan, source.binding.key_of)
+                need = bytes_needed(plan, source.binding.key_of)
                 preflight(self.path, self.output, self.options.overwrite, need)
             texts = self._evaluation_data(source.adapter.task)
             data = gather(self.recipe, source, plan, self.model, self.progress, self.world)
         forget_peak(self.device)
         with PeakMemory() as memory:
-            plan, outcome = (self._convert if plan.whole else self._compress)(source, plan, data)
+            source, plan, outcome = (self._convert if plan.whole else self._compress)(source, plan, data)
             of_others = self.world.largest(memory.peak)
             on_device = self.world.largest(peak_bytes(self.device))
             self.world.part()
@@ -155,8 +155,9 @@ class Session:
 
     # --- the phases ---
 
-    def _compress(self, source: Source, plan: Plan, data: Data) -> tuple[Plan, Outcome]:
-        """By the loop over blocks; the plan, with ranks or sparsities if those were to be shared out first."""
+    def _compress(self, source: Source, plan: Plan, data: Data) -> tuple[Source, Plan, Outcome]:
+        """By the loop over blocks; what was compressed, which is a smaller model where the recipe prunes, and the plan,
+        with ranks or sparsities if those were to be shared out first."""
         parts = [self.recipe.to_yaml(), source.checkpoint.fingerprint(), data.fingerprint, version("llmcomp")]
         if self.device.type != "cpu":  # sums in another order are other bits
             parts.append(describe(self.device))
@@ -169,15 +170,29 @@ class Session:
             self._note(_DISCARDED)
         elif journal.done:
             self._note(f"Resuming: {len(journal.done)} parts of an unfinished run are reused.")
-        model = source.adapter.model
-        batches = [call(model, one.input_ids, one.attention_mask, one.context) for one in data.batches]
+        batches = [call(source.adapter.model, one.input_ids, one.attention_mask, one.context) for one in data.batches]
         partial = self.partial if self.world.first else scratch_of(self.partial, self.world.rank)
+        narrowed: cutting.Cut | None = None
+        if plan.reduction is not None:
+            setting = cutting.Setting(
+                batches, data.witness, partial / "pruned", fingerprint(*parts), self.options.activation_memory,
+                self.device, self.options.trust_remote_code,
+            )
+            narrowed = cutting.cut(source, plan.reduction, setting, self.progress)
+            self.removed = narrowed.removed
+            for sentence in notes(self.removed, len(source.adapter.blocks)):
+                self._note(sentence)
+            source = narrowed.source
+            plan = replace(plan_rest(self.recipe, source.adapter), reduction=plan.reduction)
         if plan.shared is not None:
             with self._timed(plan.shared):
                 memory = self.options.activation_memory
                 sharing = Sharing(source, plan, batches, partial, memory, self.device, self.world, self.progress)
-                shares = {"ranks": sharing.ranks()} if plan.shared == "ranks" else {"sparsities": sharing.sparsities()}
-                plan = plan_recipe(self.recipe, source.adapter, **shares)
+                if plan.shared == "ranks":
+                    rest = plan_rest(self.recipe, source.adapter, sharing.ranks())
+                else:
+                    rest = plan_rest(self.recipe, source.adapter, sparsities=sharing.sparsities())
+                plan = replace(rest, reduction=plan.reduction)
         job = Job(
             adapter=source.adapter,
             binding=source.binding,
@@ -200,9 +215,11 @@ class Session:
         finally:
             if not self.world.first:
                 clear_scratch(job.partial)
+        if narrowed is not None:
+            outcome = narrowed.before(outcome)
         for phase, seconds in outcome.phases.items():
             self.phases[phase] = seconds
-        return plan, outcome
+        return source, plan, outcome
 
     def _agree(self, source: Source, data: Data) -> None:
         """Compare what this rank has read with what the first one has."""
@@ -220,13 +237,13 @@ class Session:
                 f"(here the model is {self.path})."
             )
 
-    def _convert(self, source: Source, plan: Plan, data: Data) -> tuple[Plan, Outcome]:
+    def _convert(self, source: Source, plan: Plan, data: Data) -> tuple[Source, Plan, Outcome]:
         """By transformers, from the whole model."""
         self._note("Errors are of the weights alone, ||W - Q||² / ||W||².")
         allow = self.options.allow_pickle
         outcome = Conversion(source, plan, data.witness, self.partial, self.progress, allow_pickle=allow).run()
         self.phases |= outcome.phases
-        return plan, outcome
+        return source, plan, outcome
 
     def _assemble(self, source: Source, plan: Plan, outcome: Outcome) -> Path:
         """The future output in the partial directory, all but the report."""
@@ -323,7 +340,8 @@ class Session:
             format=self.recipe.format,
             calibration=data.facts,
             layers=outcome.layers,
-            left=_left(source, plan),
+            left=left_alone(source, plan),
+            removed=self.removed,
             size_before=size_of(self.path, _role_of(source), allow_pickle=self.options.allow_pickle),
             peak_memory=peak,
             resumed_blocks=outcome.resumed,
@@ -366,7 +384,7 @@ def _role_of(source: Source) -> Any:
     return role
 
 
-def _left(source: Source, plan: Plan) -> list[Left]:
+def left_alone(source: Source, plan: Plan) -> list[Left]:
     """What was not compressed, or not stored so, with its bytes; what shares another's storage has none."""
     state = source.adapter.model.state_dict()
     found = []

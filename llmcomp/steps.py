@@ -85,10 +85,10 @@ class SparsifyStep:
     method: str = "sparsegpt"
     pattern: str = "2:4"
     sparsity: float | None = None
-    allocate: bool = False
     targets: tuple[str, ...] = ("attention", "mlp")
     overrides: tuple[Override, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    allocate: bool = False
 
     kind = "sparsify"
 
@@ -146,11 +146,48 @@ class FactorizeStep:
         return f"{self.method}-{self.amount.replace(' ', '-')}"
 
 
+@dataclass(frozen=True)
+class PruneStep:
+    """A smaller model of the same kind: attention heads, neurons of MLPs and whole blocks go, the same number of heads
+    and neurons from every block, so it has no targets. Further steps are done to what is left.
+
+    Attributes:
+        method: 'activation', what costs least of what calibration reads, made up for by what stays; or 'magnitude', the
+            smallest weights, without calibration.
+        heads: share of the attention heads that go, in whole groups that share keys and values.
+        mlp: share of the neurons that go. layers: how many blocks go.
+        options: of the method 'activation', those of `llmcomp.methods.structured.PruneConfig`.
+    """
+
+    method: str = "activation"
+    heads: float | None = None
+    mlp: float | None = None
+    layers: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    kind = "prune"
+
+    @property
+    def amount(self) -> str:
+        """Such as 'heads 0.25 mlp 0.3 layers 4'."""
+        asked = {"heads": self.heads, "mlp": self.mlp, "layers": self.layers}
+        return " ".join(f"{name} {value:g}" for name, value in asked.items() if value is not None)
+
+    @property
+    def summary(self) -> str:
+        """Such as 'pruned-mlp-0.3', for names of directories."""
+        method = "" if self.method == PruneStep.method else f"{self.method}-"
+        return f"{method}pruned-{self.amount.replace(' ', '-')}"
+
+
 DEFAULT_RATIO = 0.8
 
-Step = QuantizeStep | SparsifyStep | FactorizeStep
-STEPS: dict[str, type[Step]] = {"quantize": QuantizeStep, "sparsify": SparsifyStep, "factorize": FactorizeStep}
-ORDERS = (  # of steps that go together
+TargetedStep = QuantizeStep | SparsifyStep | FactorizeStep
+Step = TargetedStep | PruneStep
+STEPS: dict[str, type[Step]] = {
+    "prune": PruneStep, "quantize": QuantizeStep, "sparsify": SparsifyStep, "factorize": FactorizeStep,
+}  # fmt: skip
+_TARGETED: tuple[tuple[str, ...], ...] = (
     ("quantize",),
     ("sparsify",),
     ("sparsify", "quantize"),
@@ -158,6 +195,7 @@ ORDERS = (  # of steps that go together
     ("factorize", "quantize"),
     ("quantize", "factorize"),
 )
+ORDERS = (*_TARGETED, ("prune",), *(("prune", *order) for order in _TARGETED))  # of steps that go together
 
 
 def matches(target: str, name: str, role: str, block: int | None) -> bool:
@@ -177,7 +215,7 @@ def default_bits(activations: str | None) -> int:
     return QuantizeStep.bits if activations is None else 8
 
 
-def override_for(step: Step, name: str, role: str, block: int | None) -> Override | None:
+def override_for(step: TargetedStep, name: str, role: str, block: int | None) -> Override | None:
     """The last override of `step` that matches, or None."""
     found = None
     for override in step.overrides:

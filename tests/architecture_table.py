@@ -20,7 +20,8 @@ from llmcomp.adapters.discover import discover
 from llmcomp.errors import BadRecipe
 from llmcomp.experts import split_experts
 from llmcomp.pipeline.job import plan_recipe
-from llmcomp.recipe import FactorizeStep, Recipe
+from llmcomp.pipeline.pruning import reduce_model
+from llmcomp.recipe import FactorizeStep, PruneStep, Recipe
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
 COMMAND = "python tests/architecture_table.py"
@@ -46,9 +47,11 @@ original. Other widths, zero points and `rtn-clip` are proven on Llama and BERT 
   `--format dense` holds any of them.
 - **factors**: what `llmcomp factorize` plans for it: whether factors are fitted anew to the inputs of now. Llama, BERT,
   GPT-2, Mixtral and ALBERT are run to the end (`tests/e2e/test_factorizing.py`).
+- **can go**: what `llmcomp prune` can take out; [pruning.md](pruning.md) says why not the rest. Fifteen are run to
+  the end (`tests/e2e/test_pruning.py`).
 
-| architecture | with a head for | compressed, in this order | left alone | in the file | factors | proven |
-|---|---|---|---|---|---|---|
+| architecture | with a head for | compressed, in this order | left alone | in the file | factors | can go | proven |
+|---|---|---|---|---|---|---|---|
 """
 
 
@@ -59,6 +62,7 @@ class _Row:
     left: dict[str, None] = field(default_factory=dict)
     stored: dict[str, None] = field(default_factory=dict)
     factors: dict[str, None] = field(default_factory=dict)
+    pruned: dict[str, None] = field(default_factory=dict)
     tasks: dict[str, None] = field(default_factory=dict)
 
 
@@ -76,12 +80,13 @@ def render() -> str:
         row.left |= dict.fromkeys(_left(adapter))
         row.stored[_stored(adapter)] = None
         row.factors[_factors(adapter)] = None
+        row.pruned[_pruned(adapter)] = None
     methods = ", ".join(f"`{method}`" for method in PROVEN)
     lines = [
         " | ".join(
             (
                 row.kind, ", ".join(row.tasks), row.stages, ", ".join(row.left), "; ".join(row.stored),
-                "; ".join(row.factors), methods,
+                "; ".join(row.factors), "; ".join(row.pruned), methods,
             )
         )
         for row in sorted(rows.values(), key=lambda row: row.kind.lower())
@@ -116,6 +121,18 @@ def _factors(adapter: Adapter) -> str:
     low = [task for task in plan.assignment.tasks.values() if task.factoring is not None]
     updated = [task for task in low if task.factoring is not None and task.factoring.update]
     return "not updated" if not updated else "updated" if len(updated) == len(low) else "updated, experts not"
+
+
+def _pruned(adapter: Adapter) -> str:
+    steps = {"heads": PruneStep(heads=0.5), "neurons": PruneStep(mlp=0.5), "blocks": PruneStep(layers=1)}
+    found = []
+    for what, step in steps.items():
+        try:
+            reduce_model(adapter, step)
+        except BadRecipe:
+            continue
+        found.append(what)
+    return ", ".join(found) or "nothing"
 
 
 def _stored(adapter: Adapter) -> str:

@@ -10,8 +10,11 @@ from tiny import build
 from llmcomp.adapters.discover import discover
 from llmcomp.pipeline.job import Plan, plan_recipe
 from llmcomp.recipe import QuantizeStep, Recipe, check
+from llmcomp.training.pruning_plan import GRADUAL, LOTTERY, MOVEMENT, read_plan
 
-EXAMPLES = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.yaml"))
+FILES = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.yaml"))
+TRAINED = [path for path in FILES if "scripts/prune_in_training.py" in path.read_text(encoding="utf-8")]
+EXAMPLES = [path for path in FILES if path not in TRAINED]
 
 
 def planned(path: Path) -> Plan:
@@ -24,6 +27,18 @@ def planned(path: Path) -> Plan:
 def test_an_example_fits_a_llama(path: Path) -> None:
     assert planned(path).assignment.tasks
     assert f"--recipe examples/{path.name}" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)
+def test_an_example_of_training_can_be_read(path: Path) -> None:
+    plan = read_plan(path, ["seed=3"])  # which refuses what cannot be
+    assert plan.seed == 3 and plan.learning_rate is not None
+    assert f"--config examples/{path.name}" in path.read_text(encoding="utf-8")
+
+
+def test_the_examples_of_training_are_of_three_methods() -> None:
+    assert {read_plan(path).method for path in TRAINED} == {GRADUAL, MOVEMENT, LOTTERY}
+    assert {read_plan(path).pattern for path in TRAINED} == {"2:4", "unstructured"}
 
 
 def test_int4_is_the_default_written_out() -> None:

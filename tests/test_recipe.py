@@ -114,10 +114,10 @@ def test_load_reads_a_file_and_names_it_in_errors(tmp_path: Path) -> None:
         ("zzz: 1", "unknown key 'zzz'; known: steps, calibration, seed, format"),
         ("steps: []", "'steps' must be a non-empty list"),
         ("steps: {kind: quantize}", "'steps' must be a non-empty list"),
-        ("steps: [quantize]", "step 0 needs 'kind', one of quantize, sparsify, factorize; got 'quantize'"),
+        ("steps: [quantize]", "step 0 needs 'kind', one of prune, quantize, sparsify, factorize; got 'quantize'"),
         ("steps: [{kind: [quantize]}]", "step 0 needs 'kind'"),
         ("steps: [{bits: 4}]", "step 0 needs 'kind'"),
-        ("steps: [{kind: prune}]", "step 0 needs 'kind', one of quantize"),
+        ("steps: [{kind: distill}]", "step 0 needs 'kind', one of prune"),
         (
             "steps: [{kind: quantize}, {kind: quantize, bitz: 4}]",
             "step 1: unknown key 'bitz'; did you mean 'bits'",

@@ -13,6 +13,11 @@ FACTORS = {
     "svd": ("svd", "--no-update"), "asvd": ("asvd", "--no-update"), "svd-llm": ("svd-llm", "--no-update"),
     "svd-llm-update": ("svd-llm", "--update"), "svd-llm-balanced": ("svd-llm", "--update", "--ranks", "balanced"),
 }  # fmt: skip
+# Methods that prune: the words of llmcomp's command line.
+CUTTING = {
+    "cut": ("--method", "activation"), "cut-unfitted": ("--method", "activation", "--option", "compensate=false"),
+    "cut-magnitude": ("--method", "magnitude"),
+}  # fmt: skip
 TASKS = ("causal-lm", "classification")
 
 
@@ -31,6 +36,7 @@ class Job:
     task: str
     pattern: str | None  # of methods that remove weights: '2:4', or a share such as '0.5' wherever it lies
     ratio: float | None  # of methods that make factors: the share of bytes kept
+    cut: str | None  # of methods that prune: what, as '--mlp 0.25'
     iterations: int  # of learned rounding; 0 leaves a tool its own
     extra: tuple[str, ...]  # words passed through to llmcomp's own command line
 
@@ -54,10 +60,11 @@ def parse(argv: list[str] | None = None) -> Job:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--method", choices=(*METHODS, *PRUNING, *FACTORS), default="gptq")
+    parser.add_argument("--method", choices=(*METHODS, *PRUNING, *FACTORS, *CUTTING), default="gptq")
     parser.add_argument("--task", choices=TASKS, default="causal-lm")
     parser.add_argument("--pattern", help="2:4, or a share")
     parser.add_argument("--ratio", type=float, help="share of bytes that factors keep")
+    parser.add_argument("--cut", help="what is pruned, such as '--mlp 0.25'")
     parser.add_argument("--iterations", type=int, default=0, help="of learned rounding")
     parser.add_argument("--extra", action="append", default=[], help="one word for llmcomp, repeatable")
     return Job(**{**vars(args := parser.parse_args(argv)), "extra": tuple(args.extra)})

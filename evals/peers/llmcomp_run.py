@@ -11,12 +11,13 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
+from typing import Any
 
 import torch
 
 import llmcomp
 from evals.common import mark
-from evals.peers.arguments import FACTORS, Job, parse, rows
+from evals.peers.arguments import CUTTING, FACTORS, Job, parse, rows
 
 LATE = ("compressed_tensors.quantization", "datasets", "matplotlib.figure", "rich.console", "rich.table")
 LATE += ("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
@@ -40,12 +41,15 @@ def import_everything() -> None:
 
 def command(job: Job) -> list[str]:
     """The words after `llmcomp` for a job."""
-    if job.pattern is None and job.method not in (METHOD_WORDS if job.ratio is None else FACTORS):
+    known: dict[str, Any] = METHOD_WORDS if job.ratio is None else FACTORS
+    if job.pattern is None and job.method not in (known if job.cut is None else CUTTING):
         raise SystemExit(f"llmcomp has no method {job.method}; expected one of {', '.join(METHOD_WORDS)}")
     group = "channel" if job.group_size is None else str(job.group_size)
     sentences = job.windows.with_suffix(".jsonl")  # what the windows were tokenized from, for classifiers
     calibration = sentences if job.task == "classification" else job.windows
-    if job.ratio is not None:
+    if job.cut is not None:
+        words = ["prune", str(job.model), *job.cut.split(), *CUTTING[job.method]]
+    elif job.ratio is not None:
         own, *how = FACTORS[job.method]
         # The product of the factors computes the same, and plain transformers opens it.
         words = ["factorize", str(job.model), "--ratio", str(job.ratio), "--method", own, *how, "--format", "dense"]

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -70,12 +70,33 @@ def skeleton(path: str | Path, *, trust_remote_code: bool = False) -> nn.Module:
     kind = _model_class(config, Path(path), trust_remote_code)
     dtype = config.dtype or _stored_dtype(Path(path))
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return _built(kind, copy.deepcopy(config), dtype)
+
+
+def resized(model: Any, changes: Mapping[str, Any]) -> nn.Module:
+    """A skeleton of the same class with other sizes.
+
+    Args:
+        changes: fields of its config, by the names that config.json has.
+
+    Raises:
+        ValueError: sizes that transformers refuses; the message says why.
+    """
+    try:
+        config = type(model.config).from_dict({**model.config.to_dict(), **changes})
+        return _built(type(model), config, model.dtype)
+    except (StrictDataclassError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _built(kind: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    """A model with its parameters on meta."""
     with init_empty_weights(include_buffers=False):
-        model = kind._from_config(copy.deepcopy(config), dtype=dtype)
+        model = kind._from_config(config, dtype=dtype)
     split_experts(model)
     model.tie_weights()  # accelerate makes each registered parameter a new object, which undoes ties
     _keep_in_float32(model, dtype)
-    return model.requires_grad_(False).eval()
+    return cast(nn.Module, model.requires_grad_(False).eval())
 
 
 def discover(model: nn.Module) -> Adapter:

@@ -168,6 +168,28 @@ def stopping(
             handle.remove()
 
 
+@contextmanager
+def watching(blocks: Mapping[str, nn.Module], seen: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """While it lasts, `seen` hears what each of `blocks` has read and given: its name, both tensors. Entered before
+    `stopping`, it hears that before a lane stops behind the block."""
+
+    def hook(name: str) -> Callable[..., None]:
+        def hear(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+            read = first_tensor(positional, keywords)
+            given = next((one for one in tree_leaves(output) if isinstance(one, Tensor)), None)
+            if read is not None and given is not None:
+                seen(name, read, given)
+
+        return hear
+
+    handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in blocks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _config(module: nn.Module) -> Any:
     """Of a transformers model or a part of one."""
     config = getattr(module, "config", None)

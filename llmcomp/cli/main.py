@@ -24,6 +24,7 @@ from llmcomp.cli.generate import generate
 from llmcomp.cli.inspect import inspect
 from llmcomp.cli.models import models
 from llmcomp.cli.plan import plan
+from llmcomp.cli.prune import prune
 from llmcomp.cli.quantize import quantize
 from llmcomp.cli.recover import recover
 from llmcomp.cli.report import report
@@ -33,7 +34,7 @@ from llmcomp.ranks import joined, launched
 
 INTERRUPTED, TERMINATED = 130, 143
 # By one process or several, and resumed by the same command.
-_COMPRESSING = ("quantize", "sparsify", "factorize", "compress", "recover")
+_COMPRESSING = ("quantize", "prune", "sparsify", "factorize", "compress", "recover")
 
 app = typer.Typer(
     help="Make Hugging Face models smaller, see what it cost, get a checkpoint that other software loads.",
@@ -42,7 +43,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 _VERBS = (
-    quantize, sparsify, factorize, compress, recover, inspect, plan, evaluate, export, bench, generate, report,
+    quantize, prune, sparsify, factorize, compress, recover, inspect, plan, evaluate, export, bench, generate, report,
     models,
 )  # fmt: skip
 for _verb in _VERBS:

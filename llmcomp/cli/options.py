@@ -146,7 +146,7 @@ _STEP = {
     "bits": "bits", "group_size": "group_size", "method": "method", "asymmetric": "symmetric",
     "activations": "activations", "target": "targets", "skip": "skip", "override": "override", "option": "options",
     "pattern": "pattern", "sparsity": "sparsity", "allocate": "allocate", "ratio": "ratio", "rank": "rank",
-    "ranks": "ranks", "update": "update",
+    "ranks": "ranks", "update": "update", "heads": "heads", "mlp": "mlp", "layers": "layers",
 }  # fmt: skip
 _CALIBRATION = {"calibration": "source", "samples": "samples", "sequence_length": "sequence_length"}
 _RUN = {"seed": "seed", "format": "format"}
@@ -182,7 +182,8 @@ def make_recipe(recipe_file: Path | None, kind: str = "quantize", **flags: Any) 
         step["group_size"] = _number(step["group_size"])
     if "targets" in step:
         step["targets"] = tuple(target for text in step["targets"] for target in _several(text))
-    step["overrides"] = tuple(overrides)
+    if overrides:
+        step["overrides"] = tuple(overrides)
     made = step_of(run.get("format", ""), **step) if kind == "quantize" else STEPS[kind](**step)
     return Recipe((made,), Calibration(**calibration), **run)
 

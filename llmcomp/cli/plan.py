@@ -164,11 +164,12 @@ def view(model: str, seen: Prospect, memory: int | None = None) -> RenderableTyp
     shares = ", ".join(f"{name} {words.size(size)}" for name, size in sorted(terms.items(), key=lambda t: -t[1]))
     width = "" if own.bits is None else f" at {own.bits} bits"
     peak = f"Peak memory of {own.method}{width}, while {own.moment}: {shares}."
-    statistics = (
-        f"{own.statistics} Gram matrices are gathered; each window is computed {_times(own)}."
-        if own.statistics
-        else "No calibration is needed."
-    )
+    statistics = "No calibration is needed."
+    if own.prunes:
+        times = "once" if own.passes == 1 else f"{own.passes} times, to look at blocks, to prune, and for what follows"
+        statistics = f"{own.statistics} Gram matrices are gathered; each window is computed {times}."
+    elif own.statistics:
+        statistics = f"{own.statistics} Gram matrices are gathered; each window is computed {_times(own)}."
     about = "Memory is over that after imports; time is of compressing and saving, good to a factor of two."
     if seen.ranks > 1:
         about += (

@@ -40,7 +40,7 @@ from llmcomp.formats.reading import (
     stored_modules,
     stored_tensors,
 )
-from llmcomp.formats.witness import Digest, Witness, digest, dtype_name, model_output
+from llmcomp.formats.witness import Digest, Pruned, Witness, digest, dtype_name, model_output
 from llmcomp.matmul import WideProducts
 from llmcomp.packed import Packed
 from llmcomp.packed_kinds import PackedLowRank
@@ -130,6 +130,9 @@ def check(directory: Path, witness: Path, stream: bool | None = None) -> Verific
     if not kernels:
         _compare_model(model, stored, known)
     checks.append(f"{len(known.digests)} tensors equal to the bit, names, shapes and dtypes as in the source")
+    if known.pruned:
+        zeros = sum(_count_zeros(name, model.get_parameter(name), one) for name, one in known.pruned.items())
+        checks.append(f"{zeros:,} zeros counted in {len(known.pruned)} matrices, as many in each as its mask removes")
     if known.adapter:
         _compare_adapter(model, directory, known)
         checks.append(f"the adapter beside them: {len(known.adapter)} tensors equal to the bit, on all its modules")
@@ -201,6 +204,17 @@ def _compare_model(model: nn.Module, stored: Mapping[str, Stored], known: Witnes
         if name.endswith(".weight") and isinstance(module, Packed | PackedLowRank):
             tensor = module.dense()
         _compare_tensor(name, tensor, expected, known)
+
+
+def _count_zeros(name: str, weight: Tensor, known: Pruned) -> int:
+    zero = weight.detach() == 0
+    if int(zero.sum()) != known.zeros:
+        raise VerificationFailed(f"{name} has {int(zero.sum()):,} zeros, where {known.zeros:,} were made.")
+    if known.of is not None and known.kept is not None:
+        rows = zero.t() if known.transposed else zero
+        if int(rows.reshape(len(rows), -1, known.of).sum(-1).min()) < known.of - known.kept:
+            raise VerificationFailed(f"{name} has more than {known.kept} of {known.of} weights of a row in some place.")
+    return known.zeros
 
 
 def _compare_adapter(model: nn.Module, directory: Path, known: Witness) -> None:

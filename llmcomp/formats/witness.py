@@ -37,6 +37,21 @@ class Digest:
 
 
 @dataclass(frozen=True)
+class Pruned:
+    """What is zero in a weight stored dense, as the module holds it.
+
+    Attributes:
+        zeros: how many. kept, of: N and M of N:M along the input, None where unstructured.
+        transposed: the module holds [in, out].
+    """
+
+    zeros: int
+    kept: int | None = None
+    of: int | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
 class Witness:
     """Everything that verification knows of the model as it was compressed.
 
@@ -48,6 +63,7 @@ class Witness:
         output: the model's first output for them (`model_output`), [windows, length, …] or [windows, …].
         device: what computed it, 'cpu' or 'cuda'.
         adapter: {name: Digest} of the tensors of an adapter that lies beside the weights; its outputs are with it.
+        pruned: {parameter: what is zero in it} of weights stored dense.
     """
 
     digests: dict[str, Digest]
@@ -57,6 +73,7 @@ class Witness:
     output: Tensor
     device: str = "cpu"
     adapter: dict[str, Digest] = field(default_factory=dict)
+    pruned: dict[str, Pruned] = field(default_factory=dict)
 
 
 def digest(tensor: Tensor) -> Digest:
@@ -102,6 +119,7 @@ def save(
     inputs: Mapping[str, Tensor],
     output: Tensor,
     adapter: Mapping[str, Tensor] | None = None,
+    pruned: Mapping[str, Pruned] | None = None,
 ) -> None:
     """Write what is known at the end of the stream (fields of `Witness`; the adapter's tensors themselves).
 
@@ -109,6 +127,7 @@ def save(
         UserError, RunError: the directory cannot be written to.
     """
     plan: dict[str, Any] = {"compressed": dict(compressed), "source": dict(source), "device": output.device.type}
+    plan["pruned"] = {name: asdict(one) for name, one in (pruned or {}).items()}
     plan["adapter"] = {name: asdict(digest(tensor)) for name, tensor in (adapter or {}).items()}
     tensors = {f"input.{name}": tensor for name, tensor in inputs.items()} | {"output": output}
     stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -143,6 +162,7 @@ def load(directory: Path) -> Witness:
         output=tensors["output"],
         device=plan["device"],
         adapter={name: _digest_of(fields) for name, fields in plan["adapter"].items()},
+        pruned={name: Pruned(**fields) for name, fields in plan["pruned"].items()},
     )
 
 

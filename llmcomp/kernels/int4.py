@@ -223,11 +223,11 @@ def _by_tiles(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
                 torch.bitwise_and(pairs, 15, out=nibbles)
             else:
                 torch.bitwise_right_shift(pairs, 4, out=nibbles)
-            decoded.copy_(nibbles)
-            factor = factors[:, part, which].reshape(groups, 1, -1, 2).float()
-            scale, offset = factor[..., 0], factor[..., 1] - _OFFSET * factor[..., 0]
+            # Here, where it is exact: as a part of the offset it would cost bf16 the digits of weights near zero.
+            decoded.copy_(nibbles.sub_(_OFFSET).view(torch.int8))
+            scale, offset = factors[:, part, which].reshape(groups, 1, -1, 2).to(x.dtype).unbind(-1)
             grouped = decoded.view(groups, columns // groups, -1)
-            torch.addcmul(offset.to(x.dtype), grouped, scale.to(x.dtype), out=grouped)
+            torch.addcmul(offset.contiguous(), grouped, scale.contiguous(), out=grouped)
             torch.mm(x, decoded, out=result)
             out[:, part, which] = result.view(len(x), len(tile), half)
     return out.view(len(x), -1)

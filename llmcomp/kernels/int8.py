@@ -14,9 +14,9 @@ from llmcomp.schemes import Scheme
 # `aten::_weight_int8pack_mm` reads whole vectors: where they do not divide a row, two rows of inputs and more give
 # wrong numbers, or a segmentation fault (torch 2.13, columns 12, 20 and 33).
 VECTOR = 32
-# Bytes: with AVX512 it loads inputs and integers by instructions that fault at other addresses, and where a file maps a
-# weight, or where a slice of one token begins, may be any.
-_ALIGNED_INPUTS, _ALIGNED_INTEGERS = 32, 16
+# It reads inputs only from multiples of so many bytes (AVX2: 16, AVX512: 32), and with AVX512 the integers, too;
+# anywhere else it faults. Files promise 8.
+_INPUTS, _INTEGERS = 32, 16
 
 
 def fits(scheme: Scheme, rows: int, columns: int, device: str) -> bool:
@@ -26,14 +26,14 @@ def fits(scheme: Scheme, rows: int, columns: int, device: str) -> bool:
 
 def hold(stored: Tensor, grid: Grid) -> dict[str, Tensor]:
     """`integers` int8 [rows, columns], and the operator's `factors` bf16 [rows]."""
-    integers = aligned_integers(stored, grid)
+    integers = readable(native.integers(stored, 8, grid.columns))
     return {"integers": integers, "factors": grid.scale.view(-1).to(torch.bfloat16)}
 
 
 def product(x: Tensor, held: Mapping[str, Tensor], grid: Grid) -> Tensor:
     rows, integers = x.reshape(-1, x.shape[-1]), held["integers"]
     if len(rows) <= few_rows(8):
-        out = few(rows, integers, held["factors"])
+        out = packed(rows, integers, held["factors"])
     else:
         out = by_tiles(rows.to(product_dtype()), integers).mul_(grid.scale.view(-1))
     return out.to(x.dtype).view(*x.shape[:-1], len(grid.scale))
@@ -43,19 +43,20 @@ def values(held: Mapping[str, Tensor], grid: Grid) -> Tensor:
     return held["integers"]
 
 
-def aligned_integers(stored: Tensor, grid: Grid) -> Tensor:
-    """Integers int8 [rows, columns] as a file holds them, where `few` can read them."""
-    return _aligned(native.integers(stored, 8, grid.columns), _ALIGNED_INTEGERS)
+def readable(integers: Tensor) -> Tensor:
+    """Integers [out, columns] from where `packed` can read them, on most machines where they already lie."""
+    return integers if torch.backends.cpu.get_cpu_capability() == "AVX2" else _aligned(integers, _INTEGERS)
 
 
-def few(x: Tensor, integers: Tensor, factors: Tensor) -> Tensor:
-    """x [few, columns] times the transpose of aligned integers [out, columns], times factors bf16 [out], in bf16."""
-    rows = _aligned(x.to(torch.bfloat16).contiguous(), _ALIGNED_INPUTS)
-    return torch.ops.aten._weight_int8pack_mm(rows, integers, factors)
+def packed(x: Tensor, integers: Tensor, factors: Tensor) -> Tensor:
+    """x [rows, columns] times the transpose of factors bf16 [out] times `readable` integers, in bf16."""
+    rows = _aligned(x.to(torch.bfloat16).contiguous(), _INPUTS)
+    product: Tensor = torch.ops.aten._weight_int8pack_mm(rows, integers, factors)
+    return product
 
 
 def _aligned(tensor: Tensor, step: int) -> Tensor:
-    return tensor.clone() if tensor.data_ptr() % step else tensor
+    return tensor if tensor.data_ptr() % step == 0 else tensor.clone()
 
 
 def by_tiles(x: Tensor, integers: Tensor) -> Tensor:

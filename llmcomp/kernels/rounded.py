@@ -13,8 +13,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from llmcomp import native
 from llmcomp.activations import integers_of
-from llmcomp.kernels.int8 import VECTOR, aligned_integers, by_tiles, few
+from llmcomp.kernels.int8 import VECTOR, by_tiles, packed, readable
 from llmcomp.kernels.tiles import Grid, few_rows, product_dtype
 from llmcomp.schemes import Scheme
 
@@ -31,7 +32,7 @@ def fits(scheme: Scheme, rows: int, columns: int, device: str) -> bool:
 
 def hold(stored: Tensor, grid: Grid) -> dict[str, Tensor]:
     """`integers` int8 [rows, columns], and ones bf16 [rows] for the operator."""
-    integers = aligned_integers(stored, grid)
+    integers = readable(native.integers(stored, 8, grid.columns))
     return {"integers": integers, "ones": torch.ones(len(integers), dtype=torch.bfloat16)}
 
 
@@ -41,7 +42,7 @@ def product(x: Tensor, held: Mapping[str, Tensor], grid: Grid) -> Tensor:
     if multiplies_int8():
         out = torch._int_mm(rows.to(torch.int8), integers.t()).float()
     elif len(rows) <= few_rows(8):
-        out = few(rows, integers, held["ones"]).float()
+        out = packed(rows, integers, held["ones"]).float()
     else:
         out = by_tiles(rows.to(product_dtype()), integers).float()
     out.mul_(grid.scale.view(-1).float())

@@ -7,6 +7,7 @@ by whoever knows the module; here are scores and weights. With G = X'X of the pr
 * `importance`: tr(W_u G_uu W_u'), the error of the outputs where u is dropped and nothing else is done;
 * `compensated_importance`: tr(W_u ([H^-1]_uu)^-1 W_u'), the error that is left when the other columns are refitted
   (Optimal Brain Surgeon for groups, as in ZipLM, arXiv:2302.04089);
+* `magnitude`: the sum of squares of the weights that go, the baseline without calibration;
 * `taylor_importance`: the squared change of the loss to first order, from gradients (arXiv:1906.10771);
 * `choose`: greedy removal by the second, scores renewed as units go, so of two neurons that say the same one stays;
 * `compensate`: the weights that are left, refitted by least squares to the outputs of all.
@@ -17,6 +18,7 @@ Everything is in float64; H^-1 [in, in] is only ever held by the second and by `
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
@@ -29,6 +31,76 @@ from llmcomp.methods._project import damped_factor, solve_damped
 # important ones (_POOL times as many as go) are.
 _ROUNDS = 16
 _POOL = 2
+# Groups that share a scale, and what kernels and packed integers like; each with how often it is in a width that is
+# cut in steps of it: a coarser step would miss the share that was asked for.
+_MULTIPLES = ((128, 16), (64, 16), (32, 8), (16, 16), (8, 16))
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """damping: share of the mean diagonal that is added where what is left is refitted. compensate: whether it is.
+    multiple: the neurons that stay are a multiple of this; None: of the largest of 128, 64, 32, 16 and 8 that divides
+    their number now and is no more than a 16th of it (32: an 8th), so that groups of quantization still fit."""
+
+    damping: float = 0.01
+    compensate: bool = True
+    multiple: int | None = None
+
+    def multiple_of(self, width: int) -> int:
+        """Of what number those that stay of `width` neurons are a multiple.
+
+        >>> PruneConfig().multiple_of(5632), PruneConfig().multiple_of(384), PruneConfig(multiple=8).multiple_of(384)
+        (128, 32, 8)
+        """
+        if self.multiple is not None:
+            return self.multiple
+        return next((size for size, steps in _MULTIPLES if width % size == 0 and size * steps <= width), 1)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """An output projection without some units of its input.
+
+    Attributes:
+        kept: int64 [units that stay], ascending. weight: [out, columns that stay], in the dtype it had.
+        error: ||X(W - W')'||² / ||XW'||² over what calibration has read, None where it read nothing.
+    """
+
+    kept: Tensor
+    weight: Tensor
+    error: float | None
+
+
+def prune(weight: Tensor, gram: Tensor, units: Tensor, keep: int, config: PruneConfig = PruneConfig()) -> Pruned:
+    """Choose the units that stay, and refit their columns to the outputs of all.
+
+    Args:
+        weight: floating [out, in]. gram: floating [in, in] of its input.
+        units: int64 [units, size], the columns of each. keep: how many stay.
+
+    Raises:
+        NumericalError: a Gram matrix with NaN or Inf.
+    """
+    kept = choose(weight, gram, units, keep, config.damping)
+    columns = units.to(weight.device)[kept].flatten()
+    fitted = compensate(weight, gram, columns, config.damping) if config.compensate else weight[:, columns]
+    wide, left = gram.double(), weight.to(torch.float64, copy=True)
+    whole = float(((left @ wide) * left).sum())
+    left[:, columns] -= fitted.double()
+    lost = float(((left @ wide) * left).sum())
+    return Pruned(kept, fitted, lost / whole if whole > 0 else 0.0)
+
+
+def prune_by_size(weights: Iterable[tuple[Tensor, Tensor]], keep: int) -> Pruned:
+    """Keep the units of the largest weights, without calibration; what stays is as it was.
+
+    Args:
+        weights: as `magnitude`, the output projection first.
+    """
+    given = list(weights)
+    (weight, units), *_ = given
+    kept = most_important(magnitude(given), keep)
+    return Pruned(kept, weight[:, units[kept].flatten()], None)
 
 
 def head_units(width: int, head_dim: int, heads_per_group: int = 1) -> Tensor:
@@ -108,6 +180,15 @@ def compensated_importance(weight: Tensor, gram: Tensor, units: Tensor, damping:
         NumericalError: a Gram matrix with NaN or Inf.
     """
     return _scores(_seen(weight, gram), _inverse(gram, damping), units)
+
+
+def magnitude(weights: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """The sum of squares of all weights that go with a unit; float64 [units]. Reads no activations.
+
+    Args:
+        weights: each [out, in] with what a unit is in it: int64 [units, size] of its columns.
+    """
+    return torch.stack([weight.double().square().sum(0)[units].sum(1) for weight, units in weights]).sum(0)
 
 
 def taylor_importance(weight: Tensor, gradients: Iterable[Tensor], units: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ from llmcomp.errors import BadRecipe
 from llmcomp.kinds import Kind, LowRank, Sparse
 from llmcomp.methods import AUTO, AUTO_ALONE, LOW_RANK, METHODS, SPARSE
 from llmcomp.patterns import Pattern
-from llmcomp.recipe import ROLES, QuantizeStep, Step, matches, override_for, scheme_for
+from llmcomp.recipe import ROLES, QuantizeStep, TargetedStep, matches, override_for, scheme_for
 from llmcomp.schemes import INT8_DYNAMIC, INT8_STATIC, Scheme
 
-StepT = TypeVar("StepT", bound=Step)
+StepT = TypeVar("StepT", bound=TargetedStep)
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def assign(adapter: Adapter, step: QuantizeStep) -> Assignment:
     return made
 
 
-def left_out(step: Step, ref: LinearRef) -> str | None:
+def left_out(step: TargetedStep, ref: LinearRef) -> str | None:
     """Why a step leaves a linear alone; None where it does not."""
     override = override_for(step, ref.name, ref.role, ref.block)
     if override is not None:
@@ -281,7 +281,7 @@ def _untunable(adapter: Adapter, tasks: dict[str, Task]) -> list[str]:
     return problems
 
 
-def unknown(adapter: Adapter, step: Step, methods: Collection[str]) -> list[str]:
+def unknown(adapter: Adapter, step: TargetedStep, methods: Collection[str]) -> list[str]:
     """Methods that do not exist, targets and overrides that match nothing."""
     problems = []
     for method in dict.fromkeys([step.method, *(o.method for o in step.overrides if o.method)]):

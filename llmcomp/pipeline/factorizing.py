@@ -17,7 +17,7 @@ from llmcomp.methods import AUTO_ALONE, LOW_RANK
 from llmcomp.methods.factors import CorrectionConfig
 from llmcomp.methods.rank_budget import check_rank, rank_for, require_affordable
 from llmcomp.pipeline.assign import Assignment, Factoring, Task, alone, assign, left_out, unknown
-from llmcomp.recipe import FactorizeStep, QuantizeStep, Step, override_for, size_for
+from llmcomp.recipe import FactorizeStep, QuantizeStep, TargetedStep, override_for, size_for
 
 # {linear: its rank, or None where it stays dense}, as measured on the source model.
 Ranks = Mapping[str, int | None]
@@ -104,7 +104,7 @@ def _task(
     return Task(ref, None, method, fallback, factoring=Factoring(rank, method, wanted, update and paired))
 
 
-def with_factors(adapter: Adapter, steps: Sequence[Step], ranks: Ranks = MappingProxyType({})) -> Assignment:
+def with_factors(adapter: Adapter, steps: Sequence[TargetedStep], ranks: Ranks = MappingProxyType({})) -> Assignment:
     """What a step that factorizes does to each linear, alone or before or behind one that quantizes.
 
     Raises:

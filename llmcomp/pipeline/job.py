@@ -27,6 +27,7 @@ from llmcomp.methods.factors import CorrectionConfig
 from llmcomp.pipeline import feeding
 from llmcomp.pipeline.assign import Assignment
 from llmcomp.pipeline.factorizing import Ranks
+from llmcomp.pipeline.pruning import Reduction, reduce_model
 from llmcomp.pipeline.solved import method_config
 from llmcomp.pipeline.sparsifying import Sparsities, assign_steps
 from llmcomp.progress import Progress
@@ -61,15 +62,27 @@ class Data:
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe met with a source: what it does to each linear, and how that is stored. `whole`: not by the loop over
-    blocks, but by transformers, from the whole model (`pipeline.whole`)."""
+    """A recipe met with a source: what it does to each linear, and how that is stored.
+
+    Attributes:
+        adapter: of the model whose linears these are: the source's, or the smaller one that a step to prune makes.
+        whole: not by the loop over blocks, but by transformers, from the whole model (`pipeline.whole`).
+        reduction: what the step to prune does before all else.
+    """
 
     recipe: Recipe
+    adapter: Adapter
     assignment: Assignment
     layout: Layout
     ties: Mapping[str, str]
     untied: bool
     whole: bool = False
+    reduction: Reduction | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether anything reads calibration data."""
+        return self.assignment.calibrated or (self.reduction is not None and self.reduction.calibrated)
 
     @property
     def shared(self) -> str | None:
@@ -164,8 +177,23 @@ def plan_recipe(
     """
     if recipe.format not in FORMATS:
         raise BadRecipe(f"Format '{recipe.format}' is not one of {', '.join(FORMATS)}.")
+    if recipe.pruning is None:
+        return plan_rest(recipe, adapter, ranks, sparsities)
+    reduction = reduce_model(adapter, recipe.pruning)
+    return replace(plan_rest(recipe, reduction.adapter), reduction=reduction)
+
+
+def plan_rest(
+    recipe: Recipe, adapter: Adapter, ranks: Ranks = MappingProxyType({}),
+    sparsities: Sparsities = MappingProxyType({}),
+) -> Plan:
+    """Meet all steps but one that prunes with a model: with the smaller one, where there is such a step.
+
+    Raises:
+        BadRecipe: as `plan_recipe`.
+    """
     asked = _grids_apart(recipe)
-    assignment = assign_steps(adapter, asked.steps, ranks, sparsities)
+    assignment = assign_steps(adapter, asked.targeted, ranks, sparsities)
     if asked.quantizing is not None:
         for method in _asked_methods(asked.quantizing, assignment):
             method_config(method, asked.quantizing.options)
@@ -182,14 +210,15 @@ def plan_recipe(
     left = {**assignment.left, **{name: f"stored dense: {why}" for name, why in layout.dense.items()}}
     if not packed and layout.dense:
         left = assignment.left
-    return Plan(recipe, Assignment(assignment.tasks, left), layout, ties, bool(broken), recipe.format in FIXED)
+    done = Assignment(assignment.tasks, left)
+    return Plan(recipe, adapter, done, layout, ties, bool(broken), recipe.format in FIXED)
 
 
 def _grids_apart(recipe: Recipe) -> Recipe:
     """The recipe with steps of a format that is a grid of its own as assignment sees them."""
     if recipe.format not in FIXED:
         return recipe
-    return replace(recipe, steps=tuple(replace(step, **_AS_ROUNDING) for step in recipe.steps))
+    return replace(recipe, steps=tuple(replace(step, **_AS_ROUNDING) for step in recipe.targeted))
 
 
 def _asked_methods(step: QuantizeStep, assignment: Assignment) -> list[str]:
@@ -214,7 +243,7 @@ def gather(
     """
     settings, adapter = recipe.calibration, source.adapter
     known = vocabulary(adapter.model)
-    if not plan.assignment.calibrated:
+    if not plan.calibrated:
         ids = _random_ids(known, adapter.config)
         return Data([], around(adapter.model, ids), "none", {"description": "none needed"})
     if feeding.needed(adapter, settings.source):

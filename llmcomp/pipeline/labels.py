@@ -92,9 +92,16 @@ def _dense_label(plan: Plan) -> str:
     if any(task.factoring is not None and task.factoring.bits is None for task in plan.assignment.tasks.values()):
         size = "Larger by the head, which shared the embeddings' storage," if plan.untied else "As large as before"
         return f"{size} and as fast: each matrix is the product of its factors, for any software."
+    if plan.reduction is not None and not plan.assignment.tasks:
+        return (
+            "Smaller on disk and in memory, with fewer multiplications, for any software: an ordinary dense model. "
+            "`llmcomp bench` measures how much faster it is here."
+        )
     patterns = {task.pruning.pattern.label for task in plan.assignment.tasks.values() if task.pruning is not None}
     if not patterns:
-        return "As large and as fast as before: dense weights on the quantization grid, for any software."
+        less = "Smaller and with fewer multiplications by what was pruned; no smaller and no faster by rounding"
+        size = "As large and as fast as before" if plan.reduction is None else less
+        return f"{size}: dense weights on the quantization grid, for any software."
     size = "Larger by the head, which shared the embeddings' storage" if plan.untied else "As large as before"
     zeros = f"{size}: zeros are stored like any weight, for any software; an archive of it is smaller."
     if patterns == {"2:4"}:

@@ -16,10 +16,11 @@ from llmcomp.feeds import encoder_decoder
 from llmcomp.methods import METHODS
 from llmcomp.pipeline.footprint import converting, footprint
 from llmcomp.pipeline.job import Plan, plan_recipe
+from llmcomp.pipeline.pruning_cost import pruning_footprint, pruning_seconds
 from llmcomp.pipeline.terms import Lanes, MemoryTerms
 from llmcomp.pipeline.timing import Rates, measure_rates, seconds
 from llmcomp.pipeline.waiting import Look
-from llmcomp.recipe import Calibration, FactorizeStep, QuantizeStep, Recipe, pattern_for
+from llmcomp.recipe import Calibration, FactorizeStep, PruneStep, QuantizeStep, Recipe, pattern_for
 from llmcomp.schemes import INT8_STATIC
 
 # What a shard's header says of a tensor beside its name, shape and offsets.
@@ -38,10 +39,12 @@ class Row:
         disk: bytes that the output's disk must have free: output, and spilled activations while it runs.
         spilled: activations beyond `--activation-memory`, in mapped files.
         seconds: of compressing and saving, good to a factor of two, if each rank is as fast as this process.
-        statistics: inputs whose Gram matrices are gathered. beside: whether each window is computed by the source
-            model, too. shared: what is shared out by a pass over the source model beforehand.
+        statistics: inputs whose Gram matrices are gathered. passes: how often each window is computed for them: once
+            more where the source model's activations go beside (`beside`), where something is shared out beforehand
+            (`shared`, and what) or blocks are measured, and where a smaller model is made first.
         fallbacks: {module name: what is done instead of what was asked}.
         asked: whether this is what the recipe says, as opposed to an alternative.
+        prunes: whether a smaller model is made first, by what calibration reads.
     """
 
     method: str
@@ -56,8 +59,10 @@ class Row:
     statistics: int
     fallbacks: dict[str, str]
     asked: bool
+    passes: int = 1
     beside: bool = False
     shared: str | None = None
+    prunes: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,17 +173,25 @@ def row(
     lanes = Lanes.of(calibration.samples, calibration.sequence_length, ranks)
     if encoder_decoder(adapter.model) and adapter.sample_tokens is None:
         lanes = replace(lanes, length=-(-lanes.length // 2))  # a window is read by two chains, half by each
+    budget, tokens, pruning, smaller = activation_memory, calibration.samples * lanes.length, 0.0, 0
+    found = None
+    if plan.reduction is not None:
+        if ranks > 1:
+            raise BadRecipe("A model is pruned in one process; plan it without --ranks.")
+        found = pruning_footprint(plan, plan.reduction, lanes, budget, look)
+        pruning = pruning_seconds(plan.reduction, tokens, lanes.count, rates)
+        adapter = plan.adapter
+        look, (smaller, _) = Look(adapter), _before(adapter)
     after = bytes_after(adapter, plan)
-    budget = activation_memory
-    found = converting(adapter, plan, after) if plan.whole else footprint(adapter, plan, lanes, budget, look)
+    rest = converting(adapter, plan, after) if plan.whole else footprint(adapter, plan, lanes, budget, look)
+    found = rest if found is None or rest.terms.total > found.terms.total else found
     after += header_bytes(adapter, plan)
-    tokens = calibration.samples * lanes.length
     tasks = plan.assignment.tasks
     fallbacks = {name: task.fallback for name, task in tasks.items() if task.fallback}
     fallbacks |= {name: f"stored dense: {why}" for name, why in plan.layout.dense.items()}
     calibrated = {name for name, task in tasks.items() if task.calibrated}
     stages = [stage for block in adapter.blocks for stage in block.stages]
-    passes = sum(any(ref.name in calibrated for ref in stage) for stage in stages)
+    passes = sum(any(ref.name in calibrated for ref in stage) for stage in stages) + _cuts(plan)
     if adapter.head is not None and adapter.head.name in calibrated:
         passes += 1
     return Row(
@@ -188,15 +201,33 @@ def row(
         peak_memory=found.terms.total,
         moment=found.moment,
         terms=found.terms,
-        disk=after + found.spilled,
+        disk=after + smaller + found.spilled,
         spilled=found.spilled,
-        seconds=seconds(adapter, plan, tokens, lanes.count, rates, calibration.sequence_length, ranks),
+        seconds=pruning + seconds(adapter, plan, tokens, lanes.count, rates, calibration.sequence_length, ranks),
         statistics=passes,
         fallbacks=fallbacks,
         asked=True,
+        passes=_passes(plan),
         beside=plan.assignment.beside,
         shared=plan.shared if plan.assignment.calibrated else None,
+        prunes=plan.reduction is not None and plan.reduction.calibrated,
     )
+
+
+def _cuts(plan: Plan) -> int:
+    """Output projections whose inputs a step to prune reads."""
+    reduction = plan.reduction
+    return reduction.blocks * len(reduction.keep) if reduction is not None and reduction.calibrated else 0
+
+
+def _passes(plan: Plan) -> int:
+    """How often each calibration window is computed."""
+    own = 1 + plan.assignment.beside + (plan.shared is not None and plan.assignment.calibrated)
+    reduction = plan.reduction
+    if reduction is None or not reduction.calibrated:
+        return own
+    looks = reduction.blocks < len(reduction.source.blocks)
+    return looks + bool(reduction.keep) + own * plan.assignment.calibrated
 
 
 def _method(recipe: Recipe, plan: Plan) -> str:
@@ -207,11 +238,22 @@ def _method(recipe: Recipe, plan: Plan) -> str:
         if isinstance(step, QuantizeStep):
             found = (task.method for task in plan.assignment.tasks.values() if task.bits == step.bits)
             said.append(next(found, method) if method == "auto" else method)
-        elif isinstance(step, FactorizeStep):
+        elif isinstance(step, FactorizeStep | PruneStep):
             said.append(f"{method} {step.amount}")
         else:
             said.append(f"{method} {pattern_for(step, None).label}" + (" allocated" if step.allocate else ""))
     return " + ".join(said)
+
+
+def bytes_needed(plan: Plan, stored: Collection[str]) -> int:
+    """Bytes that the output's disk must have free: the checkpoint beside the one that it may replace, and the smaller
+    model that steps behind one that prunes read.
+
+    Args:
+        stored: names that the source holds.
+    """
+    state = _written(plan.adapter, plan, stored).values() if plan.reduction is not None else ()
+    return 2 * bytes_after(plan.adapter, plan, stored) + sum(one.numel() * one.element_size() for one in state)
 
 
 def bytes_after(adapter: Adapter, plan: Plan, stored: Collection[str] | None = None) -> int:

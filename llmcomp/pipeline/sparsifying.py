@@ -12,7 +12,7 @@ from llmcomp.methods import METHODS, SPARSE
 from llmcomp.patterns import Pattern
 from llmcomp.pipeline.assign import Assignment, Pruning, Task, alone, assign, left_out, unknown
 from llmcomp.pipeline.factorizing import Ranks, with_factors
-from llmcomp.recipe import FactorizeStep, QuantizeStep, SparsifyStep, Step, override_for, pattern_for
+from llmcomp.recipe import FactorizeStep, QuantizeStep, SparsifyStep, TargetedStep, override_for, pattern_for
 
 # {linear: share of its weights that is removed}, as measured on the source model.
 Sparsities = Mapping[str, float]
@@ -25,7 +25,7 @@ def shares_removal(step: SparsifyStep, ref: LinearRef) -> bool:
 
 
 def assign_steps(
-    adapter: Adapter, steps: Sequence[Step], ranks: Ranks = MappingProxyType({}),
+    adapter: Adapter, steps: Sequence[TargetedStep], ranks: Ranks = MappingProxyType({}),
     sparsities: Sparsities = MappingProxyType({}),
 ) -> Assignment:
     """What all steps of a recipe do to each linear.
@@ -36,6 +36,8 @@ def assign_steps(
     Raises:
         BadRecipe: a step that does not fit, or two that exclude each other on a linear.
     """
+    if not steps:
+        return Assignment({}, dict(adapter.uncompressed))
     others = [step for step in steps if not isinstance(step, FactorizeStep)]
     if len(others) < len(steps):
         return with_factors(adapter, steps, ranks)

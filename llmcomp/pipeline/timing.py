@@ -29,9 +29,9 @@ _SEARCH_PASSES = 6  # elementwise operations of one candidate scale on each weig
 _EIGENVECTORS = 9  # operations on a symmetric matrix, times its side cubed
 _LEARNING_FORWARDS = 2  # passes over all tokens: the target, and four losses over a quarter of them
 _LEARNING_PASSES = 25  # elementwise operations of a step on each weight
-_STORED_BYTES = 4e8  # a second: packing, two digests, writing and syncing
+STORED_BYTES = 4e8  # a second: packing, two digests, writing and syncing
 _LINK = 1e9  # bytes a second between ranks: gloo within a host, or a network of 10 Gbit/s
-_LANE_STOP = 0.002  # seconds: a greenlet's way to its next stop, with the Python of the model between
+LANE_STOP = 0.002  # seconds: a greenlet's way to its next stop, with the Python of the model between
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def seconds(
             runs = 1 if block.applications == 1 else 2 * block.applications
             runs += plan.assignment.beside + (plan.shared is not None)
             total += runs * 2.0 * share * sum(ref.weights * ref.share for ref in block.linears) / rates.forward
-            total += runs * _LANE_STOP * lanes * (1 + len(block.stages))
+            total += runs * LANE_STOP * lanes * (1 + len(block.stages))
         total += _learning(block, plan, share, max(length, share / max(1, lanes)), length / ranks, rates)
         for stage in block.stages:
             wanted = [tasks[ref.name] for ref in stage if ref.name in tasks]
@@ -92,7 +92,7 @@ def seconds(
             task = tasks[ref.name]
             total += _stage([task], plan, share if task.calibrated else 0, rates, ranks)
     state = adapter.model.state_dict()
-    return total + sum(value.numel() * value.element_size() for value in state.values()) / _STORED_BYTES
+    return total + sum(value.numel() * value.element_size() for value in state.values()) / STORED_BYTES
 
 
 def _learning(block: Block, plan: Plan, tokens: float, lane: float, length: float, rates: Rates) -> float:

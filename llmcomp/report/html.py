@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from llmcomp.report import plots, summary, words
 from llmcomp.report.schema import Report
+from llmcomp.report.trained import pruning_lines
 
 FILE_NAME = "llmcomp_report.html"
 
@@ -44,6 +45,7 @@ def render(report: Report) -> str:
         rows=summary.comparison(report),
         recovery=summary.recovery_rows(report),
         recovery_lines=summary.recovery_lines(report),
+        pruning_lines=pruning_lines(report),
         roles=summary.roles(report),
         fallbacks=summary.fallbacks(report),
         left=summary.left(report),

@@ -70,6 +70,27 @@ class Left:
 
 
 @dataclass
+class Removed:
+    """What pruning took out of one place.
+
+    Attributes:
+        name: of the output projection that read the units, or of the block, in the source.
+        what: 'neuron', 'head', 'group of heads' (that share keys and values) or 'block'.
+        of, count: how many there were, how many are gone.
+        which: their numbers, of heads and blocks.
+        score: of a block its influence (1 - cos of what it reads and gives; by magnitude, the sum of squared weights);
+            else ||X(W - W')'||² / ||XW'||² of the output projection, None without calibration.
+    """
+
+    name: str
+    what: str
+    of: int
+    count: int
+    which: list[int]
+    score: float | None = None
+
+
+@dataclass
 class Size:
     """Where the bytes are. `parts`: bytes by role (attention, mlp, embeddings, head, other)."""
 
@@ -177,6 +198,29 @@ class Recovery:
 
 
 @dataclass
+class Pruning:
+    """A training that removed weights on its way; the report's `before` is the model that it started from.
+
+    Attributes:
+        method: how weights were chosen. removed: of the weights under masks, the share that is removed.
+        data: in words what was trained on; teacher: whose logits were learned from, too.
+        parameters: how many numbers were trained. steps: optimizer steps, of all rounds; resumed: those of a run that
+            was killed. rounds: trainings, more than one of a lottery ticket.
+        history: by 'step' the 'loss' and, where some data were held out, the 'eval_loss'; by 'round', too, of several.
+    """
+
+    method: str
+    removed: float
+    data: str
+    teacher: str | None
+    parameters: int
+    steps: int
+    resumed: int
+    rounds: int
+    history: list[dict[str, float]]
+
+
+@dataclass
 class Machine:
     cpu: str
     threads: int
@@ -193,13 +237,14 @@ class Report:
         command: the verb, such as 'quantize' or 'evaluate'.
         model: what was given; source: the directory or Hub id and revision it resolved to.
         recipe: the recipe as plain data; calibration: in words what was read, with its warnings.
-        layers, left: what was compressed and what was not.
+        layers, left: what was compressed and what was not. removed: heads, neurons and blocks that are gone.
         before, after: measurements, None with --no-evaluate.
         phases: seconds by phase (read, calibrate, solve, save, verify, evaluate).
         peak_memory: anonymous resident bytes of compressing and saving over those after imports.
         labels: honest words on where the artefact is faster and where it is only smaller.
         notes: fallbacks and warnings, one sentence each.
         recovery: of `llmcomp recover`, whose layers are those that had been compressed.
+        pruning: of a training that removed weights.
     """
 
     command: str
@@ -215,6 +260,7 @@ class Report:
     calibration: dict[str, Any]
     layers: list[LayerReport] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
+    removed: list[Removed] = field(default_factory=list)
     size_before: Size | None = None
     size_after: Size | None = None
     before: Measured | None = None
@@ -227,6 +273,7 @@ class Report:
     labels: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     recovery: Recovery | None = None
+    pruning: Pruning | None = None
     llmcomp_version: str = ""
     schema_version: int = SCHEMA_VERSION
 

@@ -15,6 +15,7 @@ from llmcomp.report.schema import Cost, Interval, LayerReport, Measured, Report,
 from llmcomp.report.words import ABSENT, number, parameters, percent, ratio, seconds, signed, size, times
 
 ROLES = ("attention", "mlp", "embeddings", "head")
+PLAN_NAME = "prune_in_training.yaml"  # of a training that prunes, beside its model
 PARTS = (*ROLES, "other")
 
 # name → (how a change is stated, whether a larger value is better)
@@ -368,6 +369,8 @@ def reproduce(report: Report) -> str:
     output = f" --output {shlex.quote(report.output)}" if report.output else ""
     if report.command == "recover":
         return f"llmcomp recover {shlex.quote(report.model)}{_flags(report.recipe)}{output}"
+    if report.pruning is not None:
+        return f"accelerate launch scripts/prune_in_training.py --config {PLAN_NAME}"
     verb = "quantize" if report.command == "quantize" else "compress"  # which take any recipe
     return f"llmcomp {verb} {shlex.quote(report.model)} --recipe llmcomp_recipe.yaml{output}"
 

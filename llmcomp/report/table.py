@@ -19,6 +19,7 @@ from rich.text import Text
 from llmcomp.report import schema, summary, words
 from llmcomp.report.schema import LayerReport, Report
 from llmcomp.report.summary import Row
+from llmcomp.report.trained import pruning_lines
 
 COLOURS = {"better": "green", "worse": "yellow", "same": ""}
 ROLE_COLOURS = {"attention": "blue", "mlp": "magenta", "embeddings": "cyan", "head": "green"}
@@ -56,6 +57,7 @@ class _View:
             _headline(report),
             _comparison(report),
             _recovery(report),
+            _lines("How it was trained", pruning_lines(report)),
             _roles(report, wide=width >= 100),
             _worst(report, self.worst),
             _groups("Fell back", summary.fallbacks(report), "yellow"),
@@ -246,7 +248,7 @@ def _footer(report: Report, page: str | None) -> RenderableType:
         spent = [f"{name} {words.seconds(value).replace(' ', '')}" for name, value in report.phases.items()]
         grid.add_row("time", f"{total} ({', '.join(spent)})")
     if report.peak_memory is not None:
-        what = "compress" if report.recovery is None else "train"
+        what = "compress" if report.recovery is None and report.pruning is None else "train"
         grid.add_row("peak memory", f"{words.size(report.peak_memory)} to {what} and save")
     if report.resumed_blocks:
         grid.add_row("resumed", f"{report.resumed_blocks} blocks were done by an earlier run")

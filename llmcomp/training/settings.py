@@ -26,6 +26,7 @@ class Optimization:
         evaluate_every: steps between losses on a held-out part of the data, None for none; patience: how many of them
             may be no better than the best before training ends, whose weights are then taken.
         save_every: steps between the states that a killed run resumes from, None for a tenth of all.
+        weight_decay: of matrices, as AdamW has it.
     """
 
     learning_rate: float | None = None
@@ -38,6 +39,7 @@ class Optimization:
     evaluate_every: int | None = None
     patience: int | None = None
     save_every: int | None = None
+    weight_decay: float = 0.0
 
     def check(self) -> None:
         """Refuse numbers that cannot be.

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ from llmcomp.errors import BadData, NumericalError
 from llmcomp.matmul import WideProducts, multiplies
 from llmcomp.progress import Progress
 from llmcomp.training.data import Batch, Samples
+from llmcomp.training.pruning import mask_buffers
 from llmcomp.training.settings import Optimization, Teaching
 
 Teacher = Callable[[Mapping[str, Tensor]], Tensor]  # what the student reads → logits [..., classes]
-WEIGHTS = "trained.safetensors"
+WEIGHTS, STATE = "trained.safetensors", "checkpoint"  # of a state the file, and how its folder is called
 _BESIDE = ("labels", "scored")  # of a batch what the model does not read
 _WARMUP, _LOGGED = 0.03, 50
 
@@ -100,6 +101,20 @@ def slow_products(model: nn.Module) -> bool:
     return any(value.device.type == "cpu" and not multiplies(value.dtype) for value in model.parameters())
 
 
+@dataclass(frozen=True)
+class Rules:
+    """What else than an objective decides how parameters change.
+
+    Attributes:
+        callbacks: of the Trainer's loop. rates: the highest learning rate of parameters that have their own.
+        penalty: what is added to the loss of a step, of the parameters alone.
+    """
+
+    callbacks: Sequence[TrainerCallback] = ()
+    rates: Mapping[nn.Parameter, float] = field(default_factory=dict)
+    penalty: Callable[[], Tensor] | None = None
+
+
 class ObjectiveTrainer(Trainer):
     """The Trainer, whose loss is an `Objective`."""
 
@@ -107,9 +122,9 @@ class ObjectiveTrainer(Trainer):
     model: nn.Module
     objective: Objective
 
-    def __init__(self, *given: Any, objective: Objective, **settings: Any) -> None:
+    def __init__(self, *given: Any, objective: Objective, rules: Rules, **settings: Any) -> None:
         super().__init__(*given, **settings)
-        self.objective = objective
+        self.objective, self.rules = objective, rules
         self.remove_callback(PrinterCallback)
 
     def compute_loss(
@@ -119,7 +134,21 @@ class ObjectiveTrainer(Trainer):
         loss = self.objective.loss(outputs.logits, inputs, num_items_in_batch)
         if num_items_in_batch is not None:  # counts are of all processes, whose gradients are then averaged
             loss = loss * self.accelerator.num_processes
+        if self.rules.penalty is not None and model.training:  # of each process the same, in one of the step's forwards
+            loss = loss + self.rules.penalty() / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, *given: Any) -> Any:
+        """With a learning rate of its own, and no decay, for parameters that have one."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*given)
+        if made and self.rules.rates:
+            for group in optimizer.param_groups:
+                group["params"] = [one for one in group["params"] if one not in self.rules.rates]
+            for rate in sorted(set(self.rules.rates.values())):
+                own = [one for one, its in self.rules.rates.items() if its == rate]
+                optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
+        return optimizer
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
@@ -149,8 +178,7 @@ class ObjectiveTrainer(Trainer):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: value.detach().cpu().clone() for name, value in trained(self.model)}
-        save_file(weights, folder / WEIGHTS)
+        save_file(held_state(self.model), folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         restore(self.model, Path(resume_from_checkpoint))
@@ -172,17 +200,22 @@ def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, value) for name, value in model.named_parameters() if value.requires_grad)
 
 
+def held_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of what a training state holds of a model: trained parameters, and masks that change with them."""
+    return {name: value.detach().cpu().contiguous().clone() for name, value in [*trained(model), *mask_buffers(model)]}
+
+
 def restore(model: nn.Module, folder: Path) -> None:
-    """Put back the weights of a training checkpoint."""
+    """Put back what a training state holds."""
     held = load_file(folder / WEIGHTS)
     with torch.no_grad():
-        for name, value in trained(model):
+        for name, value in [*trained(model), *mask_buffers(model)]:
             value.copy_(held[name])
 
 
 def last_whole(folder: Path) -> Path | None:
     """The newest state in a folder that was written to its end, which is its trainer_state.json; None without one."""
-    for state in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+    for state in sorted(folder.glob(f"{STATE}-*"), key=_step, reverse=True):
         try:
             json.loads((state / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):  # the run was killed while it wrote this one
@@ -277,14 +310,14 @@ class Trained:
 def train(
     model: nn.Module, samples: Samples, collate: Callable[..., Batch], objective: Objective, settings: Optimization,
     folder: Path, progress: Progress, *, learning_rate: float, masks: Mapping[nn.Parameter, Tensor] | None = None,
-    device: str = "cpu",
+    device: str = "cpu", rules: Rules = Rules(),
 ) -> Trained:  # fmt: skip
     """Train the parameters of a model that ask for gradients, in place; goes on from what a killed run left.
 
     Args:
         folder: of the states that are saved on the way.
         learning_rate: where the settings name none.
-        masks: weights that stay zero, by parameter.
+        masks: weights that stay zero, by parameter. rules: see there.
 
     Raises:
         BadData: no samples.
@@ -297,7 +330,7 @@ def train(
         samples, held_out = samples.held_out()
     set_seed(settings.seed)
     watch = Watch(progress, masks or {})
-    callbacks: list[TrainerCallback] = [watch]
+    callbacks: list[TrainerCallback] = [*rules.callbacks, watch]
     if settings.patience is not None:
         callbacks.append(Patience(settings.patience))
     last = last_whole(folder)
@@ -305,7 +338,7 @@ def train(
         warnings.simplefilter("ignore", FutureWarning)  # of what the Trainer itself asks models for
         trainer = ObjectiveTrainer(
             model, arguments(settings, len(samples), folder, learning_rate, device), collate, samples, held_out,
-            callbacks=callbacks, objective=objective,
+            callbacks=callbacks, objective=objective, rules=rules,
         )  # fmt: skip
         watch.trainer = trainer
         stack.enter_context(WideProducts() if slow_products(model) else nullcontext())
@@ -335,7 +368,7 @@ def arguments(
         per_device_train_batch_size=settings.batch_size, per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulate, learning_rate=settings.learning_rate or learning_rate,
         max_steps=steps, lr_scheduler_type="cosine", warmup_steps=min(0.99, _WARMUP), seed=settings.seed,
-        data_seed=settings.seed, bf16=settings.bf16, use_cpu=device == "cpu", weight_decay=0.0,
+        data_seed=settings.seed, bf16=settings.bf16, use_cpu=device == "cpu", weight_decay=settings.weight_decay,
         eval_strategy="no" if settings.evaluate_every is None else "steps", eval_steps=settings.evaluate_every,
         save_strategy="steps", save_steps=save, save_total_limit=2, load_best_model_at_end=best,
         metric_for_best_model="eval_loss" if best else None, greater_is_better=False if best else None,

@@ -13,7 +13,7 @@ from e2e_command import Command
 from recovery_runs import Made, compressed_in, labelled_rows, recovered_of
 from tiny import tiny
 
-from llmcomp import recovery
+from llmcomp import training_run
 from llmcomp.formats.verify import check
 
 
@@ -56,8 +56,8 @@ def command(tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]) -> Co
 def quick() -> Iterator[None]:
     """Recovered checkpoints are verified in this process, and pages are not drawn."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recovery, "verify", check)
-        patch.setattr(recovery, "render", lambda report: "<!doctype html>")
+        patch.setattr(training_run, "verify", check)
+        patch.setattr(training_run, "render", lambda report: "<!doctype html>")
         yield
 
 

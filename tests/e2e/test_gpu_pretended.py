@@ -22,6 +22,7 @@ from tiny import tiny
 from llmcomp.cli.main import main
 from llmcomp.formats import witness
 from llmcomp.formats.save import partial_of
+from llmcomp.recipe import Calibration, PruneStep, QuantizeStep, Recipe
 from llmcomp.report.schema import Report
 
 ENDS = ("attention", "mlp", "embeddings", "head")
@@ -75,6 +76,22 @@ def test_the_checkpoint_is_that_of_the_cpu(case: str, models: Path, text: Path, 
     scaled = any((layer.scaling or "").startswith("inputs scaled") for layer in run.report.layers)
     assert scaled == ("awq" in case or "static" in case)
     assert {"linear", "round_"} <= gpu.calls and not gpu.host & HEAVY
+
+
+@pytest.mark.parametrize("method", ["activation", pytest.param("magnitude", marks=pytest.mark.slow)])
+def test_a_pruned_checkpoint_is_that_of_the_cpu(method: str, models: Path, text: Path, tmp_path: Path) -> None:
+    source = models / "deep llama"
+    if not source.exists():
+        tiny("llama", source, tokenizer=True, num_hidden_layers=3)
+    steps = PruneStep(method, heads=0.5, mlp=0.5, layers=1), QuantizeStep(group_size=64)
+    recipe = Recipe(steps, Calibration(str(text), SAMPLES, LENGTH))
+    cpu = quantize(source, tmp_path / "cpu", recipe, device="cpu")
+    with pretend_gpu() as gpu:
+        broken_run(source, tmp_path / "gpu", recipe, 1)
+        run = quantize(source, tmp_path / "gpu", recipe, activation_memory=0)
+    assert hashes(run.output) == hashes(cpu.output) and run.report.removed == cpu.report.removed
+    assert run.report.resumed_blocks == 1
+    assert {"linear", "round_", "linalg_cholesky_ex"} <= gpu.calls
 
 
 def test_an_unfinished_run_of_another_device_is_discarded(models: Path, text: Path, tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ from recovery_runs import SLOW, STEPS, WIDE, Made, recover
 from torch import Tensor
 
 import llmcomp
-from llmcomp import Lora, Teaching, lora, recovery
+from llmcomp import Lora, Teaching, lora
 from llmcomp.calibration.data import read_texts
 from llmcomp.formats.opening import open_checkpoint
 from llmcomp.kinds import Sparse
-from llmcomp.measure.load import load_tokenizer
+from llmcomp.measure.load import load_tokenizer, task_of
 from llmcomp.report.schema import Recovery, Report
 from llmcomp.report.summary import reproduce, won_back
 from llmcomp.training import trainer
@@ -45,7 +45,7 @@ SPARSE = [case for case in CASES if any(mark in str(case) for mark in (":", "%")
 def loss_of(directory: Path, data: Path) -> float:
     """On what was trained on, as a reader of the checkpoint has it."""
     model, tokenizer = llmcomp.load(directory), load_tokenizer(directory)
-    task = recovery.task_of(directory)
+    task = task_of(directory)
     samples = samples_of(read_texts(str(data)), tokenizer, model, task, length=LENGTH, count=24, seed=0)
     torch.manual_seed(0)
     batch = collator(task, tokenizer)([samples[n] for n in range(len(samples))])

@@ -14,7 +14,7 @@ from recovery_runs import SLOW, STEPS, WIDE, Made, recover
 from tiny import tiny
 from torch import Tensor
 
-from llmcomp import Lora, lora, recovery
+from llmcomp import Lora, lora, training_run
 from llmcomp.cli.main import main
 from llmcomp.errors import NumericalError, RunError
 from llmcomp.formats.save import partial_of
@@ -69,7 +69,7 @@ def test_a_run_that_was_trained_to_its_end_is_not_trained_further(
 
     output = tmp_path / "late"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recovery, "verify", fail)
+        patch.setattr(training_run, "verify", fail)
         with pytest.raises(RunError, match="no verification"):
             recover(compressed["llama 2:4"], output, text, "full")
     report = recover(compressed["llama 2:4"], output, text, "full")
@@ -110,7 +110,7 @@ def test_the_command_in_fresh_processes(
         "--sequence-length", "16", "--rank", "2", "--target", "mlp", "--no-evaluate", "-o", str(output),
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recovery, "verify", verify)
+        patch.setattr(training_run, "verify", verify)
         assert main(arguments) == 0
     printed = capfd.readouterr().out
     assert "What was won back" in printed and "kept beside the packed weights" in printed

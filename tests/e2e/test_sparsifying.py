@@ -132,7 +132,7 @@ def test_a_broken_run_ends_bit_identical(name: str, runs: dict[str, Run], text: 
         ((SparsifyStep(overrides=(Override("mlp", bits=8),)),), "dense", "sets bits"),
         ((QuantizeStep(overrides=(Override("mlp", pattern="2:4"),)),), "dense", "sets pattern"),
         ((SparsifyStep(),), "compressed-tensors", "'format: dense'"),
-        ((SparsifyStep("magnitude", "unstructured", 1e-6, True),), "dense", "1e-06 leaves --allocate nothing to share"),
+        ((SparsifyStep(pattern="unstructured", sparsity=1e-6, allocate=True),), "dense", "--allocate nothing to share"),
         ((SparsifyStep(pattern="unstructured"),), "llmcomp", "is unstructured 50%; take --format dense"),
         ((SparsifyStep(options={"damping": 0.1}), QuantizeStep()), "dense", "give damping as options of the step to"),
         ((SparsifyStep(),), "bnb-nf4", "take --format dense"),

@@ -34,6 +34,14 @@ def test_sentences_go_in_as_text_and_methods_by_llmcomps_names(required):
         command(parse([*required, "--method", "gptq-mse"]))
 
 
+def test_what_is_pruned_is_said_in_llmcomps_flags(required):
+    words = command(parse([*required, "--method", "cut-unfitted", "--cut=--mlp 0.25"]))
+    assert words[:4] == ["prune", "m", "--mlp", "0.25"]
+    assert words[4:8] == ["--method", "activation", "--option", "compensate=false"]
+    with pytest.raises(SystemExit, match="no method gptq"):
+        command(parse([*required, "--cut=--layers 1"]))
+
+
 def test_factors_are_asked_for_by_method_and_ratio(required):
     words = command(parse([*required, "--method", "svd-llm-balanced", "--ratio", "0.6"]))
     assert words[:4] == ["factorize", "m", "--ratio", "0.6"]

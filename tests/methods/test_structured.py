@@ -17,14 +17,18 @@ from torch import Tensor
 from llmcomp.errors import BadRecipe, NumericalError
 from llmcomp.methods import structured
 from llmcomp.methods.structured import (
+    PruneConfig,
     choose,
     compensate,
     compensated_importance,
     head_units,
     importance,
     kept_count,
+    magnitude,
     most_important,
     neuron_units,
+    prune,
+    prune_by_size,
     taylor_importance,
 )
 
@@ -220,3 +224,42 @@ def test_what_cannot_be_is_one_sentence(ask: object, error: type[Exception], why
 def test_examples_in_docstrings() -> None:
     result = doctest.testmod(structured)
     assert result.attempted and not result.failed
+
+
+@pytest.mark.parametrize("name", list(units_of))
+def test_pruning_chooses_refits_and_states_the_error_that_is_left(name: str) -> None:
+    units = units_of[name]
+    x, weight = inputs(300, 24, 3), weights(16, 24, 3)
+    gram, keep = gram_of(x), len(units) // 2
+    found = prune(weight, gram, units, keep, PruneConfig(damping=0.02))
+    assert torch.equal(found.kept, choose(weight, gram, units, keep, 0.02))
+    columns = units[found.kept].flatten()
+    assert torch.equal(found.weight, compensate(weight, gram, columns, 0.02))
+    outputs = x.double() @ weight.double().T
+    left = outputs - x.double()[:, columns] @ found.weight.double().T
+    assert found.error == pytest.approx(float(left.square().sum() / outputs.square().sum()), rel=1e-9)
+    plain = prune(weight, gram, units, keep, PruneConfig(compensate=False))
+    assert torch.equal(plain.weight, weight[:, units[plain.kept].flatten()])
+    assert (found.error or 0) < (plain.error or 0)
+
+
+def test_a_float64_weight_is_left_as_it_was() -> None:
+    weight = weights(8, 24, 4).double()
+    before = weight.clone()
+    prune(weight, gram_of(inputs(100, 24, 4)), neuron_units(24), 12)
+    assert torch.equal(weight, before)
+
+
+def test_the_smallest_go_by_all_weights_of_a_unit() -> None:
+    """A unit that is large in one matrix and zero in another counts both."""
+    output, rows = torch.tensor([[3.0, 0.0, 1.0]]), torch.tensor([[0.0, 2.0, 1.0]])
+    given_ = [(output, neuron_units(3)), (rows, neuron_units(3))]
+    assert magnitude(given_).tolist() == [9.0, 4.0, 2.0]
+    found = prune_by_size(given_, 2)
+    assert found.kept.tolist() == [0, 1] and found.weight.tolist() == [[3.0, 0.0]] and found.error is None
+
+
+@pytest.mark.parametrize("width", [8, 24, 384, 1000, 1024, 4096, 11008, 14336])
+def test_what_stays_is_a_multiple_that_divides_the_width_and_misses_little(width: int) -> None:
+    multiple = PruneConfig().multiple_of(width)
+    assert width % multiple == 0 and multiple <= max(1, width / 8)
