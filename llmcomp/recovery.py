@@ -28,7 +28,7 @@ from llmcomp.training.trainer import Teacher, Trained, train
 from llmcomp.training_run import TrainingRun, regresses, without_saving
 
 if TYPE_CHECKING:
-    from llmcomp.api import RunOptions
+    from llmcomp.run_options import RunOptions
 
 _RATES = {FULL: 5e-5, LORA: 2e-4}  # the highest rate, where none is given
 _PEFT_TASKS = {"causal-lm": "CAUSAL_LM"}

@@ -55,7 +55,7 @@ from llmcomp.report.html import render
 from llmcomp.report.schema import FILE_NAME, Left, Removed, Report
 
 if TYPE_CHECKING:
-    from llmcomp.api import RunOptions
+    from llmcomp.run_options import RunOptions
 
 RECIPE_NAME = "llmcomp_recipe.yaml"
 _DISCARDED = (

@@ -51,7 +51,7 @@ from llmcomp.training.subject import Subject
 from llmcomp.training.trainer import Objective, Teacher, frozen, objective_of
 
 if TYPE_CHECKING:
-    from llmcomp.api import RunOptions
+    from llmcomp.run_options import RunOptions
 
 _WITNESSES, _WITNESS_TOKENS = 4, 64
 

@@ -35,8 +35,8 @@ ROWS = [
     "methods kernels",
     "native_kinds",
     "native",
-    "progress weights losses kinds calibration.stats calibration.files calibration.hub_data calibration.parking "
-    "sentences",
+    "progress run_options weights losses kinds calibration.stats calibration.files calibration.hub_data "
+    "calibration.parking sentences",
     "report.schema",
     "report.words building packing bnb schemes patterns activations matmul network aliases samples shards experts "
     "feeds ranks devices",
