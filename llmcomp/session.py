@@ -188,10 +188,9 @@ class Session:
             with self._timed(plan.shared):
                 memory = self.options.activation_memory
                 sharing = Sharing(source, plan, batches, partial, memory, self.device, self.world, self.progress)
-                if plan.shared == "ranks":
-                    rest = plan_rest(self.recipe, source.adapter, sharing.ranks())
-                else:
-                    rest = plan_rest(self.recipe, source.adapter, sparsities=sharing.sparsities())
+                by_ranks = plan.shared == "ranks"
+                found: Any = {"ranks": sharing.ranks()} if by_ranks else {"sparsities": sharing.sparsities()}
+                rest = plan_rest(self.recipe, source.adapter, **found)
                 plan = replace(rest, reduction=plan.reduction)
         job = Job(
             adapter=source.adapter,
@@ -217,8 +216,7 @@ class Session:
                 clear_scratch(job.partial)
         if narrowed is not None:
             outcome = narrowed.before(outcome)
-        for phase, seconds in outcome.phases.items():
-            self.phases[phase] = seconds
+        self.phases |= outcome.phases
         return source, plan, outcome
 
     def _agree(self, source: Source, data: Data) -> None:
