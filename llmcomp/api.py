@@ -101,7 +101,9 @@ def sparsify(
     pattern: str = "2:4",
     sparsity: float | None = None,
     method: str = "sparsegpt",
+    allocate: bool = False,
     calibration: str = "default",
+    format: str = "dense",
     options: RunOptions = RunOptions(),
     progress: Progress | None = None,
     **run: Any,
@@ -113,14 +115,15 @@ def sparsify(
         pattern: '2:4', '4:8', any 'N:M' (N of every M consecutive inputs are kept), or 'unstructured'.
         sparsity: share that an unstructured pattern removes; a half where none is given.
         method: a name in `llmcomp.methods.SPARSE`.
-        calibration, options, progress, run: as `quantize`. The checkpoint is plain safetensors, zeros stored like any
-            weight.
+        allocate: `sparsity` is of all matrices together, and more is removed where it costs less.
+        calibration, options, progress, run: as `quantize`.
+        format: 'dense' stores zeros like any weight, so nothing is smaller; 'llmcomp' what N:M keeps and its places.
 
     Raises:
         UserError, RunError: as `quantize`.
     """
-    step = SparsifyStep(method, pattern, sparsity)
-    recipe = Recipe((step,), Calibration(calibration), format="dense")
+    step = SparsifyStep(method, pattern, sparsity, allocate=allocate)
+    recipe = Recipe((step,), Calibration(calibration), format=format)
     return compress(model, recipe, options=options, progress=progress, **run)
 
 
@@ -258,16 +261,11 @@ def prune_in_training(plan: PruningPlan, progress: Progress | None = None) -> Co
 
     plan.check()
     progress = progress or Silent()
-    options = RunOptions(
-        output=None if plan.output is None else Path(plan.output), overwrite=plan.overwrite, evaluate=plan.evaluate,
-        verify=plan.verify, device=plan.device, eval_data=plan.eval_data, text_column=plan.text_column,
-        label_column=plan.label_column,
-    )  # fmt: skip
     with joined() as world:
         resolved = hub.resolve(plan.model, progress=progress if world.first else Silent())
         from llmcomp.pruned_training import PrunedTraining
 
-        return CompressResult(*PrunedTraining(plan, resolved.path, options, progress, world).run())
+        return CompressResult(*PrunedTraining(plan, resolved.path, progress, world).run())
 
 
 def evaluate(

@@ -44,6 +44,10 @@ from llmcomp.training.subject import PLAIN, Subject
 from llmcomp.training.trainer import Rules, Teacher, Trained, train
 from llmcomp.training_run import TrainingRun, regresses
 
+_NOTHING = (
+    "No weight was removed: no score has come below the threshold; take more steps, or a larger score_learning_rate, "
+    "penalty or threshold."
+)
 _RATE = 5e-5  # the highest, where none is given
 
 
@@ -55,8 +59,13 @@ class PrunedTraining(TrainingRun):
     """
 
     def __init__(
-        self, plan: PruningPlan, path: Path, options: RunOptions, progress: Progress, world: World = ALONE
+        self, plan: PruningPlan, path: Path, progress: Progress, world: World = ALONE
     ) -> None:
+        options = RunOptions(
+            output=None if plan.output is None else Path(plan.output), overwrite=plan.overwrite,
+            evaluate=plan.evaluate, verify=plan.verify, device=plan.device, eval_data=plan.eval_data,
+            text_column=plan.text_column, label_column=plan.label_column,
+        )  # fmt: skip
         output = Path(options.output or default_output(plan.model, plan.summary))
         super().__init__(
             plan.model, path, plan, options, progress, original=plan.model, output=output, world=world
@@ -133,6 +142,8 @@ class PrunedTraining(TrainingRun):
             self._note("Resumed from the last state of an unfinished run.")
         subject.masks = {name: mask.cpu() for name, mask in fold(model).items()}
         self._check(subject)
+        if not any(bool((~mask).any()) for mask in subject.masks.values()):
+            self._note(_NOTHING)
         return done
 
     def _pruner(self, model: Any) -> Pruner:

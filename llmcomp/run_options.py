@@ -1,4 +1,4 @@
-"""How a run goes, as opposed to what it does, and what comes out of it."""
+"""How a run is to be done, and what comes back from it: what `llmcomp.api` takes and gives."""
 
 from __future__ import annotations
 

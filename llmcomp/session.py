@@ -44,8 +44,8 @@ from llmcomp.pipeline.memory import PeakMemory
 from llmcomp.pipeline.narrowed import notes
 from llmcomp.pipeline.plan import bytes_needed
 from llmcomp.pipeline.run import Compression
+from llmcomp.pipeline.sharing import Sharing
 from llmcomp.pipeline.streaming import open_streamed
-from llmcomp.pipeline.surveying import ranks_of
 from llmcomp.pipeline.whole import Conversion, prepare
 from llmcomp.progress import Progress, Silent
 from llmcomp.ranks import ALONE, World
@@ -108,7 +108,7 @@ class Session:
                 )
             if self.world.first:
                 need = bytes_needed(plan, source.binding.key_of)
-                preflight(self.output, self.options.overwrite, need)
+                preflight(self.path, self.output, self.options.overwrite, need)
             texts = self._evaluation_data(source.adapter.task)
             data = gather(self.recipe, source, plan, self.model, self.progress, self.world)
         forget_peak(self.device)
@@ -155,7 +155,7 @@ class Session:
 
     def _compress(self, source: Source, plan: Plan, data: Data) -> tuple[Source, Plan, Outcome]:
         """By the loop over blocks; what was compressed, which is a smaller model where the recipe prunes, and the plan,
-        with ranks if those were to be shared out first."""
+        with ranks or sparsities if those were to be shared out first."""
         parts = [self.recipe.to_yaml(), source.checkpoint.fingerprint(), data.fingerprint, version("llmcomp")]
         if self.device.type != "cpu":  # sums in another order are other bits
             parts.append(describe(self.device))
@@ -182,13 +182,14 @@ class Session:
                 self._note(sentence)
             source = narrowed.source
             plan = replace(plan_rest(self.recipe, source.adapter), reduction=plan.reduction)
-        if plan.shares_ranks:
-            with self._timed("ranks"):
+        if plan.shared is not None:
+            with self._timed(plan.shared):
                 memory = self.options.activation_memory
-                ranks = ranks_of(
-                    source, plan, batches, partial, memory, self.device, self.world, self.progress
-                )
-                plan = replace(plan_rest(self.recipe, source.adapter, ranks), reduction=plan.reduction)
+                sharing = Sharing(source, plan, batches, partial, memory, self.device, self.world, self.progress)
+                by_ranks = plan.shared == "ranks"
+                found: Any = {"ranks": sharing.ranks()} if by_ranks else {"sparsities": sharing.sparsities()}
+                rest = plan_rest(self.recipe, source.adapter, **found)
+                plan = replace(rest, reduction=plan.reduction)
         job = Job(
             adapter=source.adapter,
             binding=source.binding,
@@ -213,8 +214,7 @@ class Session:
                 clear_scratch(job.partial)
         if narrowed is not None:
             outcome = narrowed.before(outcome)
-        for phase, seconds in outcome.phases.items():
-            self.phases[phase] = seconds
+        self.phases |= outcome.phases
         return source, plan, outcome
 
     def _agree(self, source: Source, data: Data) -> None:

@@ -105,7 +105,7 @@ class TrainingRun(ABC):
             task = task_of(self.path)
             tokenizer = load_tokenizer(self.path)
             if self.world.first:
-                preflight(self.output, self.options.overwrite, self._room(subject))
+                preflight(self.path, self.output, self.options.overwrite, self._room(subject))
             evaluation = self._evaluation_data(task)
             texts = self._texts()
             samples = samples_of(
