@@ -44,14 +44,14 @@ __all__ = [
 
 _HOMES: dict[str, tuple[str, ...]] = {
     "llmcomp.api": (
-        "CompressResult", "ExportResult", "RunOptions", "bench", "compress", "evaluate", "export", "factorize", "load",
-        "prune", "quantize", "sparsify",
+        "bench", "compress", "evaluate", "export", "factorize", "load", "prune", "quantize", "sparsify",
     ),
     "llmcomp.errors": ("LlmcompError", "RunError", "UserError"),
     "llmcomp.recipe": (
         "Calibration", "FactorizeStep", "Override", "PruneStep", "QuantizeStep", "Recipe", "SparsifyStep",
     ),
     "llmcomp.report.schema": ("Report",),
+    "llmcomp.run_options": ("CompressResult", "ExportResult", "RunOptions"),
     "llmcomp.training.distill_plan": ("DistillPlan",),
     "llmcomp.training.pruning_plan": ("PruningPlan",),
     "llmcomp.training.settings": ("Lora", "Optimization", "Teaching"),

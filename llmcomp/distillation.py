@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
@@ -49,10 +49,7 @@ from llmcomp.training.students import configured_student, cut_student, headed_st
 from llmcomp.training.subject import Subject
 from llmcomp.training.taps import Taps
 from llmcomp.training.trainer import Objective, Trained, held_state, put_back, slow_products, train
-from llmcomp.training_run import TrainingRun, regresses
-
-if TYPE_CHECKING:
-    from llmcomp.api import RunOptions
+from llmcomp.training_run import TrainingRun, options_of, regresses
 
 _BODIES = ("masked-lm", "encoder")  # tasks whose models are, without their heads, a start for others
 _RATE = 5e-5  # the highest, where none is given
@@ -67,8 +64,9 @@ class Distilling(TrainingRun):
     """
 
     def __init__(
-        self, plan: DistillPlan, teacher: Path, options: RunOptions, progress: Progress, world: World = ALONE
+        self, plan: DistillPlan, teacher: Path, progress: Progress, world: World = ALONE
     ) -> None:
+        options = options_of(plan)
         output = Path(options.output or default_output(plan.teacher, plan.summary))
         super().__init__(
             plan.teacher, teacher, plan, options, progress, original=plan.teacher, output=output, world=world

@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
@@ -41,11 +41,12 @@ from llmcomp.training.pruning import fold, put_masks, under_masks
 from llmcomp.training.pruning_plan import GRADUAL, LOTTERY, SOFT, PruningPlan
 from llmcomp.training.subject import PLAIN, Subject
 from llmcomp.training.trainer import Rules, Teacher, Trained, train
-from llmcomp.training_run import TrainingRun, regresses
+from llmcomp.training_run import TrainingRun, options_of, regresses
 
-if TYPE_CHECKING:
-    from llmcomp.api import RunOptions
-
+_NOTHING = (
+    "No weight was removed: no score has come below the threshold; take more steps, or a larger score_learning_rate, "
+    "penalty or threshold."
+)
 _RATE = 5e-5  # the highest, where none is given
 
 
@@ -57,8 +58,9 @@ class PrunedTraining(TrainingRun):
     """
 
     def __init__(
-        self, plan: PruningPlan, path: Path, options: RunOptions, progress: Progress, world: World = ALONE
+        self, plan: PruningPlan, path: Path, progress: Progress, world: World = ALONE
     ) -> None:
+        options = options_of(plan)
         output = Path(options.output or default_output(plan.model, plan.summary))
         super().__init__(
             plan.model, path, plan, options, progress, original=plan.model, output=output, world=world
@@ -135,6 +137,8 @@ class PrunedTraining(TrainingRun):
             self._note("Resumed from the last state of an unfinished run.")
         subject.masks = {name: mask.cpu() for name, mask in fold(model).items()}
         self._check(subject)
+        if not any(bool((~mask).any()) for mask in subject.masks.values()):
+            self._note(_NOTHING)
         return done
 
     def _pruner(self, model: Any) -> Pruner:

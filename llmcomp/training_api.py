@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmcomp.api import CompressResult, RunOptions
 from llmcomp.progress import Progress, Silent
 from llmcomp.ranks import joined
+from llmcomp.run_options import CompressResult, RunOptions
 from llmcomp.training.settings import Lora, Optimization, Plan, Teaching
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def distill(plan: DistillPlan, progress: Progress | None = None) -> CompressResu
         resolved = hub.resolve(plan.teacher, progress=progress if world.first else Silent())
         from llmcomp.distillation import Distilling
 
-        return CompressResult(*Distilling(plan, resolved.path, _options(plan), progress, world).run())
+        return CompressResult(*Distilling(plan, resolved.path, progress, world).run())
 
 
 def prune_in_training(plan: PruningPlan, progress: Progress | None = None) -> CompressResult:
@@ -111,13 +111,4 @@ def prune_in_training(plan: PruningPlan, progress: Progress | None = None) -> Co
         resolved = hub.resolve(plan.model, progress=progress if world.first else Silent())
         from llmcomp.pruned_training import PrunedTraining
 
-        return CompressResult(*PrunedTraining(plan, resolved.path, _options(plan), progress, world).run())
-
-
-def _options(plan: DistillPlan | PruningPlan) -> RunOptions:
-    """How to run, of a plan that says that, too."""
-    return RunOptions(
-        output=None if plan.output is None else Path(plan.output), overwrite=plan.overwrite, evaluate=plan.evaluate,
-        verify=plan.verify, device=plan.device, eval_data=plan.eval_data, text_column=plan.text_column,
-        label_column=plan.label_column,
-    )  # fmt: skip
+        return CompressResult(*PrunedTraining(plan, resolved.path, progress, world).run())

@@ -17,7 +17,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -45,13 +45,13 @@ from llmcomp.ranks import ALONE, World
 from llmcomp.report.html import FILE_NAME as PAGE_NAME
 from llmcomp.report.html import render
 from llmcomp.report.schema import FILE_NAME, Report
+from llmcomp.run_options import RunOptions
 from llmcomp.training.data import Samples, samples_of
+from llmcomp.training.distill_plan import DistillPlan
+from llmcomp.training.pruning_plan import PruningPlan
 from llmcomp.training.settings import Optimization, Teaching
 from llmcomp.training.subject import Subject
 from llmcomp.training.trainer import Objective, Teacher, frozen, objective_of
-
-if TYPE_CHECKING:
-    from llmcomp.api import RunOptions
 
 _WITNESSES, _WITNESS_TOKENS = 4, 64
 
@@ -107,7 +107,7 @@ class TrainingRun(ABC):
             task = task_of(self.path)
             tokenizer = load_tokenizer(self.path)
             if self.world.first:
-                preflight(self.output, self.options.overwrite, self._room(subject))
+                preflight(self.path, self.output, self.options.overwrite, self._room(subject))
             evaluation = self._evaluation_data(task)
             texts = self._texts()
             samples = samples_of(
@@ -311,6 +311,15 @@ class TrainingRun(ABC):
             yield
         finally:
             self.phases[phase] = self.phases.get(phase, 0.0) + perf_counter() - began
+
+
+def options_of(plan: DistillPlan | PruningPlan) -> RunOptions:
+    """How to run, of a plan that says that, too."""
+    return RunOptions(
+        output=None if plan.output is None else Path(plan.output), overwrite=plan.overwrite, evaluate=plan.evaluate,
+        verify=plan.verify, device=plan.device, eval_data=plan.eval_data, text_column=plan.text_column,
+        label_column=plan.label_column,
+    )  # fmt: skip
 
 
 def regresses(subject: Subject, task: str) -> bool:

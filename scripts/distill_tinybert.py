@@ -1,4 +1,4 @@
-"""Train a small BERT in TinyBERT's two stages: by a masked language model on plain text, then by a classifier on its task.
+"""Train a small BERT in TinyBERT's two stages: by a masked language model on text, then by a classifier on its task.
 
     accelerate launch scripts/distill_tinybert.py --config examples/tinybert.yaml
 

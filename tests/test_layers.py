@@ -17,8 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "llmcomp"
 ROWS = [
     "__main__",
     "cli",
-    "training_api",
-    "api",
+    "api training_api",
     "recovery pruned_training distillation",
     "training_run",
     "session",
@@ -36,7 +35,7 @@ ROWS = [
     "methods kernels",
     "native_kinds",
     "native",
-    "progress weights losses inner_losses kinds calibration.stats calibration.files calibration.hub_data "
+    "progress run_options weights losses inner_losses kinds calibration.stats calibration.files calibration.hub_data "
     "calibration.parking sentences",
     "report.schema",
     "report.words building packing bnb schemes patterns activations matmul network aliases samples shards experts "

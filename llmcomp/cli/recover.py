@@ -91,8 +91,8 @@ def recover(
 
     if data is None:
         raise BadData("llmcomp recover needs something to train on; give --data a file, a Hub dataset or 'default'.")
-    from llmcomp.api import RunOptions
     from llmcomp.cli.progress import listener
+    from llmcomp.run_options import RunOptions
     from llmcomp.training.settings import Lora, Optimization, Teaching
     from llmcomp.training_api import recover
 

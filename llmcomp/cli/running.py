@@ -10,7 +10,7 @@ import typer
 from llmcomp.recipe import Recipe
 
 if TYPE_CHECKING:
-    from llmcomp.api import CompressResult
+    from llmcomp.run_options import CompressResult
 
 
 def run(
@@ -25,9 +25,10 @@ def run(
     Raises:
         UserError, RunError: as `llmcomp.compress`.
     """
-    from llmcomp.api import RunOptions, compress
+    from llmcomp.api import compress
     from llmcomp.cli.progress import listener
     from llmcomp.ranks import launched
+    from llmcomp.run_options import RunOptions
 
     if save_recipe is not None and launched().first:
         _save(save_recipe, recipe.to_yaml())

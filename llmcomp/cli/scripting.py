@@ -16,8 +16,8 @@ import psutil
 from llmcomp.errors import EndedElsewhere, LlmcompError, UserError
 
 if TYPE_CHECKING:
-    from llmcomp.api import CompressResult
     from llmcomp.progress import Progress
+    from llmcomp.run_options import CompressResult
 
 Work = Callable[[Path, Sequence[str], "Progress"], "CompressResult"]  # file, KEY=VALUE said after it, who listens
 _FLAG = re.compile(r"--([a-z]+(?:-[a-z]+)*)")  # sentences of the library name flags, which are keys here
