@@ -4,9 +4,10 @@
     python -m evals.distill --threads 1 --seeds 0 --steps 60    # a look, in minutes
     python -m evals.distill --methods distilbert tinybert minilm
 
-Teacher and data are `models/minilm-sst2` and `data/sst2` below LLMCOMP_ASSETS; students are cut from the teacher. Whether
-each sentence is right is kept below LLMCOMP_EVAL_CACHE, so a further seed trains only what is missing. Differences are
-paired: both students start from the same weights and read the same batches, and seeds and sentences are drawn anew.
+Teacher and data are `models/minilm-sst2` and `data/sst2` below LLMCOMP_ASSETS; students are cut from the teacher.
+Whether each sentence is right is kept below LLMCOMP_EVAL_CACHE, so a further seed trains only what is missing.
+Differences are paired: both students start from the same weights and read the same batches, and seeds and sentences are
+drawn anew.
 """
 
 from __future__ import annotations
