@@ -7,20 +7,19 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
-from llmcomp.errors import EndedElsewhere, LlmcompError, UserError
+from llmcomp.errors import EndedElsewhere, LlmcompError
 
 if TYPE_CHECKING:
     from llmcomp.progress import Progress
     from llmcomp.run_options import CompressResult
 
 Work = Callable[[Path, Sequence[str], "Progress"], "CompressResult"]  # file, KEY=VALUE said after it, who listens
-_FLAG = re.compile(r"--([a-z]+(?:-[a-z]+)*)")  # sentences of the library name flags, which are keys here
+# Sentences of the library name flags, which are keys here; those of launchers, with underscores, are none.
+_FLAG = re.compile(r"--([a-z]+(?:-[a-z]+)*)(?![a-z_-])")
+_KEPT = ("config", "cpu")
 
 
 def script(name: str, about: str, work: Work, argv: Sequence[str] | None = None) -> int:
@@ -57,31 +56,13 @@ def script(name: str, about: str, work: Work, argv: Sequence[str] | None = None)
 def _run(arguments: argparse.Namespace, work: Work) -> None:
     from llmcomp.cli.progress import listener
     from llmcomp.cli.running import show
-    from llmcomp.ranks import joined, launched
+    from llmcomp.ranks import joined
 
-    require_processes(launched().size)
     with joined() as world, listener(arguments.json) as progress:
         result = work(arguments.config, arguments.settings, progress)
         if world.first:
             show(result, arguments.json)
 
 
-def require_processes(size: int) -> None:
-    """Refuse one process where several were asked of accelerate, which without --multi_gpu starts one on a CPU and
-    says nothing.
-
-    Raises:
-        UserError: what to say instead.
-    """
-    parent = psutil.Process().parent()
-    line = [] if parent is None else parent.cmdline()
-    for flag, value in pairwise(line):
-        if flag.replace("-", "_") == "__num_processes" and value.isdigit() and int(value) > 1 and size == 1:
-            raise UserError(
-                f"accelerate was asked for {value} processes and started one; give it --multi_gpu, on CPUs too, or use "
-                f"torchrun --nproc_per_node {value}."
-            )
-
-
 def _key(flag: re.Match[str]) -> str:
-    return flag[0] if flag[1] in ("config", "multi") else flag[1].replace("-", "_")
+    return flag[0] if flag[1] in _KEPT else flag[1].replace("-", "_")

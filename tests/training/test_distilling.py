@@ -90,7 +90,7 @@ def test_it_is_the_sum_of_its_parts(width: int) -> None:
         "attention": inner_losses.attention_scores(scores[0], scores[1].flip(1), seen, there),
         "relation": torch.stack([
             inner_losses.relations(one, two, there, 4) for one, two in zip(own, its, strict=True)
-        ]),  # fmt: skip
+        ]),
         "transfer": inner_losses.attention_transfer(last, its_last, there),
     }
     parts = {name: float(term.detach().sum()) for name, term in terms.items()}
