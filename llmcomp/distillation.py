@@ -133,8 +133,11 @@ class Distilling(TrainingRun):
         """Of the teachers and, where it is no part of this run, of the student."""
         found = [Checkpoint.open(self.teacher).fingerprint(), subject.checkpoint.fingerprint(times=False)]
         found += [Checkpoint.open(hub.resolve(name).path).fingerprint() for name in self.plan.ensemble]
-        if parse_cut(self.plan.student) is None and (path := hub.resolve(self.plan.student).path).is_dir():
-            found.append(Checkpoint.open(path).fingerprint())
+        said = Path(self.plan.student)
+        if said.is_file():
+            found.append(said.read_text(encoding="utf-8"))
+        elif parse_cut(self.plan.student) is None:
+            found.append(Checkpoint.open(hub.resolve(self.plan.student).path).fingerprint())
         return " ".join(found)
 
     def _room(self, subject: Subject) -> int:

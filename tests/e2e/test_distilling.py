@@ -16,7 +16,7 @@ from e2e_runs import LENGTH, hashes, tensors
 from tiny import tiny
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from llmcomp import DistillPlan, distill, training_run
+from llmcomp import DistillPlan, distill, hub, training_run
 from llmcomp.cli.main import main
 from llmcomp.errors import NumericalError, RunError
 from llmcomp.formats.save import partial_of
@@ -145,6 +145,14 @@ def test_a_teacher_is_any_function(tmp_path: Path) -> None:
     report = run(tmp_path / "again", student=str(tmp_path / "one"), steps=2)
     assert report.distillation is not None and report.distillation.student.startswith("the checkpoint ")
     assert not torch.equal(tensors(tmp_path / "again")["classifier.weight"], one["classifier.weight"])
+
+
+def test_a_student_of_a_config(tmp_path: Path) -> None:
+    config = json.loads((hub.resolve("sample:classifier").path / "config.json").read_text())
+    (tmp_path / "small.json").write_text(json.dumps({**config, "num_hidden_layers": 1, "intermediate_size": 64}))
+    report = run(tmp_path / "out", student=str(tmp_path / "small.json"), method="distilbert", steps=2)
+    assert report.distillation is not None and report.distillation.student.startswith("a config of its own")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["intermediate_size"] == 64
 
 
 def test_a_larger_student_is_a_warning(tmp_path: Path) -> None:
