@@ -34,6 +34,15 @@ def sparsify(
             show_default="uniform",
         ),
     ] = None,
+    update: Annotated[
+        bool | None,
+        typer.Option(
+            "--update/--no-update",
+            help="Let what is left aim at the source model's outputs on what the compressed blocks before it give: "
+            "nearer to the source, for about twice the time.",
+            show_default="no update",
+        ),
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option("--method", help="sparsegpt, alps, wanda or magnitude.", show_default="sparsegpt"),
@@ -85,8 +94,8 @@ def sparsify(
         llmcomp sparsify ./my-llama --pattern 4:8 --skip blocks:0-1 --override "down_proj pattern=2:4"
     """
     made = o.make_recipe(
-        None, "sparsify", pattern=pattern, sparsity=sparsity, allocate=allocate, method=method, target=target,
-        skip=skip, override=override, option=option, calibration=calibration, samples=samples,
+        None, "sparsify", pattern=pattern, sparsity=sparsity, allocate=allocate, update=update, method=method,
+        target=target, skip=skip, override=override, option=option, calibration=calibration, samples=samples,
         sequence_length=sequence_length, seed=seed, format=format or "dense",
     )  # fmt: skip
     run(
