@@ -26,10 +26,14 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _PICKLE = re.compile(r".*\.(bin|pt|pth|ckpt|h5|msgpack)")
-_SMALL = re.compile(r"[^/]+\.(json|txt|model|spm|tiktoken|jinja)|additional_chat_templates/[^/]+\.jinja")
+_SMALL = re.compile(
+    r"[^/]+\.(json|txt|model|spm|tiktoken|jinja)|additional_chat_templates/[^/]+\.jinja"
+    r"|README\.md|(LICEN[CS]E|NOTICE|USE_POLICY)[^/]*"  # what the source's card says is inherited
+)
 _MODULE = re.compile(
     r"\d+_\w+/[^/]+\.(json|txt|safetensors)"
 )  # of sentence-transformers: 1_Pooling/config.json
+_ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")  # beside packed weights
 _INNER = re.compile(r"0_\w+/config\.json")
 _REPO = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _OFFLINE_WORKS = "what works offline: sample:lm, sample:classifier, or a directory with a local model"
@@ -272,7 +276,7 @@ def _wanted(what: str, files: list[str], config_only: bool) -> list[str]:
             _no_safetensors(f"{what} on the Hub", [name for name in files if "/" not in name])
         )
     modules = [name for name in files if _MODULE.fullmatch(name)] if "modules.json" in files else []
-    return small + weights + modules
+    return small + weights + modules + [name for name in files if name in _ADAPTER]
 
 
 def _download(what: str, repo: str, revision: str | None, sizes: dict[str, int], progress: Progress) -> Path:

@@ -221,6 +221,25 @@ class Pruning:
 
 
 @dataclass
+class Origin:
+    """The model that was compressed, as its files and its card name it.
+
+    Attributes:
+        repo: id on the Hub; commit: which of its commits was read. None for what does not come from there.
+        license: by the Hub's name for it; license_name, license_link: of one that it has no name for ('other').
+        languages: codes. pipeline_tag: the Hub's word for what it does.
+    """
+
+    repo: str | None = None
+    commit: str | None = None
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    languages: list[str] = field(default_factory=list)
+    pipeline_tag: str | None = None
+
+
+@dataclass
 class Machine:
     cpu: str
     threads: int
@@ -245,6 +264,7 @@ class Report:
         notes: fallbacks and warnings, one sentence each.
         recovery: of `llmcomp recover`, whose layers are those that had been compressed.
         pruning: of a training that removed weights.
+        origin: where the model comes from. files: SHA-256 of what was verified, by path below the checkpoint.
     """
 
     command: str
@@ -274,6 +294,8 @@ class Report:
     notes: list[str] = field(default_factory=list)
     recovery: Recovery | None = None
     pruning: Pruning | None = None
+    origin: Origin | None = None
+    files: dict[str, str] = field(default_factory=dict)
     llmcomp_version: str = ""
     schema_version: int = SCHEMA_VERSION
 
