@@ -75,7 +75,7 @@ def _word(value: Any) -> str | None:
     """A single word or line; a list of one is that one."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    return value.strip() or None if isinstance(value, str) else None
+    return " ".join(value.split()) or None if isinstance(value, str) else None
 
 
 def _words(value: Any) -> list[str]:

@@ -69,7 +69,7 @@ def push(
     if revision is not None and create_pr:
         raise UserError("A pull request goes to main; leave out --revision, or --create-pr.")
     report = require_verified(directory)
-    kept = f"{directory} is whole and as it was: the same command resumes."
+    kept = f"{directory} is whole and as it was; `llmcomp push {directory} {repo}` resumes."
     remote = Remote(repo, kept, progress)
     remote.prepare(private, revision)
     for sentence in about_licence(report):

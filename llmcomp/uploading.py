@@ -342,9 +342,10 @@ def _asked(error: Exception) -> float | None:
 
 
 def _reason(error: Exception, token: str) -> str:
-    """The last cause as one line, without the token."""
-    last = list(_chain(error))[-1]
-    said = str(getattr(last, "server_message", None) or last) or type(last).__name__
+    """What the Hub said, else the last cause, as one line without the token."""
+    chain = list(_chain(error))
+    said = next((one.server_message for one in chain if getattr(one, "server_message", None)), None)
+    said = str(said or chain[-1]) or type(chain[-1]).__name__
     status = _status(error)
     line = " ".join(said.split())[:300].rstrip(".")
     line = line if status is None or str(status) in line else f"{status}: {line}"
