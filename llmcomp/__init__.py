@@ -44,8 +44,8 @@ __all__ = [
 
 _HOMES: dict[str, tuple[str, ...]] = {
     "llmcomp.api": (
-        "CompressResult", "ExportResult", "RunOptions", "bench", "compress", "evaluate", "export", "factorize", "load",
-        "prune", "prune_in_training", "quantize", "recover", "sparsify",
+        "bench", "compress", "evaluate", "export", "factorize", "load", "prune", "prune_in_training", "quantize",
+        "recover", "sparsify",
     ),
     "llmcomp.errors": ("LlmcompError", "RunError", "UserError"),
     "llmcomp.publishing": ("PushResult", "push"),
@@ -53,6 +53,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "Calibration", "FactorizeStep", "Override", "PruneStep", "QuantizeStep", "Recipe", "SparsifyStep",
     ),
     "llmcomp.report.schema": ("Report",),
+    "llmcomp.run_options": ("CompressResult", "ExportResult", "RunOptions"),
     "llmcomp.training.pruning_plan": ("PruningPlan",),
     "llmcomp.training.settings": ("Lora", "Optimization", "Teaching"),
 }

@@ -9,14 +9,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcomp.progress import Progress, Silent
 from llmcomp.ranks import joined
 from llmcomp.recipe import Calibration, FactorizeStep, PruneStep, Recipe, SparsifyStep, check, step_of
-from llmcomp.report.schema import Report
+from llmcomp.run_options import CompressResult, ExportResult, RunOptions
 from llmcomp.training.settings import Lora, Optimization, Plan, Teaching
 
 if TYPE_CHECKING:
@@ -24,56 +24,6 @@ if TYPE_CHECKING:
     from llmcomp.measure.bench import Settings as BenchSettings
     from llmcomp.measure.run import Evaluation, Settings
     from llmcomp.training.pruning_plan import PruningPlan
-
-ACTIVATION_MEMORY = 8 * 2**20
-
-
-@dataclass(frozen=True)
-class CompressResult:
-    """Where the checkpoint lies and everything that is known of it."""
-
-    output: Path
-    report: Report
-
-
-@dataclass(frozen=True)
-class ExportResult:
-    """Where the export lies, and sentences on what is in it."""
-
-    output: Path
-    notes: list[str]
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How to run, as opposed to what to do: none of it changes a bit of the result, but for the device, whose products
-    are summed in another order.
-
-    Attributes:
-        output: default `./<model>-<method>-w<bits>`.
-        overwrite: replace an existing checkpoint there.
-        evaluate: measure the model before and after.
-        verify: reload the checkpoint in a fresh process and compare.
-        device: where to compress: 'auto' (a CUDA GPU where there is one for each process, else the CPU), 'cpu',
-            'cuda' or 'cuda:1'. Verification and evaluation are the CPU's.
-        activation_memory: bytes of waiting activations, on the device or not, beyond which they go to mapped files.
-        eval_data, text_column, label_column: a labelled or plain file to measure on.
-        trust_remote_code, allow_pickle: load what is refused otherwise.
-        revision: of a Hub model.
-    """
-
-    output: Path | None = None
-    overwrite: bool = False
-    evaluate: bool = True
-    verify: bool = True
-    device: str = "auto"
-    activation_memory: int = ACTIVATION_MEMORY
-    eval_data: str | None = None
-    text_column: str | None = None
-    label_column: str | None = None
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
-    revision: str | None = None
 
 
 def quantize(
@@ -151,7 +101,9 @@ def sparsify(
     pattern: str = "2:4",
     sparsity: float | None = None,
     method: str = "sparsegpt",
+    allocate: bool = False,
     calibration: str = "default",
+    format: str = "dense",
     options: RunOptions = RunOptions(),
     progress: Progress | None = None,
     **run: Any,
@@ -163,14 +115,15 @@ def sparsify(
         pattern: '2:4', '4:8', any 'N:M' (N of every M consecutive inputs are kept), or 'unstructured'.
         sparsity: share that an unstructured pattern removes; a half where none is given.
         method: a name in `llmcomp.methods.SPARSE`.
-        calibration, options, progress, run: as `quantize`. The checkpoint is plain safetensors, zeros stored like any
-            weight.
+        allocate: `sparsity` is of all matrices together, and more is removed where it costs less.
+        calibration, options, progress, run: as `quantize`.
+        format: 'dense' stores zeros like any weight, so nothing is smaller; 'llmcomp' what N:M keeps and its places.
 
     Raises:
         UserError, RunError: as `quantize`.
     """
-    step = SparsifyStep(method, pattern, sparsity)
-    recipe = Recipe((step,), Calibration(calibration), format="dense")
+    step = SparsifyStep(method, pattern, sparsity, allocate=allocate)
+    recipe = Recipe((step,), Calibration(calibration), format=format)
     return compress(model, recipe, options=options, progress=progress, **run)
 
 
@@ -308,16 +261,11 @@ def prune_in_training(plan: PruningPlan, progress: Progress | None = None) -> Co
 
     plan.check()
     progress = progress or Silent()
-    options = RunOptions(
-        output=None if plan.output is None else Path(plan.output), overwrite=plan.overwrite, evaluate=plan.evaluate,
-        verify=plan.verify, device=plan.device, eval_data=plan.eval_data, text_column=plan.text_column,
-        label_column=plan.label_column,
-    )  # fmt: skip
     with joined() as world:
         resolved = hub.resolve(plan.model, progress=progress if world.first else Silent())
         from llmcomp.pruned_training import PrunedTraining
 
-        return CompressResult(*PrunedTraining(plan, resolved.path, options, progress, world).run())
+        return CompressResult(*PrunedTraining(plan, resolved.path, progress, world).run())
 
 
 def evaluate(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast
 
@@ -29,7 +30,7 @@ _BACKWARD_ROWS = 1024  # of a weight that are decoded at a time
 _HELD = "held_"  # what a kernel keeps, as buffers that no checkpoint has
 
 
-class Packed(nn.Module):
+class Packed(nn.Module, ABC):
     """A module [out_features, in_features] whose weight lies packed, of whatever kind.
 
     It is made with buffers that a checkpoint's tensors are loaded into; `settle` makes of them what products want.
@@ -52,22 +53,22 @@ class Packed(nn.Module):
         for name, tensor in expected.items():
             self.register_buffer(name, tensor)
 
+    @abstractmethod
     def settle(self) -> None:
         """Take over what was loaded.
 
         Raises:
             BadCheckpoint: a tensor of another shape than the module's.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def decoded(self) -> Tensor:
         """The dense weight [out_features, in_features]."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def floating(self) -> Tensor:
         """Of the dense weight's dtype and device, loaded or not."""
-        raise NotImplementedError
 
     def require_shape(self, shape: tuple[int, int]) -> None:
         """Refuse a weight [out, in] that is not the module's.

@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
@@ -34,6 +34,7 @@ from llmcomp.ranks import ALONE, World
 from llmcomp.recipe import Recipe
 from llmcomp.report.schema import LayerReport, Pruning, Report
 from llmcomp.report.summary import PLAN_NAME
+from llmcomp.run_options import RunOptions
 from llmcomp.session import default_output, left_alone
 from llmcomp.training.data import Samples, collator
 from llmcomp.training.pruner import Pruner, Softly, draw_tickets
@@ -43,9 +44,10 @@ from llmcomp.training.subject import PLAIN, Subject
 from llmcomp.training.trainer import Rules, Teacher, Trained, train
 from llmcomp.training_run import TrainingRun, regresses
 
-if TYPE_CHECKING:
-    from llmcomp.api import RunOptions
-
+_NOTHING = (
+    "No weight was removed: no score has come below the threshold; take more steps, or a larger score_learning_rate, "
+    "penalty or threshold."
+)
 _RATE = 5e-5  # the highest, where none is given
 
 
@@ -57,8 +59,13 @@ class PrunedTraining(TrainingRun):
     """
 
     def __init__(
-        self, plan: PruningPlan, path: Path, options: RunOptions, progress: Progress, world: World = ALONE
+        self, plan: PruningPlan, path: Path, progress: Progress, world: World = ALONE
     ) -> None:
+        options = RunOptions(
+            output=None if plan.output is None else Path(plan.output), overwrite=plan.overwrite,
+            evaluate=plan.evaluate, verify=plan.verify, device=plan.device, eval_data=plan.eval_data,
+            text_column=plan.text_column, label_column=plan.label_column,
+        )  # fmt: skip
         output = Path(options.output or default_output(plan.model, plan.summary))
         super().__init__(
             plan.model, path, plan, options, progress, original=plan.model, output=output, world=world
@@ -135,6 +142,8 @@ class PrunedTraining(TrainingRun):
             self._note("Resumed from the last state of an unfinished run.")
         subject.masks = {name: mask.cpu() for name, mask in fold(model).items()}
         self._check(subject)
+        if not any(bool((~mask).any()) for mask in subject.masks.values()):
+            self._note(_NOTHING)
         return done
 
     def _pruner(self, model: Any) -> Pruner:

@@ -28,6 +28,7 @@ import yaml
 
 from llmcomp.building import build, read_yaml
 from llmcomp.errors import BadRecipe
+from llmcomp.patterns import Pattern
 from llmcomp.steps import (
     ORDERS,
     ROLES,
@@ -186,6 +187,8 @@ def check(recipe: Recipe) -> None:
             _check_override(step, override)
         if isinstance(step, FactorizeStep):
             _check_factors(recipe, step)
+        if isinstance(step, SparsifyStep) and step.allocate:
+            _check_shared(pattern_for(step, None))
         if recipe.format not in FIXED:
             continue
         if isinstance(step, SparsifyStep):
@@ -236,6 +239,20 @@ def _check_amount(step: TargetedStep, override: Override | None) -> None:
         size_for(step, override)
     else:
         scheme_for(step, override, 128)
+
+
+def _check_shared(pattern: Pattern) -> None:
+    """Raises BadRecipe where there is nothing to share out between matrices."""
+    if pattern.of is not None:
+        raise BadRecipe(
+            f"--allocate shares out what an unstructured pattern removes, and {pattern.label} removes one share of "
+            "every weight; take --pattern unstructured, or leave --allocate out."
+        )
+    if not 0.01 <= pattern.sparsity <= 0.99:
+        raise BadRecipe(
+            f"--sparsity {pattern.sparsity:g} leaves --allocate nothing to share out; take 0.01 to 0.99, or leave "
+            "--allocate out."
+        )
 
 
 def _check_factors(recipe: Recipe, step: FactorizeStep) -> None:

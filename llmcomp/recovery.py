@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,15 +20,13 @@ from llmcomp.progress import Progress
 from llmcomp.ranks import ALONE, World
 from llmcomp.report.schema import Recovery, Report
 from llmcomp.report.summary import won_back
+from llmcomp.run_options import RunOptions
 from llmcomp.session import default_output
 from llmcomp.training.data import Samples, collator
 from llmcomp.training.settings import FULL, LORA, Plan
 from llmcomp.training.subject import Subject, open_subject
 from llmcomp.training.trainer import Teacher, Trained, train
 from llmcomp.training_run import TrainingRun, regresses, without_saving
-
-if TYPE_CHECKING:
-    from llmcomp.api import RunOptions
 
 _RATES = {FULL: 5e-5, LORA: 2e-4}  # the highest rate, where none is given
 _PEFT_TASKS = {"causal-lm": "CAUSAL_LM"}

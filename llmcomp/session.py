@@ -11,7 +11,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -45,8 +45,8 @@ from llmcomp.pipeline.memory import PeakMemory
 from llmcomp.pipeline.narrowed import notes
 from llmcomp.pipeline.plan import bytes_needed
 from llmcomp.pipeline.run import Compression
+from llmcomp.pipeline.sharing import Sharing
 from llmcomp.pipeline.streaming import open_streamed
-from llmcomp.pipeline.surveying import ranks_of
 from llmcomp.pipeline.whole import Conversion, prepare
 from llmcomp.progress import Progress, Silent
 from llmcomp.provenance import origin_of
@@ -55,9 +55,7 @@ from llmcomp.recipe import Recipe
 from llmcomp.report.html import FILE_NAME as PAGE_NAME
 from llmcomp.report.html import render
 from llmcomp.report.schema import FILE_NAME, Left, Removed, Report
-
-if TYPE_CHECKING:
-    from llmcomp.api import RunOptions
+from llmcomp.run_options import RunOptions
 
 RECIPE_NAME = "llmcomp_recipe.yaml"
 _DISCARDED = (
@@ -112,7 +110,7 @@ class Session:
                 )
             if self.world.first:
                 need = bytes_needed(plan, source.binding.key_of)
-                preflight(self.output, self.options.overwrite, need)
+                preflight(self.path, self.output, self.options.overwrite, need)
             texts = self._evaluation_data(source.adapter.task)
             data = gather(self.recipe, source, plan, self.model, self.progress, self.world)
         forget_peak(self.device)
@@ -132,8 +130,8 @@ class Session:
                 self.progress.phase("verify")
                 report.verification = verify(checkpoint, self.partial / "witness")
         if self.options.evaluate:
-            self._measure(report, checkpoint, source, texts)
-        report.size_after = size_of(checkpoint, _role_of(source))
+            self._measure(report, checkpoint, source, plan, texts)
+        report.size_after = size_of(checkpoint, _role_of(source, plan))
         report.phases, report.notes = self.phases, self.notes
         report.labels, report.files = labels(plan, report.format), digests(checkpoint)
         with writing(checkpoint):
@@ -159,7 +157,7 @@ class Session:
 
     def _compress(self, source: Source, plan: Plan, data: Data) -> tuple[Source, Plan, Outcome]:
         """By the loop over blocks; what was compressed, which is a smaller model where the recipe prunes, and the plan,
-        with ranks if those were to be shared out first."""
+        with ranks or sparsities if those were to be shared out first."""
         parts = [self.recipe.to_yaml(), source.checkpoint.fingerprint(), data.fingerprint, version("llmcomp")]
         if self.device.type != "cpu":  # sums in another order are other bits
             parts.append(describe(self.device))
@@ -186,13 +184,14 @@ class Session:
                 self._note(sentence)
             source = narrowed.source
             plan = replace(plan_rest(self.recipe, source.adapter), reduction=plan.reduction)
-        if plan.shares_ranks:
-            with self._timed("ranks"):
+        if plan.shared is not None:
+            with self._timed(plan.shared):
                 memory = self.options.activation_memory
-                ranks = ranks_of(
-                    source, plan, batches, partial, memory, self.device, self.world, self.progress
-                )
-                plan = replace(plan_rest(self.recipe, source.adapter, ranks), reduction=plan.reduction)
+                sharing = Sharing(source, plan, batches, partial, memory, self.device, self.world, self.progress)
+                by_ranks = plan.shared == "ranks"
+                found: Any = {"ranks": sharing.ranks()} if by_ranks else {"sparsities": sharing.sparsities()}
+                rest = plan_rest(self.recipe, source.adapter, **found)
+                plan = replace(rest, reduction=plan.reduction)
         job = Job(
             adapter=source.adapter,
             binding=source.binding,
@@ -217,8 +216,7 @@ class Session:
                 clear_scratch(job.partial)
         if narrowed is not None:
             outcome = narrowed.before(outcome)
-        for phase, seconds in outcome.phases.items():
-            self.phases[phase] = seconds
+        self.phases |= outcome.phases
         return source, plan, outcome
 
     def _agree(self, source: Source, data: Data) -> None:
@@ -261,7 +259,9 @@ class Session:
             writer = ShardWriter(self.partial)
             return writer.finish(outcome.order, config, files, extra, root=source.checkpoint.path)
 
-    def _measure(self, report: Report, checkpoint: Path, source: Source, texts: Texts | Media | None) -> None:
+    def _measure(
+        self, report: Report, checkpoint: Path, source: Source, plan: Plan, texts: Texts | Media | None
+    ) -> None:
         """Before and after with the same code; what cannot be measured does not cost the user the checkpoint."""
         if texts is None:
             what = MEDIA[source.adapter.task]
@@ -273,7 +273,7 @@ class Session:
                     checkpoint,
                     against=self.path,
                     data=texts,
-                    role=_role_of(source),
+                    role=_role_of(source, plan),
                     progress=self.progress,
                     streamer=open_streamed,
                     allow_pickle=self.options.allow_pickle,
@@ -342,7 +342,7 @@ class Session:
             layers=outcome.layers,
             left=left_alone(source, plan),
             removed=self.removed,
-            size_before=size_of(self.path, _role_of(source), allow_pickle=self.options.allow_pickle),
+            size_before=size_of(self.path, _role_of(source, plan), allow_pickle=self.options.allow_pickle),
             peak_memory=peak,
             resumed_blocks=outcome.resumed,
             origin=origin_of(self.path),
@@ -374,9 +374,10 @@ def default_output(model: str, *steps: str) -> Path:
     return Path("-".join([stem, *steps]))
 
 
-def _role_of(source: Source) -> Any:
-    """Tensor name → role, by the module it belongs to."""
-    roles = {ref.name: ref.role for ref in source.adapter.refs}
+def _role_of(source: Source, plan: Plan) -> Any:
+    """Tensor name → role, by the module it belongs to; of all that was there where the plan prunes."""
+    adapter = source.adapter if plan.reduction is None else plan.reduction.source
+    roles = {ref.name: ref.role for ref in adapter.refs}
 
     def role(name: str) -> str:
         module = name.rpartition(".")[0]

@@ -77,6 +77,8 @@ class SparsifyStep:
         method: a name in `llmcomp.methods.SPARSE`.
         pattern: '2:4', '4:8', any 'N:M' (N of every M consecutive inputs are kept), or 'unstructured'.
         sparsity: share that an unstructured pattern removes; a half where none is given.
+        allocate: that share is of all matrices together: more is removed where it costs less, which a pass over the
+            source model measures beforehand. Else it is of each.
         options: the method's own settings.
     """
 
@@ -86,6 +88,7 @@ class SparsifyStep:
     targets: tuple[str, ...] = ("attention", "mlp")
     overrides: tuple[Override, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    allocate: bool = False
 
     kind = "sparsify"
 
@@ -93,8 +96,8 @@ class SparsifyStep:
     def summary(self) -> str:
         """Such as 'sparsegpt-2of4', for names of directories."""
         pattern = pattern_for(self, None)
-        share = f"{100 * pattern.sparsity:.4g}%" if pattern.of is None else f"{pattern.kept}of{pattern.of}"
-        return f"{self.method}-{share.replace('%', 'pct')}"
+        share = f"{100 * pattern.sparsity:.4g}pct" if pattern.of is None else f"{pattern.kept}of{pattern.of}"
+        return f"{self.method}-{share}" + ("-allocated" if self.allocate else "")
 
 
 @dataclass(frozen=True)

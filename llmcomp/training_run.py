@@ -17,7 +17,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -47,13 +47,11 @@ from llmcomp.ranks import ALONE, World
 from llmcomp.report.html import FILE_NAME as PAGE_NAME
 from llmcomp.report.html import render
 from llmcomp.report.schema import FILE_NAME, Report
+from llmcomp.run_options import RunOptions
 from llmcomp.training.data import Samples, samples_of
 from llmcomp.training.settings import Optimization, Teaching
 from llmcomp.training.subject import Subject
 from llmcomp.training.trainer import Objective, Teacher, frozen, objective_of
-
-if TYPE_CHECKING:
-    from llmcomp.api import RunOptions
 
 _WITNESSES, _WITNESS_TOKENS = 4, 64
 
@@ -109,7 +107,7 @@ class TrainingRun(ABC):
             task = task_of(self.path)
             tokenizer = load_tokenizer(self.path)
             if self.world.first:
-                preflight(self.output, self.options.overwrite, self._room(subject))
+                preflight(self.path, self.output, self.options.overwrite, self._room(subject))
             evaluation = self._evaluation_data(task)
             texts = self._texts()
             samples = samples_of(

@@ -19,12 +19,12 @@ from tiny import VOCABULARY, tiny
 from torch import Tensor
 
 import llmcomp
-from llmcomp.api import CompressResult
 from llmcomp.errors import BadRecipe
 from llmcomp.formats.verify import check
 from llmcomp.methods import METHODS, Method, _solve
 from llmcomp.methods.solution import Solution
 from llmcomp.recipe import Calibration, Override, QuantizeStep, Recipe
+from llmcomp.run_options import CompressResult
 from llmcomp.schemes import BITS, Scheme
 from llmcomp.weights import QuantizedWeight
 

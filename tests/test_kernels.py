@@ -234,6 +234,25 @@ def test_blocks_of_files_are_computed_with_where_they_lie() -> None:
         close(int4.product(x, held, grid), reference(x, weight))
 
 
+@pytest.mark.parametrize("scheme", [Scheme(8), Scheme(8, activations="int8-dynamic")])
+def test_bytes_are_computed_with_wherever_they_and_the_inputs_lie(
+    scheme: Scheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AVX512's loads fault where an address is no multiple of their width; a file maps weights at any multiple of 8."""
+    monkeypatch.setattr(rounded, "multiplies_int8", lambda: False)  # whose own route takes any address
+    weight = made(scheme, 48, 64)
+    grid, name = Grid(scheme, 64, weight.scale, None, None), kernel_for(scheme, 48, 64, "cpu")
+    room, inputs = torch.empty(48 * 64 + 64, dtype=torch.int8), torch.randn(3 * 64 + 64).bfloat16()
+    start = -room.data_ptr() % 64
+    for offset in (0, 8, 16, 3):
+        stored = room[start + offset : start + offset + 48 * 64].view(48, 64).copy_(weight.values)
+        held = KERNELS[name].hold(stored, grid)
+        assert offset % 16 or held["integers"].data_ptr() == stored.data_ptr()
+        for place in (0, 4, 8, 1):
+            x = inputs[place : place + 3 * 64].view(3, 64)
+            close(KERNELS[name].product(x, held, grid), reference(x, weight))
+
+
 def test_order_covers_every_row_of_a_block() -> None:
     order = int4.order()
     assert order is not None

@@ -35,8 +35,8 @@ ROWS = [
     "methods kernels",
     "native_kinds",
     "native",
-    "progress weights losses kinds calibration.stats calibration.files calibration.hub_data calibration.parking "
-    "sentences provenance",
+    "progress run_options weights losses kinds calibration.stats calibration.files calibration.hub_data "
+    "calibration.parking sentences provenance",
     "report.schema",
     "report.words building packing bnb schemes patterns activations matmul network aliases samples shards experts "
     "feeds ranks devices digests licences",

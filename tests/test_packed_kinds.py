@@ -95,6 +95,19 @@ def test_a_product_is_that_of_the_decoded_weight(name: str, dtype: torch.dtype, 
         assert module(x[:, :0]).shape == (2, 0, rows)
 
 
+def test_a_kind_that_cannot_decode_is_never_made() -> None:
+    class Forgetful(Packed):
+        def settle(self) -> None: ...
+
+        @property
+        def floating(self) -> Tensor:
+            return self.get_buffer("scale")
+
+    made: Any = Forgetful
+    with pytest.raises(TypeError, match="decoded"):
+        made(nn.Linear(4, 4), (), {})
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_states_gradients_and_casts(name: str) -> None:
     kind, rows, columns = MODULES[name]

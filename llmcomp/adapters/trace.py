@@ -106,10 +106,12 @@ def run_twin(twin: Any, forget: Callable[[], None]) -> str | None:
 
 
 class _WholeMasks(TorchDispatchMode):
-    """Answers code that asks for one truth value of a mask ("is all of it attended to?") with yes."""
+    """Answers code that asks for one truth value of a mask ("is all of it attended to?") with yes. On meta only: who
+    watches the forward asks tensors that have values."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+        asked = func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool
+        if asked and args[0].is_meta:
             return True
         return func(*args, **(kwargs or {}))
 

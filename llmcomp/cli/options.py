@@ -155,8 +155,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 _STEP = {
     "bits": "bits", "group_size": "group_size", "method": "method", "asymmetric": "symmetric",
     "activations": "activations", "target": "targets", "skip": "skip", "override": "override", "option": "options",
-    "pattern": "pattern", "sparsity": "sparsity", "ratio": "ratio", "rank": "rank", "ranks": "ranks",
-    "update": "update", "heads": "heads", "mlp": "mlp", "layers": "layers",
+    "pattern": "pattern", "sparsity": "sparsity", "allocate": "allocate", "ratio": "ratio", "rank": "rank",
+    "ranks": "ranks", "update": "update", "heads": "heads", "mlp": "mlp", "layers": "layers",
 }  # fmt: skip
 _CALIBRATION = {"calibration": "source", "samples": "samples", "sequence_length": "sequence_length"}
 _RUN = {"seed": "seed", "format": "format"}
@@ -225,6 +225,8 @@ def _number(text: str) -> int | str:
 
 def _override(text: str) -> Override:
     """'down_proj bits=8 group_size=channel' as an Override."""
+    if not text.strip():
+        raise BadRecipe(f"--override {text!r} names no target; expected one and what differs, as 'down_proj bits=8'.")
     target, *settings = text.split()
     fields: dict[str, Any] = {"target": target}
     for setting in settings:
@@ -246,6 +248,6 @@ def _setting(text: str, where: str) -> tuple[str, Any]:
     if value in ("true", "false"):
         return name, value == "true"
     try:
-        return name, int(value) if value.isdigit() else float(value)
+        return name, int(value) if re.fullmatch(r"-?[0-9]+", value) else float(value)
     except ValueError:
         return name, value

@@ -13,14 +13,9 @@ from llmcomp.cli import options as o
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from llmcomp.pipeline.plan import Prospect
+    from llmcomp.pipeline.plan import Prospect, Row
     from llmcomp.recipe import Recipe
 
-_TIMES = {
-    1: "once",
-    2: "twice, by the source model beside the compressed one",
-    3: "three times: to share out the ranks, then by the source model beside the compressed one",
-}
 _WIDTHS = (8, 4, 3, 2)
 IMPORTED = 500_000_000  # bytes that a process holds with torch and transformers imported, before it does anything
 
@@ -174,7 +169,7 @@ def view(model: str, seen: Prospect, memory: int | None = None) -> RenderableTyp
         times = "once" if own.passes == 1 else f"{own.passes} times, to look at blocks, to prune, and for what follows"
         statistics = f"{own.statistics} Gram matrices are gathered; each window is computed {times}."
     elif own.statistics:
-        statistics = f"{own.statistics} Gram matrices are gathered; each window is computed {_TIMES[own.passes]}."
+        statistics = f"{own.statistics} Gram matrices are gathered; each window is computed {_times(own)}."
     about = "Memory is over that after imports; time is of compressing and saving, good to a factor of two."
     if seen.ranks > 1:
         about += (
@@ -189,6 +184,13 @@ def view(model: str, seen: Prospect, memory: int | None = None) -> RenderableTyp
         table,
         *(Text(f" · {line}") for line in lines),
     )
+
+
+def _times(row: Row) -> str:
+    """How often, and why more than once."""
+    why = [f"to share out the {row.shared}"] if row.shared else []
+    why += ["by the source model beside the compressed one"] if row.beside else []
+    return ", ".join((("once", "twice", "three times")[len(why)], *why))
 
 
 def _fallbacks(fallbacks: dict[str, str]) -> list[str]:

@@ -12,7 +12,7 @@ from llmcomp.ranks import launched
 from llmcomp.recipe import Recipe
 
 if TYPE_CHECKING:
-    from llmcomp.api import CompressResult
+    from llmcomp.run_options import CompressResult
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,13 @@ def run(
     Raises:
         UserError, RunError: as `llmcomp.compress`.
     """
-    from llmcomp.api import RunOptions, compress
+    from llmcomp.api import compress
     from llmcomp.cli.progress import listener
+<<<<<<< HEAD
+=======
+    from llmcomp.ranks import launched
+    from llmcomp.run_options import RunOptions
+>>>>>>> bdcf696fb834c74c44bef9f629cbad439af85cbd
 
     publishing.check(settings.get("verify", True))
     if save_recipe is not None and launched().first:

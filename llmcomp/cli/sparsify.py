@@ -25,6 +25,15 @@ def sparsify(
         float | None,
         typer.Option("--sparsity", help="Share that an unstructured pattern removes.", show_default="0.5"),
     ] = None,
+    allocate: Annotated[
+        bool | None,
+        typer.Option(
+            "--allocate/--uniform",
+            help="That share of all matrices together, more being removed where a pass over the source model has found "
+            "that it costs less; or of each.",
+            show_default="uniform",
+        ),
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option("--method", help="sparsegpt, alps, wanda or magnitude.", show_default="sparsegpt"),
@@ -37,6 +46,15 @@ def sparsify(
     samples: o.Samples = None,
     sequence_length: o.SequenceLength = None,
     seed: o.Seed = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="dense: plain safetensors, zeros stored like any weight, as large as before; llmcomp: what N:M keeps "
+            "and where it stands (2:4 of 16 bits: 0.56 of the bytes), with no form for unstructured weights.",
+            show_default="dense",
+        ),
+    ] = None,
     save_recipe: o.SaveRecipe = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory.", show_default="./MODEL-METHOD-2of4")
@@ -56,20 +74,22 @@ def sparsify(
     private: o.Private = False,
     json: o.Json = False,
 ) -> None:
-    """Set weights to zero, verify the checkpoint, measure what it cost. Zeros are stored like any weight.
+    """Set weights to zero, verify the checkpoint, measure what it cost. In --format dense it is as large as before.
 
     Examples:
 
         llmcomp sparsify sample:lm
+
+        llmcomp sparsify ./my-llama --format llmcomp
 
         llmcomp sparsify bert-base --pattern unstructured --sparsity 0.6 --method alps
 
         llmcomp sparsify ./my-llama --pattern 4:8 --skip blocks:0-1 --override "down_proj pattern=2:4"
     """
     made = o.make_recipe(
-        None, "sparsify", pattern=pattern, sparsity=sparsity, method=method, target=target, skip=skip,
-        override=override, option=option, calibration=calibration, samples=samples, sequence_length=sequence_length,
-        seed=seed, format="dense",
+        None, "sparsify", pattern=pattern, sparsity=sparsity, allocate=allocate, method=method, target=target,
+        skip=skip, override=override, option=option, calibration=calibration, samples=samples,
+        sequence_length=sequence_length, seed=seed, format=format or "dense",
     )  # fmt: skip
     run(
         model, made, json, save_recipe, activation_memory, Publishing(push_to_hub, private), output=output,

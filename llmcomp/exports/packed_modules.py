@@ -60,10 +60,14 @@ class Blocks:
     block: int
 
 
-def blocks_of(weight: QuantizedWeight) -> Blocks:
-    """The same integers, scales and zero points; 3 bits in the space of 4, one scale a row once for each block."""
+def blocks_of(weight: QuantizedWeight, least_bits: int = 2) -> Blocks:
+    """The same integers, scales and zero points; 3 bits in the space of 4, one scale a row once for each block.
+
+    Args:
+        least_bits: 2, or 4 for a runtime that has no kernel for fewer.
+    """
     rows, columns = weight.shape
-    bits = STORED_BITS[weight.scheme.bits]
+    bits = max(STORED_BITS[weight.scheme.bits], least_bits)
     block = weight.scheme.group_size or next((size for size in BLOCKS if columns % size == 0), BLOCKS[-1])
     count = -(-columns // block)
     scales = weight.scale.float().expand(rows, count).contiguous()

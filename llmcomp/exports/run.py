@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llmcomp import lora
 from llmcomp.checkpoint import Checkpoint
-from llmcomp.errors import BadRecipe, OutputExists
+from llmcomp.errors import BadRecipe
 from llmcomp.exports import EXPORTS
 from llmcomp.formats.opening import open_checkpoint
 from llmcomp.formats.save import CHECKPOINT, partial_of, preflight, publish, writing
@@ -26,16 +26,13 @@ def export_to(directory: Path, output: Path, form: str, overwrite: bool, progres
     """
     if form not in EXPORTS:
         raise BadRecipe(f"--format {form} cannot be: choose one of {', '.join(EXPORTS)}.")
-    target, source = output.resolve(), directory.resolve()
-    if target == source or target in source.parents:
-        raise OutputExists(f"{output} holds what is exported; choose another directory.")
     if lora.beside(directory) is not None:
         raise BadRecipe(
             f"{directory} has an adapter beside its weights, for which no format here has a place; export the "
             "checkpoint that it was made of."
         )
     checkpoint = Checkpoint.open(directory)
-    preflight(output, overwrite, checkpoint.nbytes)
+    preflight(directory, output, overwrite, checkpoint.nbytes)
     progress.phase("open")
     opened = open_checkpoint(directory)
     partial = partial_of(output)

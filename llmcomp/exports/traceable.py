@@ -131,11 +131,6 @@ def _require_whole(model: Any, opened: Opened) -> None:
         )
 
 
-def choose_nbits(_: Scheme) -> Callable[[Read, Tensor | None], nn.Module]:
-    """MatMulNBits for every scheme."""
-    return NBitsLinear
-
-
 def choose_fastest(encoder: bool) -> Choose:
     """Products of integers for 8-bit weights of one scale a row, where inputs are rounded anyway or come in many rows
     (encoders); there they are faster than MatMulNBits, which is faster for one token (evals/onnx_check.py)."""

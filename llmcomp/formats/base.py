@@ -42,7 +42,7 @@ class Ref(Protocol):
 Entry = tuple[Ref, Kind]
 # How the names of a weight's tensors go on after that of its module, before "weight": a low-rank one has parts.
 PARTS = ("", *(f"{part}." for part in native_kinds.PARTS))
-_DIVIDED = ("weight_scale", "weight_values")
+_DIVIDED = ("weight_scale", "weight_values", "weight")
 Quantized = tuple[Ref, Scheme]
 
 
@@ -124,16 +124,23 @@ def blank_integers(ref: Ref, scheme: Scheme, dtype: torch.dtype) -> QuantizedWei
 
 
 def divide_rows(ref: Ref, tensors: Mapping[str, Tensor], divisor: Tensor) -> dict[str, Tensor]:
-    """A weight's tensors in the file with its rows divided: of integers the scales, of a sparse one what is kept, else
-    the weight itself.
+    """A weight's tensors in the file with its rows divided: of integers the scales, of a sparse one what is kept, of
+    two factors the left one and the base below them, else the weight itself.
 
     Args:
         tensors: by full name, as `Layout.tensors` returns them. divisor: float32 [out].
     """
-    name = next((f"{ref.name}.{part}" for part in _DIVIDED if f"{ref.name}.{part}" in tensors), f"{ref.name}.weight")
-    shape = (1, -1) if ref.transposed else (-1, 1)
-    divided = (tensors[name] / divisor.view(shape)).to(tensors[name].dtype)
-    return {**tensors, name: divided}
+    divided = dict(tensors)
+    for part in ("", f"{native_kinds.LEFT}.", f"{native_kinds.BASE}."):
+        name = next((key for one in _DIVIDED if (key := f"{ref.name}.{part}{one}") in tensors), None)
+        if name is None:
+            continue
+        # A dense weight lies as its module holds it; compressed-tensors packs that as it is, llmcomp's layout [out, …].
+        dense = name == f"{ref.name}.weight"
+        turned = ref.transposed and (dense or len(tensors[name]) != ref.out_features)
+        shape = (1, -1) if turned else (-1, 1)
+        divided[name] = (tensors[name] / divisor.view(shape)).to(tensors[name].dtype)
+    return divided
 
 
 def broken_ties(ties: Mapping[str, str], compressed: Collection[str]) -> dict[str, str]:

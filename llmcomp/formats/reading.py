@@ -88,9 +88,9 @@ class Native:
 
     @property
     def tolerance(self) -> float:
-        """Of integers: scales are rounded to bf16, inputs to bf16 or int8, and on a CPU with units for bf16 the result of
-        each part, too: what a checkpoint in bf16 is allowed. Of floating numbers hardly any, since two products come in
-        another order than one."""
+        """Of integers: scales are rounded to bf16, inputs to bf16 or int8, and on a CPU with units for bf16 the result
+        of each part, too: what a checkpoint in bf16 is allowed. Of floating numbers hardly any, since two products come
+        in another order than one."""
         kind = self.kind
         parts = (kind.left, kind.right, kind.base) if isinstance(kind, LowRank) else (integers_of(kind),)
         return 1e-5 if all(part is None for part in parts) else 5e-2

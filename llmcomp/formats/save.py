@@ -225,19 +225,22 @@ def clear_scratch(scratch: Path) -> None:
         scratch.parent.rmdir()
 
 
-def preflight(output: Path, overwrite: bool, nbytes: int) -> None:
-    """Refuse before any work what `publish` would refuse after it.
+def preflight(source: Path, output: Path, overwrite: bool, nbytes: int) -> None:
+    """Refuse before any work what `publish` would refuse after it, and what would replace the source.
 
     Args:
-        output: the directory to be made.
+        source: the directory that is read. output: the directory to be made.
         overwrite: whether an existing checkpoint there may be replaced.
         nbytes: of the checkpoint, with its partial directory.
 
     Raises:
-        OutputExists: something is there and may not be overwritten.
+        OutputExists: something is there and may not be overwritten, or it holds the source.
         UserError: its parent cannot be written to, or the disk has too little room.
     """
     output = _absolute(output)
+    read, made = source.resolve(), output.resolve()
+    if overwrite and (made == read or made in read.parents):
+        raise OutputExists(f"{output} holds what is read, so --overwrite leaves it; choose another --output.")
     _check_free(output, overwrite)
     parent = output.parent
     while not parent.exists():

@@ -14,9 +14,9 @@ from llmcomp.schemes import Scheme
 # `aten::_weight_int8pack_mm` reads whole vectors: where they do not divide a row, two rows of inputs and more give
 # wrong numbers, or a segmentation fault (torch 2.13, columns 12, 20 and 33).
 VECTOR = 32
-# It reads inputs only from multiples of so many bytes, and with AVX512 the integers, too; anywhere else it faults.
-# Files promise 8.
-_ALIGNED = 16
+# It reads inputs only from multiples of so many bytes (AVX2: 16, AVX512: 32), and with AVX512 the integers, too;
+# anywhere else it faults. Files promise 8.
+_INPUTS, _INTEGERS = 32, 16
 
 
 def fits(scheme: Scheme, rows: int, columns: int, device: str) -> bool:
@@ -45,17 +45,18 @@ def values(held: Mapping[str, Tensor], grid: Grid) -> Tensor:
 
 def readable(integers: Tensor) -> Tensor:
     """Integers [out, columns] from where `packed` can read them, on most machines where they already lie."""
-    return integers if torch.backends.cpu.get_cpu_capability() == "AVX2" else _aligned(integers)
+    return integers if torch.backends.cpu.get_cpu_capability() == "AVX2" else _aligned(integers, _INTEGERS)
 
 
 def packed(x: Tensor, integers: Tensor, factors: Tensor) -> Tensor:
     """x [rows, columns] times the transpose of factors bf16 [out] times `readable` integers, in bf16."""
-    product: Tensor = torch.ops.aten._weight_int8pack_mm(_aligned(x.to(torch.bfloat16).contiguous()), integers, factors)
+    rows = _aligned(x.to(torch.bfloat16).contiguous(), _INPUTS)
+    product: Tensor = torch.ops.aten._weight_int8pack_mm(rows, integers, factors)
     return product
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    return tensor if tensor.data_ptr() % _ALIGNED == 0 else tensor.clone()
+def _aligned(tensor: Tensor, step: int) -> Tensor:
+    return tensor if tensor.data_ptr() % step == 0 else tensor.clone()
 
 
 def by_tiles(x: Tensor, integers: Tensor) -> Tensor:

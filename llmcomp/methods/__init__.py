@@ -5,7 +5,8 @@ Rows are solved independently given the statistics, so linears that share an inp
 together.
 
 SPARSE: those that remove weights, (weight [rows, in], stats, pattern, dtype, config, mask) → Solution; mask: of an
-earlier step or None, and what it has removed stays removed.
+earlier step or None, and what it has removed stays removed. Rows are independent but where they compete for what an
+unstructured pattern keeps (`SparseMethod.by_row`).
 """
 
 from __future__ import annotations

@@ -116,17 +116,29 @@ def allocate(
         return {}
     names = sorted(spectra)
     ladders = _ladders([spectra[name] for name in names], itemsize, multiple)
-    least = int(ladders.costs[:, 0].sum())
-    if least > budget:
-        raise BadRecipe(
-            f"The smallest ranks of all {len(names)} matrices take {least:,} bytes, more than the {budget:,} allowed; "
-            "keep a larger share or target fewer."
-        )
-    steps, left = _bought_in_order(ladders, budget - least)
+    smallest: list[int] = ladders.costs[:, 0].tolist()
+    require_affordable(smallest, budget)
+    steps, left = _bought_in_order(ladders, budget - sum(smallest))
     steps = _exchanged(ladders, steps, left)
     dense = (steps == ladders.lengths - 1).tolist()
     ranks = ((steps + 1) * multiple).tolist()
     return {name: None if whole else rank for name, whole, rank in zip(names, dense, ranks, strict=True)}
+
+
+def require_affordable(smallest: Sequence[int], budget: int) -> None:
+    """Refuse a budget that the smallest ranks overstep.
+
+    Args:
+        smallest: what that of each matrix takes.
+
+    Raises:
+        BadRecipe: it is one.
+    """
+    if sum(smallest) > budget:
+        raise BadRecipe(
+            f"The smallest ranks of all {len(smallest)} matrices take {sum(smallest):,} numbers, more than the "
+            f"{budget:,} allowed; keep a larger share or target fewer."
+        )
 
 
 @dataclass(frozen=True)

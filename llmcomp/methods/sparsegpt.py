@@ -4,7 +4,8 @@ The sweep is GPTQ's (`_solve`), with zero where that rounds, and the factor is t
 removes first in terms of it. What this one does beyond the paper:
 
 * rounding to the dtype in which weights are stored is an error like any other, and made up for;
-* an unstructured pattern removes exactly its share, in every block of columns and of the whole;
+* an unstructured pattern removes its share of the rows that are given to the nearest weight, and of every block of
+  columns; rows compete for it, so several ranks, each with its own rows, choose other masks than one has;
 * the mask of an earlier step can be held: what it has removed stays so.
 
 The groups of N:M are taken by falling activation, as GPTQ takes columns.

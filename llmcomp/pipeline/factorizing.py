@@ -3,8 +3,9 @@ that quantizes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from types import MappingProxyType
 
 import torch
@@ -14,7 +15,7 @@ from llmcomp.adapters.base import Adapter, LinearRef
 from llmcomp.errors import BadRecipe
 from llmcomp.methods import AUTO_ALONE, LOW_RANK
 from llmcomp.methods.factors import CorrectionConfig
-from llmcomp.methods.rank_budget import check_rank, rank_for
+from llmcomp.methods.rank_budget import check_rank, rank_for, require_affordable
 from llmcomp.pipeline.assign import Assignment, Factoring, Task, alone, assign, left_out, unknown
 from llmcomp.recipe import FactorizeStep, QuantizeStep, TargetedStep, override_for, size_for
 
@@ -54,7 +55,21 @@ def factors(adapter: Adapter, step: FactorizeStep, ranks: Ranks = MappingProxyTy
             "this model runs one block several times, so nothing says what a rank takes off in each of them; take "
             "--ranks uniform"
         )
+    elif step.ranks == "balanced" and not problems:
+        check_budget(step, tasks.values())
     return _fitting(adapter, tasks, left, problems)
+
+
+def check_budget(step: FactorizeStep, tasks: Iterable[Task]) -> None:
+    """Refuse what sharing out would refuse after it has measured: a budget that the smallest ranks overstep.
+
+    Raises:
+        BadRecipe: it is one.
+    """
+    shapes = [(task.ref.out_features, task.ref.in_features) for task in tasks if shares_budget(step, task.ref)]
+    ratio, _ = size_for(step, None)
+    assert ratio is not None  # as `recipe.check` has it
+    require_affordable([rows + columns for rows, columns in shapes], int(ratio * sum(map(prod, shapes))))
 
 
 def _task(

@@ -29,7 +29,7 @@ from llmcomp.pipeline.assign import Assignment
 from llmcomp.pipeline.factorizing import Ranks
 from llmcomp.pipeline.pruning import Reduction, reduce_model
 from llmcomp.pipeline.solved import method_config
-from llmcomp.pipeline.sparsifying import assign_steps
+from llmcomp.pipeline.sparsifying import Sparsities, assign_steps
 from llmcomp.progress import Progress
 from llmcomp.ranks import ALONE, World
 from llmcomp.recipe import FIXED, QuantizeStep, Recipe
@@ -85,10 +85,12 @@ class Plan:
         return self.assignment.calibrated or (self.reduction is not None and self.reduction.calibrated)
 
     @property
-    def shares_ranks(self) -> bool:
-        """Whether ranks are still to be shared out, by a pass over the source model."""
-        step = self.recipe.factorizing
-        return step is not None and step.ranks == "balanced"
+    def shared(self) -> str | None:
+        """What is to be shared out by a pass over the source model: 'ranks', 'sparsity' or nothing."""
+        factorizing, sparsifying = self.recipe.factorizing, self.recipe.sparsifying
+        if factorizing is not None and factorizing.ranks == "balanced":
+            return "ranks"
+        return "sparsity" if sparsifying is not None and sparsifying.allocate else None
 
 
 @dataclass(frozen=True)
@@ -160,11 +162,15 @@ def open_source(path: Path, *, trust_remote_code: bool = False, allow_pickle: bo
     return Source(checkpoint, adapter, binding)
 
 
-def plan_recipe(recipe: Recipe, adapter: Adapter, ranks: Ranks = MappingProxyType({})) -> Plan:
+def plan_recipe(
+    recipe: Recipe, adapter: Adapter, ranks: Ranks = MappingProxyType({}),
+    sparsities: Sparsities = MappingProxyType({}),
+) -> Plan:
     """Meet a recipe with a model.
 
     Args:
-        ranks: of factors, where one budget was shared out; a plan without them has one ratio for all.
+        ranks: of factors, sparsities: of unstructured patterns, where one budget was shared out; a plan without them
+            has one ratio, or one sparsity, for all.
 
     Raises:
         BadRecipe: it does not fit; all problems at once.
@@ -172,19 +178,22 @@ def plan_recipe(recipe: Recipe, adapter: Adapter, ranks: Ranks = MappingProxyTyp
     if recipe.format not in FORMATS:
         raise BadRecipe(f"Format '{recipe.format}' is not one of {', '.join(FORMATS)}.")
     if recipe.pruning is None:
-        return plan_rest(recipe, adapter, ranks)
+        return plan_rest(recipe, adapter, ranks, sparsities)
     reduction = reduce_model(adapter, recipe.pruning)
     return replace(plan_rest(recipe, reduction.adapter), reduction=reduction)
 
 
-def plan_rest(recipe: Recipe, adapter: Adapter, ranks: Ranks = MappingProxyType({})) -> Plan:
+def plan_rest(
+    recipe: Recipe, adapter: Adapter, ranks: Ranks = MappingProxyType({}),
+    sparsities: Sparsities = MappingProxyType({}),
+) -> Plan:
     """Meet all steps but one that prunes with a model: with the smaller one, where there is such a step.
 
     Raises:
         BadRecipe: as `plan_recipe`.
     """
     asked = _grids_apart(recipe)
-    assignment = assign_steps(adapter, asked.targeted, ranks)
+    assignment = assign_steps(adapter, asked.targeted, ranks, sparsities)
     if asked.quantizing is not None:
         for method in _asked_methods(asked.quantizing, assignment):
             method_config(method, asked.quantizing.options)

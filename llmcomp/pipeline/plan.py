@@ -40,8 +40,8 @@ class Row:
         spilled: activations beyond `--activation-memory`, in mapped files.
         seconds: of compressing and saving, good to a factor of two, if each rank is as fast as this process.
         statistics: inputs whose Gram matrices are gathered. passes: how often each window is computed for them: once
-            more where the source model's activations go beside, where ranks or blocks are measured beforehand, and
-            where a smaller model is made first.
+            more where the source model's activations go beside (`beside`), where something is shared out beforehand
+            (`shared`, and what) or blocks are measured, and where a smaller model is made first.
         fallbacks: {module name: what is done instead of what was asked}.
         asked: whether this is what the recipe says, as opposed to an alternative.
         prunes: whether a smaller model is made first, by what calibration reads.
@@ -60,6 +60,8 @@ class Row:
     fallbacks: dict[str, str]
     asked: bool
     passes: int = 1
+    beside: bool = False
+    shared: str | None = None
     prunes: bool = False
 
 
@@ -206,6 +208,8 @@ def row(
         fallbacks=fallbacks,
         asked=True,
         passes=_passes(plan),
+        beside=plan.assignment.beside,
+        shared=plan.shared if plan.assignment.calibrated else None,
         prunes=plan.reduction is not None and plan.reduction.calibrated,
     )
 
@@ -218,7 +222,7 @@ def _cuts(plan: Plan) -> int:
 
 def _passes(plan: Plan) -> int:
     """How often each calibration window is computed."""
-    own = 1 + plan.assignment.beside + (plan.shares_ranks and plan.assignment.calibrated)
+    own = 1 + plan.assignment.beside + (plan.shared is not None and plan.assignment.calibrated)
     reduction = plan.reduction
     if reduction is None or not reduction.calibrated:
         return own
@@ -237,7 +241,7 @@ def _method(recipe: Recipe, plan: Plan) -> str:
         elif isinstance(step, FactorizeStep | PruneStep):
             said.append(f"{method} {step.amount}")
         else:
-            said.append(f"{method} {pattern_for(step, None).label}")
+            said.append(f"{method} {pattern_for(step, None).label}" + (" allocated" if step.allocate else ""))
     return " + ".join(said)
 
 

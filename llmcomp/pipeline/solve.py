@@ -33,7 +33,8 @@ def solve_stage(
     """Compress weights [out, in] that read the same input; those that are treated alike are stacked.
 
     Rows do not depend on each other once the statistics are known, so each rank solves an equal part of the stack
-    (linears dealt whole would leave ranks idle: a stage often has one), and all get all of it.
+    (linears dealt whole would leave ranks idle: a stage often has one), and all get all of it. Where rows compete for
+    what an unstructured pattern keeps, those of each rank do so by themselves.
 
     Args:
         options, pruning, factoring: settings of the methods that quantize, that remove weights, that make factors.

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
 from llmcomp.adapters.base import Adapter, LinearRef
 from llmcomp.errors import BadRecipe
 from llmcomp.methods import METHODS, SPARSE
+from llmcomp.patterns import Pattern
 from llmcomp.pipeline.assign import Assignment, Pruning, Task, alone, assign, left_out, unknown
 from llmcomp.pipeline.factorizing import Ranks, with_factors
 from llmcomp.recipe import FactorizeStep, QuantizeStep, SparsifyStep, TargetedStep, override_for, pattern_for
 
+# {linear: share of its weights that is removed}, as measured on the source model.
+Sparsities = Mapping[str, float]
 
-def assign_steps(adapter: Adapter, steps: Sequence[TargetedStep], ranks: Ranks = MappingProxyType({})) -> Assignment:
+
+def shares_removal(step: SparsifyStep, ref: LinearRef) -> bool:
+    """Whether what is removed of a linear is its part of a common budget: it has no pattern or sparsity of its own."""
+    override = override_for(step, ref.name, ref.role, ref.block)
+    return step.allocate and (override is None or (override.pattern is None and override.sparsity is None))
+
+
+def assign_steps(
+    adapter: Adapter, steps: Sequence[TargetedStep], ranks: Ranks = MappingProxyType({}),
+    sparsities: Sparsities = MappingProxyType({}),
+) -> Assignment:
     """What all steps of a recipe do to each linear.
 
     Args:
-        ranks: of factors, where they were shared out.
+        ranks: of factors, sparsities: of unstructured patterns, where they were shared out.
 
     Raises:
         BadRecipe: a step that does not fit, or two that exclude each other on a linear.
@@ -29,8 +42,8 @@ def assign_steps(adapter: Adapter, steps: Sequence[TargetedStep], ranks: Ranks =
     if len(others) < len(steps):
         return with_factors(adapter, steps, ranks)
     if len(others) == 1:
-        return _one(adapter, others[0])
-    pruned, quantized = (_one(adapter, alone(step)) for step in others)
+        return _one(adapter, others[0], sparsities)
+    pruned, quantized = (_one(adapter, alone(step), sparsities) for step in others)
     tasks = {ref.name: _both(pruned.tasks.get(ref.name), quantized.tasks.get(ref.name)) for ref in adapter.refs}
     done = {name: task for name, task in tasks.items() if task is not None}
     if steps[0].options and any(task.one_sweep for task in done.values()):
@@ -42,8 +55,8 @@ def assign_steps(adapter: Adapter, steps: Sequence[TargetedStep], ranks: Ranks =
     return Assignment(done, {name: why for name, why in quantized.left.items() if name not in done})
 
 
-def _one(adapter: Adapter, step: QuantizeStep | SparsifyStep) -> Assignment:
-    return assign(adapter, step) if isinstance(step, QuantizeStep) else _sparse(adapter, step)
+def _one(adapter: Adapter, step: QuantizeStep | SparsifyStep, sparsities: Sparsities) -> Assignment:
+    return assign(adapter, step) if isinstance(step, QuantizeStep) else _sparse(adapter, step, sparsities)
 
 
 def _both(pruned: Task | None, quantized: Task | None) -> Task | None:
@@ -58,7 +71,7 @@ def _both(pruned: Task | None, quantized: Task | None) -> Task | None:
     return replace(quantized, pruning=pruned.pruning)
 
 
-def _sparse(adapter: Adapter, step: SparsifyStep) -> Assignment:
+def _sparse(adapter: Adapter, step: SparsifyStep, sparsities: Sparsities) -> Assignment:
     """Resolve targets, overrides and patterns.
 
     Raises:
@@ -72,13 +85,18 @@ def _sparse(adapter: Adapter, step: SparsifyStep) -> Assignment:
     for ref in adapter.refs:
         if (why := left_out(step, ref)) is not None:
             left[ref.name] = why
-        elif (task := _task(ref, step, problems, misfits)) is not None:
+        elif (task := _task(ref, step, problems, misfits, sparsities.get(ref.name))) is not None:
             tasks[ref.name] = task
     problems += [
         f"--pattern {label} does not divide the widths {sorted(set(widths))} of {len(widths)} weights; take a pattern "
         "whose M divides them, or unstructured, or skip them"
         for label, widths in misfits.items()
     ]
+    if step.allocate and any(block.applications > 1 for block in adapter.blocks):
+        problems.append(
+            "this model runs one block several times, so nothing says what removing costs in each of them; leave "
+            "--allocate out"
+        )
     if not tasks and not problems:
         problems.append("the recipe's targets and overrides leave nothing to sparsify")
     if problems:
@@ -87,12 +105,12 @@ def _sparse(adapter: Adapter, step: SparsifyStep) -> Assignment:
 
 
 def _task(
-    ref: LinearRef, step: SparsifyStep, problems: list[str], misfits: dict[str, list[int]]
+    ref: LinearRef, step: SparsifyStep, problems: list[str], misfits: dict[str, list[int]], shared: float | None
 ) -> Task | None:
     """The task of one linear; None where the recipe cannot be right, with `problems` saying why.
 
     Args:
-        misfits: {pattern: widths that it does not divide}, which this adds to.
+        misfits: {pattern: widths that it does not divide}, which this adds to. shared: its part of a common budget.
     """
     override = override_for(step, ref.name, ref.role, ref.block)
     method = override.method if override is not None and override.method is not None else step.method
@@ -102,7 +120,8 @@ def _task(
         said = "embeddings are looked up row by row, so no input says which of their weights matter"
         problems += [] if said in problems else [said]
         return None
-    pattern = pattern_for(step, override)  # which can be, or `recipe.check` has said why not
+    # Which can be, or `recipe.check` has said why not.
+    pattern = pattern_for(step, override) if shared is None else Pattern(removed=shared)
     if not pattern.fits(ref.in_features):
         misfits.setdefault(pattern.label, []).append(ref.in_features)
         return None

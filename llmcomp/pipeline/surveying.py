@@ -1,11 +1,11 @@
 """What the source model's linears read, before anything is compressed: of a block that runs several times, and of all
-where one budget of ranks is to be shared out."""
+where one budget is to be shared out (`pipeline.sharing`)."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,12 @@ from llmcomp.calibration.stats import GramAccumulator, InputStats
 from llmcomp.devices import computing_on
 from llmcomp.errors import RunError
 from llmcomp.formats.save import writing
-from llmcomp.methods.lowrank import spectrum
-from llmcomp.methods.rank_budget import Spectrum, allocate, balanced
-from llmcomp.pipeline.factorizing import shares_budget
-from llmcomp.pipeline.job import Plan, Source
+from llmcomp.pipeline.job import Source
 from llmcomp.pipeline.residency import Residency
 from llmcomp.progress import Progress
 from llmcomp.ranks import World
-from llmcomp.recipe import size_for
 
-_RANKS = "ranks.json"
+Found = TypeVar("Found")
 
 
 def survey(
@@ -54,73 +50,44 @@ def survey(
     return True
 
 
-def ranks_of(
-    source: Source, plan: Plan, batches: Sequence[Mapping[str, Tensor]], partial: Path, activation_memory: int,
-    device: torch.device, world: World, progress: Progress,
-) -> dict[str, int | None]:
-    """The ranks that one budget pays for, from what each takes off the loss in the source model.
+class Pass(Generic[Found]):
+    """The source model, computed once as it is, its blocks read and let go one after the other.
 
-    The model is computed once, block by block, as it is; memory holds one block and one Gram matrix, and waiting
-    activations go to files as they do later. What this finds is kept beside the journal of the run.
+    Memory holds one block and one Gram matrix, and waiting activations go to files as they do later.
 
     Args:
-        plan: with ranks of one ratio for all. batches: this rank's. partial: directory of unfinished work.
-        activation_memory: bytes.
-
-    Returns:
-        {linear: its rank, or None where it stays dense}, of those that have no ratio or rank of their own.
-
-    Raises:
-        BadRecipe: a budget that the smallest ranks overstep.
-        NumericalError: NaN or Inf in weights or activations.
+        batches: this rank's; none where weights are looked at without statistics. partial: directory of unfinished
+            work. activation_memory: bytes.
     """
-    step = plan.recipe.factorizing
-    assert step is not None  # else no plan wants ranks
-    known = partial / _RANKS
-    told = world.message((known.read_bytes() if known.is_file() else b"") if world.first else None)
-    if not told:
-        found = _Pass(source, plan, batches, partial, activation_memory, device, world, progress).spectra()
-        ratio, _ = size_for(step, None)
-        assert ratio is not None  # as `recipe.check` has it
-        sizes = {name: spectrum.shape[0] * spectrum.shape[1] for name, spectrum in found.items()}
-        scaled = {name: balanced(spectrum, ratio) for name, spectrum in found.items()}
-        ranks = allocate(scaled, int(ratio * sum(sizes.values())), 1)
-        told = world.message(json.dumps(ranks).encode() if world.first else None)
-        if world.first:
-            with writing(known):
-                known.with_suffix(".tmp").write_bytes(told)
-                known.with_suffix(".tmp").replace(known)
-    shared: dict[str, int | None] = json.loads(told)
-    return shared
-
-
-class _Pass:
-    """The source model, computed once, its blocks read and let go one after the other."""
 
     def __init__(
-        self, source: Source, plan: Plan, batches: Sequence[Mapping[str, Tensor]], partial: Path,
-        activation_memory: int, device: torch.device, world: World, progress: Progress,
+        self, source: Source, batches: Sequence[Mapping[str, Tensor]], partial: Path, activation_memory: int,
+        device: torch.device, world: World, progress: Progress,
     ) -> None:
         self._adapter, self._world, self._progress, self._device = source.adapter, world, progress, device
-        step = plan.recipe.factorizing
-        assert step is not None
-        tasks = {name: task for name, task in plan.assignment.tasks.items() if task.factoring is not None}
-        self._wanted = {name for name, task in tasks.items() if shares_budget(step, task.ref)}
-        self._calibrated = any(tasks[name].calibrated for name in self._wanted)
         self._params = Residency(source.adapter, source.binding, device)
         spill = partial / "activations"
         with writing(partial):
             spill.mkdir(parents=True, exist_ok=True)
         self._parking = Parking(spill, activation_memory, device)
-        model = source.adapter.model
-        self._lanes = [Lane(model, batch, device=device) for batch in (batches if self._calibrated else ())]
+        self._lanes = [Lane(source.adapter.model, batch, device=device) for batch in batches]
         self._pending: set[str] = set()
-        self._found: dict[str, Spectrum] = {}
+        self._found: dict[str, Found] = {}
 
-    def spectra(self) -> dict[str, Spectrum]:
-        """{linear: what each of its ranks takes off the loss}."""
+    def run(
+        self, wanted: Collection[str], look: Callable[[LinearRef, Tensor, InputStats | None], Found], phase: str
+    ) -> dict[str, Found]:
+        """{linear: what `look` makes of it, its weight [out, in] and its statistics}.
+
+        Args:
+            wanted: names of linears. phase: what this is for, as progress calls it.
+
+        Raises:
+            NumericalError: NaN or Inf in weights or activations.
+        """
+        self._wanted, self._look_at = frozenset(wanted), look
         adapter, model = self._adapter, self._adapter.model
-        self._progress.phase("share out ranks", len(adapter.blocks))
+        self._progress.phase(phase, len(adapter.blocks))
         linears = {name: model.get_submodule(name) for name in self._wanted}
         blocks = {block.name: model.get_submodule(block.name) for block in adapter.blocks}
         try:
@@ -145,7 +112,7 @@ class _Pass:
 
     def _stages(self, stages: Sequence[Sequence[LinearRef]]) -> None:
         wanted = [[ref for ref in stage if ref.name in self._wanted] for stage in stages]
-        if not self._calibrated:
+        if not self._lanes:
             for ref in (ref for stage in wanted for ref in stage):
                 self._look(ref, None)
             return
@@ -163,10 +130,10 @@ class _Pass:
                 self._look(ref, stats)
 
     def _look(self, ref: LinearRef, stats: InputStats | None) -> None:
-        """Of experts that few tokens reach the weights alone count, as those are what their factors are made of."""
+        """Of experts that few tokens reach the weights alone count, as those are what they are compressed by."""
         self._pending.discard(ref.name)
         few = stats is None or (ref.share < 1 and stats.tokens < ref.in_features)
-        self._found[ref.name] = spectrum(self._params.weight(ref), None if few else stats)
+        self._found[ref.name] = self._look_at(ref, self._params.weight(ref), None if few else stats)
 
     def _advance(self, accumulator: GramAccumulator | None) -> Stop | None:
         def visit(lane: Lane, stop: Stop) -> None:

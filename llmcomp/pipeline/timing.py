@@ -77,14 +77,16 @@ def seconds(
             # Each linear is computed once for each window (`calibration.capture`); where a block runs several
             # times, once for each run, and as often before it is solved.
             runs = 1 if block.applications == 1 else 2 * block.applications
-            runs += plan.assignment.beside + plan.shares_ranks
+            runs += plan.assignment.beside + (plan.shared is not None)
             total += runs * 2.0 * share * sum(ref.weights * ref.share for ref in block.linears) / rates.forward
             total += runs * LANE_STOP * lanes * (1 + len(block.stages))
         total += _learning(block, plan, share, max(length, share / max(1, lanes)), length / ranks, rates)
         for stage in block.stages:
             wanted = [tasks[ref.name] for ref in stage if ref.name in tasks]
             if wanted:
-                total += _stage(wanted, plan, block.applications * share if calibrated else 0, rates, ranks)
+                solving = _stage(wanted, plan, block.applications * share if calibrated else 0, rates, ranks)
+                # Some rows at several sparsities take about as long as all rows at one.
+                total += solving * (2 if plan.shared == "sparsity" else 1)
     for ref in (adapter.embeddings, adapter.head):
         if ref is not None and ref.name in tasks:
             task = tasks[ref.name]

@@ -307,16 +307,18 @@ def _role(role: str, layers: list[LayerReport]) -> Role:
 
 
 def _schemes(layers: list[LayerReport]) -> list[str]:
-    """Each scheme once; of many that differ in their ranks alone, how they begin, and the least and largest rank."""
+    """Each scheme once; of many that differ in their ranks or sparsities alone, how they begin, and the least and the
+    largest of those."""
     found = dict.fromkeys(layer.scheme for layer in layers)
     if len(found) <= _MOST_SCHEMES:
         return list(found)
-    spans: dict[tuple[str, str], list[int]] = {}
+    spans: dict[tuple[str, str], list[float]] = {}
     for scheme in found:
-        parts = re.fullmatch(r"(.*\brank )(\d+)(?: \(\d+%\))?(.*)", scheme)
-        spans.setdefault((parts[1], parts[3]) if parts else (scheme, ""), []).extend([int(parts[2])] if parts else [])
+        parts = re.fullmatch(r"(.*\brank |unstructured )([\d.]+)(?: \(\d+%\))?(.*)", scheme)
+        ends, numbers = ((parts[1], parts[3]), [float(parts[2])]) if parts else ((scheme, ""), [])
+        spans.setdefault(ends, []).extend(numbers)
     return [
-        head + (f"{min(some)}–{max(some)}" if len(set(some)) > 1 else "".join(map(str, some[:1]))) + tail
+        head + "–".join(f"{one:g}" for one in sorted({min(some, default=0), max(some, default=0)}) if some) + tail
         for (head, tail), some in spans.items()
     ]
 

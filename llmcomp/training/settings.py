@@ -150,8 +150,9 @@ class Plan:
         self.optimization.check()
         for name in ("samples", "sequence_length"):
             value = getattr(self, name)
-            if value is not None and value < 1 + (name == "sequence_length"):
-                raise BadRecipe(f"--{name.replace('_', '-')} {value} cannot be: give more.")
+            least = 2 if name == "sequence_length" else 1
+            if value is not None and value < least:
+                raise BadRecipe(f"--{name.replace('_', '-')} {value} cannot be: it is at least {least}.")
 
     def flags(self) -> dict[str, Any]:
         """What the command line says of it, by the names of flags; what is left at its default is left out."""

@@ -143,7 +143,7 @@ class Subject:
         """Names of the modules that get factors.
 
         Raises:
-            BadRecipe: targets that match nothing.
+            BadRecipe: targets that match nothing, or a rank that none of them is wide enough for.
         """
         names = [name for name in self.forms if self.roles[name] != "embeddings"]
         if settings.targets:
@@ -152,6 +152,9 @@ class Subject:
         if not names:
             said = ", ".join(settings.targets) or "the compressed linears"
             raise BadRecipe(f"--target {said} matches no compressed linear; leave it out for all of them.")
+        widest = max(min(layer.shape) for layer in self.report.layers if layer.name in names)
+        if settings.rank > widest:
+            raise BadRecipe(f"--rank {settings.rank} is above the widths of all linears; take 1 to {widest}.")
         if self.beside:
             return names
         return [part for name in names for part in self._parts(name)]

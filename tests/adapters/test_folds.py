@@ -237,3 +237,20 @@ def test_forms_of_norms() -> None:
 
 def test_every_decoder_is_looked_at() -> None:
     assert set(EXPECTED) == set(BODIES) and set(DECODERS) <= set(BODIES)
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_channels_that_change_places_between_tokens_are_seen(asks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the model asks for a mask's truth value, which on meta tensors is said to be yes: what the trace asks
+    of its own numbers is answered by those."""
+    model = build("llama")
+
+    def shuffled(self: Any, x: Tensor) -> Tensor:
+        if asks:
+            assert torch.ones(1, dtype=torch.bool, device=x.device).all()
+        made = self.up_proj(x)
+        return self.down_proj(made.reshape(x.shape[0], -1, x.shape[1]).transpose(1, 2))
+
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", shuffled)
+    verdict = folds(discover(model))["model.layers.0.mlp.down_proj"]
+    assert isinstance(verdict, str) and UNKNOWN in verdict

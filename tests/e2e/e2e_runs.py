@@ -8,18 +8,21 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from broken import stopped_after
 from safetensors import safe_open
+from tiny import tiny
 from torch import Tensor
 
 from llmcomp import api, session
 from llmcomp.formats.save import partial_of
-from llmcomp.recipe import Calibration, QuantizeStep, Recipe
+from llmcomp.recipe import Calibration, FactorizeStep, QuantizeStep, Recipe, Step
 from llmcomp.report.schema import Report
 
 SAMPLES, LENGTH = 8, 32
@@ -40,6 +43,38 @@ class Run:
 
     def schemes(self) -> dict[str, str]:
         return {layer.name: layer.scheme for layer in self.report.layers}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run: of which tiny model, by which steps, into which format; factors are held by llmcomp's own alone."""
+
+    model: str
+    steps: tuple[Step, ...]
+    format: str | None = None
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def stored(self) -> str:
+        """The format, where none is given that in which a recipe's own steps are stored."""
+        factors = any(isinstance(step, FactorizeStep) for step in self.steps)
+        return self.format or ("llmcomp" if factors else "dense")
+
+
+def recipe_of_case(text: Path, case: Case) -> Recipe:
+    """Its steps, calibrated on SAMPLES windows of LENGTH tokens of a text file."""
+    return Recipe(case.steps, Calibration(str(text), SAMPLES, LENGTH), format=case.stored)
+
+
+def runs_of(cases: Mapping[str, Case], root: Path, text: Path) -> dict[str, Run]:
+    """Every case's run by its name; those of one model and dtype are of one source."""
+    made = {}
+    for name, case in cases.items():
+        source = root / f"{case.model}-{case.dtype}"
+        if not source.exists():
+            tiny(case.model, source, tokenizer=True, dtype=case.dtype)
+        made[name] = quantize(source, root / name.replace(" ", "-"), recipe_of_case(text, case))
+    return made
 
 
 def recipe_of(text: Path, *, format: str = "compressed-tensors", **step: Any) -> Recipe:

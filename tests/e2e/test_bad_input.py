@@ -43,7 +43,9 @@ from llmcomp.pipeline.journal import Journal
         (["--skip", "blocks:7-9"], "target 'blocks:7-9' matches no weight"),
         (["--skip", "re:("], "re:("),
         (["--override", "down_proj bit=8"], "unknown key 'bit'; did you mean 'bits'?"),
+        (["--override", ""], "--override '' names no target; expected one and what differs, as 'down_proj bits=8'"),
         (["--override", "down_proj bits"], "expected NAME=VALUE"),
+        (["--override", "down_proj bits=-4"], "--bits -4 cannot be"),
         (["--override", "down_proj bits=five"], "'bits' must be int"),
         (["--override", "down_proj bits=5"], "--bits 5 cannot be"),
         (["--skip", "attention", "--skip", "mlp"], "nothing to quantize"),
@@ -153,6 +155,15 @@ def test_output_exists(command: Command, llama: Path, tmp_path: Path) -> None:
     status, said = taken.run(llama, "--overwrite")
     assert status == 2 and "is no checkpoint, so --overwrite leaves it" in said
     assert [path.name for path in taken.output.iterdir()] == ["mine.txt"] and untouched(taken)
+
+
+def test_the_model_itself_is_no_output(command: Command, llama: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(llama, model)
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    status, said = Command(model, command.text, command._captured).run(model, "--overwrite")
+    assert status == 2 and "holds what is read, so --overwrite leaves it" in said
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
 
 
 def test_output_is_a_file(command: Command, llama: Path, tmp_path: Path) -> None:

@@ -5,16 +5,24 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from command_line import parse
-from e2e_runs import LENGTH, SAMPLES, Run, broken_run, hashes, quantize, tensors
+from e2e_runs import (
+    Case,
+    Run,
+    broken_run,
+    hashes,
+    quantize,
+    recipe_of_case,
+    runs_of,
+    tensors,
+)
 from safetensors.torch import load_file, save_file
-from tiny import VOCABULARY, build, tiny
+from tiny import VOCABULARY, build
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -43,15 +51,6 @@ from llmcomp.recipe import (
 from llmcomp.report.schema import Report
 from llmcomp.report.summary import reproduce, roles
 
-
-@dataclass(frozen=True)
-class Case:
-    model: str
-    steps: tuple[Step, ...]
-    format: str = "llmcomp"
-    dtype: torch.dtype = torch.float32
-
-
 OVERRIDES = (Override("mlp", ratio=0.5), Override("down_proj", rank=7), Override("blocks:0", skip=True))
 CASES = {
     "llama": Case("llama", (FactorizeStep(),), dtype=torch.bfloat16),
@@ -68,19 +67,9 @@ CASES = {
 }
 
 
-def recipe_of(text: Path, case: Case) -> Recipe:
-    return Recipe(case.steps, Calibration(str(text), SAMPLES, LENGTH), format=case.format)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, Run]:
-    root, made = tmp_path_factory.mktemp("factorizing"), {}
-    for name, case in CASES.items():
-        source = root / f"{case.model}-{case.dtype}"
-        if not source.exists():
-            tiny(case.model, source, tokenizer=True, dtype=case.dtype)
-        made[name] = quantize(source, root / name.replace(" ", "-"), recipe_of(text, case))
-    return made
+    return runs_of(CASES, tmp_path_factory.mktemp("factorizing"), text)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -95,7 +84,7 @@ def test_dense_is_the_product_of_the_factors(runs: dict[str, Run]) -> None:
         assert torch.equal(opened[f"{layer.name}.weight"], dense[f"{layer.name}.weight"])
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.format == "llmcomp"])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.stored == "llmcomp"])
 def test_what_is_stored_has_its_rank_and_is_smaller(name: str, runs: dict[str, Run]) -> None:
     run, kinds = runs[name], open_checkpoint(runs[name].output).kinds
     for layer in run.report.layers:
@@ -139,7 +128,7 @@ def test_the_report_says_what_was_done(runs: dict[str, Run]) -> None:
 
 
 def test_a_correction_lowers_the_error_of_what_it_corrects(runs: dict[str, Run], text: Path, tmp_path: Path) -> None:
-    alone = quantize(runs["bert corrected"].source, tmp_path / "alone", recipe_of(text, Case(
+    alone = quantize(runs["bert corrected"].source, tmp_path / "alone", recipe_of_case(text, Case(
         "bert", (QuantizeStep(bits=3),)
     )))  # fmt: skip
     errors = [{one.name: one.error for one in run.report.layers} for run in (runs["bert corrected"], alone)]
@@ -149,7 +138,7 @@ def test_a_correction_lowers_the_error_of_what_it_corrects(runs: dict[str, Run],
 
 @pytest.mark.parametrize("name", ["llama int4", "bert corrected"])
 def test_a_broken_run_ends_bit_identical(name: str, runs: dict[str, Run], text: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(text, CASES[name])
+    recipe = recipe_of_case(text, CASES[name])
     output = tmp_path / "again"
     broken_run(runs[name].source, output, recipe, 1)
     again = quantize(runs[name].source, output, recipe)
@@ -251,7 +240,7 @@ def test_ranks_are_those_of_the_source_s_losses_under_one_budget(
     output = tmp_path / "out"
     partial = broken_run(run.source, output, recipe, 1)
     measured = json.loads((partial / "ranks.json").read_text())
-    monkeypatch.setattr(surveying._Pass, "spectra", None)  # a second measurement would fail
+    monkeypatch.setattr(surveying.Pass, "run", None)  # a second measurement would fail
     made = quantize(run.source, output, recipe)
     assert made.report.resumed_blocks == 1
 
@@ -283,7 +272,7 @@ def test_ranks_are_those_of_the_source_s_losses_under_one_budget(
 def test_a_budget_is_spent_without_text_where_the_method_reads_none() -> None:
     recipe = Recipe((FactorizeStep("svd", ranks="balanced"),), format="llmcomp")
     plan = plan_recipe(recipe, discover(build("llama")))
-    assert plan.shares_ranks and not plan.assignment.calibrated
+    assert plan.shared == "ranks" and not plan.assignment.calibrated
 
 
 def test_what_no_rank_makes_smaller_stays_dense() -> None:
@@ -311,6 +300,7 @@ def test_what_no_rank_makes_smaller_stays_dense() -> None:
         ((FactorizeStep(options={"alpha": 0.3}),), "llmcomp", "unknown key 'alpha'"),
         ((FactorizeStep(ranks="fair"),), "llmcomp", "choose uniform or balanced"),
         ((FactorizeStep(rank=8, ranks="balanced"),), "llmcomp", "leave --rank out"),
+        ((FactorizeStep(ratio=0.001, ranks="balanced"),), "llmcomp", "smallest ranks of all 14 matrices take 4,096"),
         ((FactorizeStep(overrides=(Override("mlp", bits=8),)),), "llmcomp", "sets bits"),
         ((QuantizeStep(overrides=(Override("mlp", rank=8),)),), "llmcomp", "sets rank"),
         ((FactorizeStep(),), "compressed-tensors", "--format llmcomp holds their factors"),
@@ -356,16 +346,16 @@ def test_the_plan_says_how_often_windows_are_computed() -> None:
         step = FactorizeStep("svd", update=update)
         recipe = Recipe((step,), Calibration(samples=4, sequence_length=64), format="llmcomp")
         found[update] = prospect(adapter, recipe, (), 8 * 2**20).rows[0]
-    assert [found[update].passes for update in (True, False)] == [2, 1]
+    assert [found[update].beside for update in (True, False)] == [True, False]
     recipe = Recipe((SHARED,), Calibration(samples=4, sequence_length=64), format="llmcomp")
-    assert prospect(adapter, recipe, (), 8 * 2**20).rows[0].passes == 3
+    assert prospect(adapter, recipe, (), 8 * 2**20).rows[0].shared == "ranks"
     assert found[True].statistics and not found[False].statistics
     assert found[True].peak_memory > found[False].peak_memory
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_recipes_are_read_as_they_were_written(case: Case) -> None:
-    recipe = Recipe(case.steps, format=case.format)
+    recipe = Recipe(case.steps, format=case.stored)
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
 
 

@@ -20,7 +20,6 @@ from tiny import tiny
 
 import llmcomp
 from llmcomp.adapters.discover import discover, skeleton
-from llmcomp.api import CompressResult
 from llmcomp.cli.main import main
 from llmcomp.measure.run import Settings
 from llmcomp.methods import METHODS
@@ -28,6 +27,7 @@ from llmcomp.pipeline.footprint import footprint
 from llmcomp.pipeline.job import plan_recipe
 from llmcomp.pipeline.terms import Lanes
 from llmcomp.recipe import Calibration, QuantizeStep, Recipe
+from llmcomp.run_options import CompressResult
 
 pytestmark = [
     pytest.mark.gpu,

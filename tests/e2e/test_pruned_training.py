@@ -173,6 +173,12 @@ def test_a_wrong_number_of_zeros_is_no_pass(tmp_path: Path, monkeypatch: pytest.
     assert not (tmp_path / "out").exists() and all((one.kept, one.of) == (2, 4) for one in kept.values())
 
 
+def test_soft_movement_that_removes_nothing_says_so(tmp_path: Path) -> None:
+    report = run(tmp_path / "out", method="soft-movement", steps=2)
+    assert report.pruning is not None and report.pruning.removed == 0
+    assert any(note.startswith("No weight was removed") for note in report.notes)
+
+
 def test_gradual_masks_are_of_magnitude(source: Path, tmp_path: Path) -> None:
     """In one change, before anything has been trained, by the smallest of what the file holds."""
     run(tmp_path / "out", method="gradual", sparsity=0.6, begin=0.0, end=0.1, initial_sparsity=0.6, steps=1,

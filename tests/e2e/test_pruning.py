@@ -14,6 +14,8 @@ from command_line import parse
 from e2e_runs import LENGTH, SAMPLES, Run, broken_run, hashes, quantize, tensors
 from safetensors.torch import load_file, save_file
 from tiny import POSITIONS, VOCABULARY, build, tiny
+from tiny_media import write_data
+from tiny_sentences import sentence_encoder
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
@@ -209,6 +211,26 @@ def test_what_a_config_says_of_each_block_goes_with_the_block(name: str, runs: d
     assert getattr(left, said) == wanted
 
 
+def test_image_classifiers_are_pruned_by_what_they_see(tmp_path: Path) -> None:
+    source = tiny("vit-classifier", tmp_path / "vit", tokenizer=True, num_hidden_layers=3)
+    data = write_data("vit-classifier", tmp_path / "pictures")
+    recipe = Recipe((PruneStep(heads=0.5, mlp=0.5, layers=1),), Calibration(str(data), SAMPLES), format="dense")
+    run = quantize(source, tmp_path / "out", recipe)
+    assert verified(run.output, run.witness).passed
+    config = AutoConfig.from_pretrained(run.output)
+    assert (config.num_attention_heads, config.intermediate_size, config.num_hidden_layers) == (2, 128, 2)
+    assert (run.output / "preprocessor_config.json").is_file()
+
+
+def test_sentence_encoders_keep_their_modules(tmp_path: Path, text: Path) -> None:
+    source = sentence_encoder(tmp_path / "encoder")
+    recipe = Recipe((PruneStep(mlp=0.5),), Calibration(str(text), SAMPLES, LENGTH), format="dense")
+    run = quantize(source, tmp_path / "out", recipe)
+    assert verified(run.output, run.witness).passed
+    kept = {path.relative_to(source) for path in source.rglob("*") if path.suffix == ".json"}
+    assert kept <= {path.relative_to(run.output) for path in run.output.rglob("*")}
+
+
 # --- what makes up for what is gone ---
 
 
@@ -402,6 +424,9 @@ def test_the_report_says_what_is_gone(runs: dict[str, Run]) -> None:
     assert {layer.scheme for layer in report.layers} == {"4 of 8 heads", "192 of 256 neurons"}
     assert all((layer.error is not None) == layer.name.endswith(("o_proj", "down_proj")) for layer in report.layers)
     assert Report.from_json(report.to_json()) == report
+    before, after = report.size_before, report.size_after
+    assert before is not None and after is not None
+    assert before.parts["mlp"] == 3 * 3 * 128 * 256 * 2 and after.parts["mlp"] == 2 * 3 * 128 * 192 * 2
 
 
 def test_magnitude_reads_no_text(runs: dict[str, Run]) -> None:

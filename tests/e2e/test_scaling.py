@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from e2e_runs import Run, broken_run, hashes, quantize, recipe_of, reload, tensors
 from loud_models import loud
 
-from llmcomp.recipe import Override, Recipe
+from llmcomp.formats.verify import check as verified
+from llmcomp.recipe import FactorizeStep, Override, QuantizeStep, Recipe, SparsifyStep, Step
 
 SOME_DENSE = tuple(Override(name, skip=True) for name in ("q_proj", "v_proj", "up_proj"))
 KEYS_BY_GPTQ = (Override("k_proj", method="gptq", bits=8),)
@@ -150,3 +152,29 @@ def test_a_broken_run_ends_bit_identical(name: str, after: int, text: Path, tmp_
     resumed = quantize(source, tmp_path / "q", recipe)
     assert resumed.report.resumed_blocks == after
     assert hashes(resumed.output) == hashes(unbroken.output)
+
+
+BY_AWQ = tuple(Override(name, method="awq") for name in ("o_proj", "down_proj"))
+LEFT_OUT = (Override("o_proj", skip=True), Override("down_proj", skip=True))
+PRODUCERS: dict[str, tuple[str, tuple[Step, ...]]] = {
+    "floating factors": (
+        "llama", (FactorizeStep(targets=("v_proj", "up_proj")), QuantizeStep("awq", targets=("o_proj", "down_proj")))
+    ),
+    "factors of integers": ("llama", (FactorizeStep(overrides=LEFT_OUT), QuantizeStep("rtn", overrides=BY_AWQ))),
+    "corrected integers": ("llama", (QuantizeStep("rtn", overrides=BY_AWQ), FactorizeStep(rank=8, overrides=LEFT_OUT))),
+    "Conv1D": ("gpt2", (QuantizeStep("awq", group_size=64),)),
+    "Conv1D, sparse": ("gpt2", (SparsifyStep("wanda"), QuantizeStep("awq", group_size=64))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRODUCERS)
+def test_weights_of_llmcomp_s_own_layout_take_scales_over(name: str, text: Path, tmp_path: Path) -> None:
+    model, steps = PRODUCERS[name]
+    source, recipe = loud(model, tmp_path / "source", torch.float32), recipe_of(text, format="llmcomp")
+    recipe = replace(recipe, steps=steps)
+    run = quantize(source, tmp_path / "out", recipe)
+    taken = {(one.scaling or "").rpartition(" ")[2] for one in run.report.layers if "scaled by" in (one.scaling or "")}
+    assert taken >= ({"attn.c_attn"} if model == "gpt2" else {"self_attn.v_proj", "mlp.up_proj"})
+    assert verified(run.output, run.witness).passed
+    broken_run(source, tmp_path / "again", recipe, 1)
+    assert hashes(quantize(source, tmp_path / "again", recipe).output) == hashes(run.output)

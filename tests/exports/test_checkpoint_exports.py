@@ -100,7 +100,7 @@ def test_a_source_is_never_overwritten(source: Path, tmp_path: Path) -> None:
     first = compressed(source, tmp_path / "outer" / "first", "compressed-tensors", bits=4, method="rtn")
     before = sorted(first.iterdir())
     for output in (first, first.parent):
-        with pytest.raises(OutputExists, match="holds what is exported"):
+        with pytest.raises(OutputExists, match="holds what is read"):
             llmcomp.export(first, output, "dense", overwrite=True)
     assert sorted(first.iterdir()) == before
 

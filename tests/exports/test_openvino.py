@@ -52,7 +52,7 @@ def test_integers_stay_packed(decoder: tuple[Opened, Path, list[str]]) -> None:
         if node.get_type_name() == "Constant":
             name = node.get_element_type().to_string()
             types[name] = types.get(name, 0) + node.get_byte_size()
-    assert {"u2", "u4", "u8"} <= set(types)
+    assert {"u4", "u8"} <= set(types) and "u2" not in types  # with which not every CPU multiplies
     assert types["f32"] < 60_000  # scales, norms, zero points; a float32 copy of one weight has 32,768 bytes and more
     assert "The IR keeps the integers" in notes[0] and "MB of u4" in notes[0]
     assert any("Inputs are not rounded by the model itself" in note for note in notes)
@@ -63,7 +63,7 @@ def test_a_converter_that_decodes_is_an_error(decoder: tuple[Opened, Path, list[
     from llmcomp.exports import onnx as onnx_export
 
     signature = onnx_export.signature_of(decoder[0], "causal-lm")
-    model, _ = onnx_export.build(decoder[0], signature, "causal-lm", openvino_export.choose_nbits)
+    model, _ = onnx_export.build(decoder[0], signature, "causal-lm", openvino_export.choose)
     dense = openvino.opset13.constant(np.ones((4, 4), np.float32))
     read = openvino.opset13.parameter([4, 4])
     plain = openvino.Model([openvino.opset13.matmul(read, dense, False, False)], [read])

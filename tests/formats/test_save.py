@@ -24,6 +24,8 @@ from llmcomp.formats.save import (
 )
 from llmcomp.session import default_output
 
+SOURCE = Path("a-model-elsewhere")
+
 
 @pytest.fixture
 def writer(tmp_path: Path) -> ShardWriter:
@@ -191,7 +193,7 @@ def test_overwrite_never_deletes_what_is_no_checkpoint(writer: ShardWriter, tmp_
         with pytest.raises(OutputExists, match=what):
             publish(writer.partial, tmp_path / name, overwrite=True)
         with pytest.raises(OutputExists, match=what):
-            preflight(tmp_path / name, True, 0)
+            preflight(SOURCE, tmp_path / name, True, 0)
     assert (home / "thesis.txt").is_file()
 
 
@@ -253,20 +255,31 @@ def test_strays_of_a_killed_run_are_swept(writer: ShardWriter) -> None:
 
 
 def test_preflight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    preflight(tmp_path / "new" / "deep", False, 1000)
+    preflight(SOURCE, tmp_path / "new" / "deep", False, 1000)
     assert not (tmp_path / "new").exists()
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputExists, match="already exists"):
-        preflight(tmp_path / "out", False, 0)
-    preflight(tmp_path / "out", True, 0)
+        preflight(SOURCE, tmp_path / "out", False, 0)
+    preflight(SOURCE, tmp_path / "out", True, 0)
     with pytest.raises(UserError, match=r"needs 1000000\.00 GB, but its disk has"):
-        preflight(tmp_path / "big", False, 10**15)
+        preflight(SOURCE, tmp_path / "big", False, 10**15)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written to"):
-        preflight(tmp_path / "file" / "out", False, 0)
+        preflight(SOURCE, tmp_path / "file" / "out", False, 0)
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(UserError, match="cannot be written to"):
-        preflight(tmp_path / "new", False, 0)
+        preflight(SOURCE, tmp_path / "new", False, 0)
+
+
+def test_what_is_read_is_never_overwritten(tmp_path: Path) -> None:
+    source, link = tmp_path / "models" / "m", tmp_path / "link"
+    source.mkdir(parents=True)
+    (source / "config.json").touch()
+    link.symlink_to(source.parent)
+    for output in (source, source.parent, link / "m"):
+        with pytest.raises(OutputExists, match="holds what is read, so --overwrite leaves it"):
+            preflight(source, output, True, 0)
+    preflight(source, tmp_path / "models" / "other", True, 0)
 
 
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

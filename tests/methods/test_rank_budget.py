@@ -176,7 +176,7 @@ def test_what_gains_nothing_is_not_bought() -> None:
 def test_a_budget_below_the_smallest_ranks_is_refused() -> None:
     spectra = {"a": made_up((30, 30), 0), "row": made_up((1, 9), 0)}
     assert allocate(spectra, 120 + 18, 2) == {"a": 1, "row": None}
-    with pytest.raises(BadRecipe, match=r"smallest ranks of all 2 matrices take 138 bytes, more than the 137 allowed"):
+    with pytest.raises(BadRecipe, match=r"ranks of all 2 matrices take 138 numbers, more than the 137 allowed"):
         allocate(spectra, 137, 2)
 
 

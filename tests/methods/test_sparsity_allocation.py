@@ -5,11 +5,15 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmcomp.calibration.stats import GramAccumulator
 from llmcomp.errors import BadRecipe
-from llmcomp.methods.allocation import allocate
+from llmcomp.methods import SPARSE
+from llmcomp.methods.allocation import allocate, around, balanced, by_whole_columns, measured
+from llmcomp.patterns import Pattern
 
 SHARES = (0.25, 0.5, 0.75)
 losses = st.lists(st.floats(0, 10), min_size=3, max_size=3)
@@ -93,3 +97,67 @@ def test_a_bump_is_passed_by() -> None:
 def test_what_cannot_be(curve: list[tuple[float, float]], budget: int, said: str) -> None:
     with pytest.raises(BadRecipe, match=said):
         allocate({"a": curve}, {"a": 100}, budget)
+
+
+# --- what is measured, and in which units ---
+
+
+@given(st.floats(0.001, 0.999))
+def test_levels_lie_around_the_middle(sparsity: float) -> None:
+    found = around(sparsity)
+    assert len(found) == 9 and found[4] == pytest.approx(sparsity, abs=1e-6)
+    assert all(0 < low <= high < 1 for low, high in itertools.pairwise(found))
+    assert found[-1] - found[0] <= 0.4 + 1e-6
+
+
+@pytest.mark.parametrize("rows", [24, 300])
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt", "magnitude"])
+def test_losses_are_those_of_the_outputs(name: str, rows: int) -> None:
+    """Against the outputs themselves in float64, of the rows that stand for all."""
+    generator = torch.Generator().manual_seed(rows)
+    weight, inputs = (torch.randn(size, generator=generator) for size in ((rows, 32), (200, 32)))
+    method = SPARSE[name]
+    gathered = GramAccumulator()
+    gathered.add(inputs)
+    stats = gathered.finish("a")
+    found = measured(
+        weight, around(0.5), lambda some, pattern: method.function(some, stats, pattern, some.dtype, method.config())
+    )
+    some = weight[:: max(1, rows // 128)]
+    for share, loss in found:
+        gathered.add(inputs)
+        pattern = Pattern(removed=share)
+        made = method.function(some, gathered.finish("a"), pattern, some.dtype, method.config()).weight.dense()
+        apart = inputs.double() @ (some - made).double().T
+        assert loss == pytest.approx(float(apart.square().sum()) * rows / len(some), rel=2e-3)
+    assert [loss for _, loss in found] == sorted(loss for _, loss in found)
+
+
+def test_without_statistics_losses_are_those_of_the_weights() -> None:
+    weight = torch.linspace(-1, 1, 64).view(4, 16)
+    magnitude = SPARSE["magnitude"]
+    ((_, loss),) = measured(
+        weight, [0.5], lambda some, pattern: magnitude.function(some, None, pattern, some.dtype, magnitude.config())
+    )
+    assert loss == pytest.approx(float(weight.flatten().square().sort().values[:32].sum()), rel=1e-5)
+
+
+def test_balanced_curves_meet_in_the_middle() -> None:
+    assert balanced([(0.3, 1.0), (0.5, 4.0), (0.7, 8.0)], 100) == [(0.3, 25.0), (0.5, 100.0), (0.7, 200.0)]
+    silent = [(0.3, 0.0), (0.5, 0.0), (0.7, 1.0)]
+    assert balanced(silent, 100) == silent
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(2, 40), st.integers(2, 40), st.floats(0.1, 0.9)), min_size=1, max_size=8))
+def test_whole_columns_keep_the_budget_to_half_a_column(found: list[tuple[int, int, float]]) -> None:
+    sparsities = {str(n): share for n, (*_, share) in enumerate(found)}
+    sizes = {str(n): rows * width for n, (rows, width, _) in enumerate(found)}
+    widths = {str(n): width for n, (_, width, _) in enumerate(found)}
+    whole = by_whole_columns(sparsities, sizes, widths)
+    columns = {name: whole[name] * widths[name] for name in whole}
+    assert all(abs(one - round(one)) < 1e-9 and 1 <= round(one) < widths[name] for name, one in columns.items())
+    if all(1.6 <= sparsities[name] * width <= width - 1.6 for name, width in widths.items()):  # no bound is met
+        missing = sum((sparsities[name] - whole[name]) * size for name, size in sizes.items())
+        assert abs(missing) <= max(sizes[name] / widths[name] for name in sizes) / 2 + 1e-6
+    assert by_whole_columns(sparsities, sizes, {}) == sparsities

@@ -11,7 +11,7 @@ from tiny import build, tiny
 
 from llmcomp.adapters.discover import discover, resized
 from llmcomp.adapters.units import heads_of, neurons_of, spread
-from llmcomp.api import RunOptions, compress
+from llmcomp.api import compress
 from llmcomp.cli import plan as verb
 from llmcomp.errors import BadRecipe
 from llmcomp.pipeline.job import plan_recipe
@@ -20,6 +20,7 @@ from llmcomp.pipeline.plan import Prospect, bytes_after, bytes_needed, prospect
 from llmcomp.pipeline.pruning import renumbered
 from llmcomp.recipe import Calibration, PruneStep, QuantizeStep, Recipe, Step
 from llmcomp.report.schema import LayerReport, Removed
+from llmcomp.run_options import RunOptions
 
 ALL = PruneStep(heads=0.5, mlp=0.25, layers=1)
 BUDGET = 8 << 20

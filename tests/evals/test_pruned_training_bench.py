@@ -41,7 +41,7 @@ def test_the_table_says_both_and_their_difference(
     arguments = ["--seeds", "0", "1", "--kept", "0.15", "--steps", "5"]
     assert pruned_training.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "the dense model has 100.00%" in printed and "| 15%" in printed
+    assert "a dense model of 100.00%" in printed and "| 15%" in printed
     assert "25.00%" in printed and "33.33%" in printed and "+8.33 [" in printed
     assert len(trainings) == 4
     for one, other in zip(trainings[:2], trainings[2:], strict=True):
