@@ -129,13 +129,9 @@ def recover(
 
     if data is None:
         raise BadData("llmcomp recover needs something to train on; give --data a file, a Hub dataset or 'default'.")
-<<<<<<< HEAD
     publishing = Publishing(push_to_hub, private)
     publishing.check(verify)
-    from llmcomp.api import RunOptions, recover
-=======
     from llmcomp.api import recover
->>>>>>> bdcf696fb834c74c44bef9f629cbad439af85cbd
     from llmcomp.cli.progress import listener
     from llmcomp.run_options import RunOptions
     from llmcomp.training.settings import Lora, Optimization, Teaching

@@ -71,11 +71,7 @@ def run(
     """
     from llmcomp.api import compress
     from llmcomp.cli.progress import listener
-<<<<<<< HEAD
-=======
-    from llmcomp.ranks import launched
     from llmcomp.run_options import RunOptions
->>>>>>> bdcf696fb834c74c44bef9f629cbad439af85cbd
 
     publishing.check(settings.get("verify", True))
     if save_recipe is not None and launched().first:
