@@ -344,7 +344,7 @@ def _asked(error: Exception) -> float | None:
 def _reason(error: Exception, token: str) -> str:
     """What the Hub said, else the last cause, as one line without the token."""
     chain = list(_chain(error))
-    said = next((one.server_message for one in chain if getattr(one, "server_message", None)), None)
+    said = next((text for one in chain if (text := getattr(one, "server_message", None))), None)
     said = str(said or chain[-1]) or type(chain[-1]).__name__
     status = _status(error)
     line = " ".join(said.split())[:300].rstrip(".")

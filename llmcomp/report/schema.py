@@ -335,12 +335,19 @@ class Report:
 
 
 def _rebuild(annotation: Any, value: Any) -> Any:
-    """A value of plain JSON as the annotated type (dataclasses, lists, dicts, optionals)."""
-    if value is None:
-        return None
+    """A value of plain JSON as the annotated type (dataclasses, lists, dicts, optionals).
+
+    Raises:
+        TypeError: it is of another.
+    """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        return _rebuild(next(a for a in arguments if a is not type(None)), value)
+        return None if value is None else _rebuild(next(a for a in arguments if a is not type(None)), value)
+    fits = _FITS.get(list if origin is tuple else origin or annotation)
+    if dataclasses.is_dataclass(annotation):
+        fits = (dict,)
+    if fits is not None and (not isinstance(value, fits) or (isinstance(value, bool) and bool not in fits)):
+        raise TypeError(f"{value!r:.40} where {getattr(annotation, '__name__', annotation)} belongs")
     if origin is list:
         return [_rebuild(arguments[0], item) for item in value]
     if origin is dict:
@@ -351,3 +358,9 @@ def _rebuild(annotation: Any, value: Any) -> Any:
         hints = typing.get_type_hints(annotation)
         return annotation(**{k: _rebuild(hints[k], v) for k, v in value.items()})  # type: ignore[operator]
     return value
+
+
+# What JSON may have for a type; a whole number is a float, too.
+_FITS: dict[Any, tuple[type, ...]] = {
+    str: (str,), bool: (bool,), int: (int,), float: (float, int), list: (list,), dict: (dict,),
+}  # fmt: skip
