@@ -12,6 +12,7 @@ import difflib
 import glob
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -285,6 +286,7 @@ def _download(what: str, repo: str, revision: str | None, sizes: dict[str, int],
 
     missing = [n for n in sizes if not isinstance(try_to_load_from_cache(repo, n, revision=revision), str)]
     if missing:
+        _require_room(what, sum(sizes[name] for name in missing))
         megabytes = sum(sizes[name] for name in missing) / 1e6
         progress.note(f"Downloading {what}: {len(missing)} files, {megabytes:,.1f} MB.")
         progress.phase("download", total=max(1, round(megabytes)))
@@ -301,6 +303,25 @@ def _download(what: str, repo: str, revision: str | None, sizes: dict[str, int],
             f"Downloading {what} broke off ({reason}); run the command again to continue."
         ) from error
     return Path(path)
+
+
+def _require_room(what: str, nbytes: int) -> None:
+    """Refuse a download for which the disk of the Hub's cache has no room.
+
+    Raises:
+        RunError: it has not.
+    """
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise RunError(
+            f"Downloading {what} takes {nbytes / 1e9:.2f} GB, and the disk of {constants.HF_HUB_CACHE} has "
+            f"{free / 1e9:.2f} GB free; make room, or set HF_HOME to a place that has it."
+        )
 
 
 def _megabytes(progress: Progress) -> Any:
