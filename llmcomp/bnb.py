@@ -31,7 +31,7 @@ BESIDE = (
 )
 _NF4_PARTS = ("weight", *(end[1:] for end in BESIDE if end.startswith(".weight.")))
 _INT8_PARTS = ("weight", "SCB", "weight_format")
-_BLOCK = 64
+BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,10 @@ class Stored:
         else:
             beside = {name: tensor for name, tensor in tensors.items() if name != "weight"}
             state = functional.QuantState.from_dict(beside, device=weight.device)
-            # A weight of one or two elements comes out transposed: its one byte looks like a packed row.
-            dense = functional.dequantize_4bit(weight, state).reshape(state.shape)
+            # As one row: bitsandbytes 0.50 decodes others wrongly with AVX512, if blocks run on over rows; and a weight
+            # of one or two elements comes out transposed, since its one byte looks like a packed row.
+            shape, state.shape = state.shape, torch.Size((1, state.shape.numel()))
+            dense = functional.dequantize_4bit(weight, state).reshape(shape)
         return _turned(dense.to(self.dtype), self.transposed)
 
 
@@ -97,7 +99,7 @@ def encode(kind: Kind, weight: Tensor) -> dict[str, Tensor]:
     if kind.name == "int8":
         values, scales, _ = functional.int8_vectorwise_quant(weight.half())
         return {"weight": values, "SCB": scales, "weight_format": torch.tensor(0, dtype=torch.uint8)}
-    packed, state = functional.quantize_4bit(weight.contiguous(), blocksize=_BLOCK, quant_type="nf4")
+    packed, state = functional.quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type="nf4")
     return {"weight": packed, **{f"weight.{name}": part for name, part in state.as_dict(packed=True).items()}}
 
 

@@ -71,7 +71,7 @@ def test_levels_are_those_that_are_stored() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_decodes_as_bitsandbytes_does(kind: str, dtype: torch.dtype) -> None:
-    dense = weight(16, 96, 3, dtype)
+    dense = weight(16, 128, 3, dtype)
     if kind == "nf4":
         packed, state = functional.quantize_4bit(dense, blocksize=64, quant_type="nf4")
         wanted = functional.dequantize_4bit(packed, state)

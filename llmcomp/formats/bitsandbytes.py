@@ -152,6 +152,12 @@ def _layout(kind: bnb.Kind, entries: Sequence[Entry], model: nn.Module | None) -
                 f"{odd} is no plain linear, or one that transformers keeps in float32; leave it and its like out by "
                 f"--skip {odd.rpartition('.')[2]}"
             )
+    uneven = next((ref for ref, _ in entries if ref.in_features % bnb.BLOCK), None)
+    if kind is bnb.NF4 and uneven is not None:
+        problems.append(
+            f"{uneven.name} has {uneven.in_features} inputs, and weights whose rows its blocks of {bnb.BLOCK} do not "
+            f"divide it computes wrongly on CPUs with AVX512; take bnb-int8 or --skip {uneven.name.rpartition('.')[2]}"
+        )
     if problems:
         raise BadRecipe(f"bitsandbytes cannot carry all that the recipe targets: {'; '.join(problems)}.")
     return BnbLayout(kind, frozenset(names), dtype)

@@ -103,6 +103,16 @@ def test_nothing_skipped_is_an_empty_list() -> None:
     assert replaced(model, found) == set(bnb.convertible(model))
 
 
+def test_rows_that_blocks_do_not_divide() -> None:
+    """Which bitsandbytes computes wrongly where a CPU has AVX512."""
+    config = BertConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, vocab_size=40)
+    model = BertForMaskedLM(config).eval()
+    name = "bert.encoder.layer.0.output.dense"
+    with pytest.raises(BadRecipe, match=f"{name} has 96 inputs.*take bnb-int8 or --skip dense"):
+        layout_of("bnb-nf4", model, [name])
+    assert name in layout_of("bnb-int8", model, [name]).modules
+
+
 @pytest.mark.parametrize(
     ("model", "names", "said"),
     [
