@@ -19,6 +19,7 @@ __all__ = [
     "Override",
     "PruneStep",
     "PruningPlan",
+    "PushResult",
     "QuantizeStep",
     "Recipe",
     "Report",
@@ -35,6 +36,7 @@ __all__ = [
     "load",
     "prune",
     "prune_in_training",
+    "push",
     "quantize",
     "recover",
     "sparsify",
@@ -46,6 +48,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "recover", "sparsify",
     ),
     "llmcomp.errors": ("LlmcompError", "RunError", "UserError"),
+    "llmcomp.publishing": ("PushResult", "push"),
     "llmcomp.recipe": (
         "Calibration", "FactorizeStep", "Override", "PruneStep", "QuantizeStep", "Recipe", "SparsifyStep",
     ),

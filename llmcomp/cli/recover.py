@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from llmcomp.cli import options as o
-from llmcomp.cli.running import show
+from llmcomp.cli.running import Publishing, show
 
 _TEACHER, _LORA, _TRAINING = "A teacher", "LoRA", "Training"
 _Columns = "of --data and --eval-data"
@@ -111,6 +111,8 @@ def recover(
     label_column: Annotated[
         str | None, typer.Option("--label-column", help=f"Column with the label of a row, {_Columns}.")
     ] = None,
+    push_to_hub: o.PushToHub = None,
+    private: o.Private = False,
     json: o.Json = False,
 ) -> None:  # fmt: skip
     """Train what was compressed, in the form that it has; verify the checkpoint, measure what was won back.
@@ -127,6 +129,8 @@ def recover(
 
     if data is None:
         raise BadData("llmcomp recover needs something to train on; give --data a file, a Hub dataset or 'default'.")
+    publishing = Publishing(push_to_hub, private)
+    publishing.check(verify)
     from llmcomp.api import recover
     from llmcomp.cli.progress import listener
     from llmcomp.run_options import RunOptions
@@ -147,3 +151,4 @@ def recover(
             progress=progress,
         )  # fmt: skip
     show(result, json)
+    publishing.publish(result.output, json)

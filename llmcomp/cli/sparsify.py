@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from llmcomp.cli import options as o
-from llmcomp.cli.running import run
+from llmcomp.cli.running import Publishing, run
 
 
 def sparsify(
@@ -79,6 +79,8 @@ def sparsify(
     revision: o.Revision = None,
     trust_remote_code: o.TrustRemoteCode = False,
     allow_pickle: o.AllowPickle = False,
+    push_to_hub: o.PushToHub = None,
+    private: o.Private = False,
     json: o.Json = False,
 ) -> None:
     """Set weights to zero, verify the checkpoint, measure what it cost. In --format dense it is as large as before.
@@ -99,7 +101,8 @@ def sparsify(
         sequence_length=sequence_length, seed=seed, format=format or "dense",
     )  # fmt: skip
     run(
-        model, made, json, save_recipe, activation_memory, output=output, overwrite=overwrite, evaluate=evaluate,
-        verify=verify, device=device, eval_data=eval_data, text_column=text_column, label_column=label_column,
-        trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, revision=revision,
+        model, made, json, save_recipe, activation_memory, Publishing(push_to_hub, private), output=output,
+        overwrite=overwrite, evaluate=evaluate, verify=verify, device=device, eval_data=eval_data,
+        text_column=text_column, label_column=label_column, trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle, revision=revision,
     )  # fmt: skip
