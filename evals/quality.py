@@ -98,7 +98,7 @@ TOOLS = {
         Tool("llmcomp awq", OURS, "awq"),
         Tool("llmcomp awq-gptq", OURS, "awq-gptq"),
         Tool(LEARNED, OURS, "gptq-signround"),
-        *(Tool(f"llmcomp {method}", OURS, method) for method in ("sparsegpt", "alps", "wanda", "magnitude")),
+        *(Tool(f"llmcomp {method}", OURS, method) for method in PRUNING),
         *(Tool(f"llmcompressor {method}", "llmcompressor", method) for method in ("sparsegpt", "wanda")),
         *(Tool(f"llmcomp {method}", OURS, method) for method in (*FACTORS, *CUTTING)),
         Tool("llmcompressor gptq", "llmcompressor", "gptq"),

@@ -20,6 +20,7 @@ __all__ = [
     "Override",
     "PruneStep",
     "PruningPlan",
+    "PushResult",
     "QuantizeStep",
     "Recipe",
     "Report",
@@ -37,6 +38,7 @@ __all__ = [
     "load",
     "prune",
     "prune_in_training",
+    "push",
     "quantize",
     "recover",
     "sparsify",
@@ -47,6 +49,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "bench", "compress", "evaluate", "export", "factorize", "load", "prune", "quantize", "sparsify",
     ),
     "llmcomp.errors": ("LlmcompError", "RunError", "UserError"),
+    "llmcomp.publishing": ("PushResult", "push"),
     "llmcomp.recipe": (
         "Calibration", "FactorizeStep", "Override", "PruneStep", "QuantizeStep", "Recipe", "SparsifyStep",
     ),

@@ -100,6 +100,7 @@ def sparsify(
     sparsity: float | None = None,
     method: str = "sparsegpt",
     allocate: bool = False,
+    update: bool = False,
     calibration: str = "default",
     format: str = "dense",
     options: RunOptions = RunOptions(),
@@ -114,13 +115,14 @@ def sparsify(
         sparsity: share that an unstructured pattern removes; a half where none is given.
         method: a name in `llmcomp.methods.SPARSE`.
         allocate: `sparsity` is of all matrices together, and more is removed where it costs less.
+        update: what is left aims at the source's outputs on what the compressed blocks before it give.
         calibration, options, progress, run: as `quantize`.
         format: 'dense' stores zeros like any weight, so nothing is smaller; 'llmcomp' what N:M keeps and its places.
 
     Raises:
         UserError, RunError: as `quantize`.
     """
-    step = SparsifyStep(method, pattern, sparsity, allocate=allocate)
+    step = SparsifyStep(method, pattern, sparsity, allocate=allocate, update=update)
     recipe = Recipe((step,), Calibration(calibration), format=format)
     return compress(model, recipe, options=options, progress=progress, **run)
 

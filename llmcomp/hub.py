@@ -12,6 +12,7 @@ import difflib
 import glob
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,14 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _PICKLE = re.compile(r".*\.(bin|pt|pth|ckpt|h5|msgpack)")
-_SMALL = re.compile(r"[^/]+\.(json|txt|model|spm|tiktoken|jinja)|additional_chat_templates/[^/]+\.jinja")
+_SMALL = re.compile(
+    r"[^/]+\.(json|txt|model|spm|tiktoken|jinja)|additional_chat_templates/[^/]+\.jinja"
+    r"|README\.md|(LICEN[CS]E|NOTICE|USE_POLICY)[^/]*"  # what the source's card says is inherited
+)
 _MODULE = re.compile(
     r"\d+_\w+/[^/]+\.(json|txt|safetensors)"
 )  # of sentence-transformers: 1_Pooling/config.json
+_ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")  # beside packed weights
 _INNER = re.compile(r"0_\w+/config\.json")
 _REPO = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _OFFLINE_WORKS = "what works offline: sample:lm, sample:classifier, or a directory with a local model"
@@ -272,7 +277,7 @@ def _wanted(what: str, files: list[str], config_only: bool) -> list[str]:
             _no_safetensors(f"{what} on the Hub", [name for name in files if "/" not in name])
         )
     modules = [name for name in files if _MODULE.fullmatch(name)] if "modules.json" in files else []
-    return small + weights + modules
+    return small + weights + modules + [name for name in files if name in _ADAPTER]
 
 
 def _download(what: str, repo: str, revision: str | None, sizes: dict[str, int], progress: Progress) -> Path:
@@ -281,6 +286,7 @@ def _download(what: str, repo: str, revision: str | None, sizes: dict[str, int],
 
     missing = [n for n in sizes if not isinstance(try_to_load_from_cache(repo, n, revision=revision), str)]
     if missing:
+        _require_room(what, sum(sizes[name] for name in missing))
         megabytes = sum(sizes[name] for name in missing) / 1e6
         progress.note(f"Downloading {what}: {len(missing)} files, {megabytes:,.1f} MB.")
         progress.phase("download", total=max(1, round(megabytes)))
@@ -297,6 +303,25 @@ def _download(what: str, repo: str, revision: str | None, sizes: dict[str, int],
             f"Downloading {what} broke off ({reason}); run the command again to continue."
         ) from error
     return Path(path)
+
+
+def _require_room(what: str, nbytes: int) -> None:
+    """Refuse a download for which the disk of the Hub's cache has no room.
+
+    Raises:
+        RunError: it has not.
+    """
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise RunError(
+            f"Downloading {what} takes {nbytes / 1e9:.2f} GB, and the disk of {constants.HF_HUB_CACHE} has "
+            f"{free / 1e9:.2f} GB free; make room, or set HF_HOME to a place that has it."
+        )
 
 
 def _megabytes(progress: Progress) -> Any:

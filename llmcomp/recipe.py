@@ -189,6 +189,8 @@ def check(recipe: Recipe) -> None:
             _check_factors(recipe, step)
         if isinstance(step, SparsifyStep) and step.allocate:
             _check_shared(pattern_for(step, None))
+        if isinstance(step, SparsifyStep) and step.update and "magnitude" in _methods(step):
+            raise BadRecipe("--update fits weights to calibration, and magnitude reads none; take another --method.")
         if recipe.format not in FIXED:
             continue
         if isinstance(step, SparsifyStep):
@@ -203,6 +205,10 @@ def check(recipe: Recipe) -> None:
             f"Calibration needs at least 1 sample of 2 tokens, got {recipe.calibration.samples} of "
             f"{recipe.calibration.sequence_length}."
         )
+
+
+def _methods(step: TargetedStep) -> list[str | None]:
+    return [step.method, *(override.method for override in step.overrides)]
 
 
 def _check_pruning(recipe: Recipe, step: PruneStep) -> None:

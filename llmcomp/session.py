@@ -18,6 +18,7 @@ import yaml
 from llmcomp.calibration.data import Texts
 from llmcomp.calibration.media import Media
 from llmcomp.devices import CPU, choose, describe, forget_peak, peak_bytes
+from llmcomp.digests import digests
 from llmcomp.errors import BadRecipe, LlmcompError, UserError
 from llmcomp.feeds import call
 from llmcomp.formats.save import (
@@ -48,6 +49,7 @@ from llmcomp.pipeline.sharing import Sharing
 from llmcomp.pipeline.streaming import open_streamed
 from llmcomp.pipeline.whole import Conversion, prepare
 from llmcomp.progress import Progress, Silent
+from llmcomp.provenance import origin_of
 from llmcomp.ranks import ALONE, World
 from llmcomp.recipe import Recipe
 from llmcomp.report.html import FILE_NAME as PAGE_NAME
@@ -131,7 +133,7 @@ class Session:
             self._measure(report, checkpoint, source, plan, texts)
         report.size_after = size_of(checkpoint, _role_of(source, plan))
         report.phases, report.notes = self.phases, self.notes
-        report.labels = labels(plan, report.format)
+        report.labels, report.files = labels(plan, report.format), digests(checkpoint)
         with writing(checkpoint):
             (checkpoint / FILE_NAME).write_text(report.to_json(), encoding="utf-8")
             (checkpoint / PAGE_NAME).write_text(render(report), encoding="utf-8")
@@ -343,6 +345,7 @@ class Session:
             size_before=size_of(self.path, _role_of(source, plan), allow_pickle=self.options.allow_pickle),
             peak_memory=peak,
             resumed_blocks=outcome.resumed,
+            origin=origin_of(self.path),
             llmcomp_version=version("llmcomp"),
         )
 

@@ -79,6 +79,8 @@ class SparsifyStep:
         sparsity: share that an unstructured pattern removes; a half where none is given.
         allocate: that share is of all matrices together: more is removed where it costs less, which a pass over the
             source model measures beforehand. Else it is of each.
+        update: what is left aims at the source's outputs on what the compressed blocks before it give, instead of at
+            its own. The source's activations then go through the model, too.
         options: the method's own settings.
     """
 
@@ -89,6 +91,7 @@ class SparsifyStep:
     overrides: tuple[Override, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     allocate: bool = False
+    update: bool = False
 
     kind = "sparsify"
 
@@ -97,7 +100,7 @@ class SparsifyStep:
         """Such as 'sparsegpt-2of4', for names of directories."""
         pattern = pattern_for(self, None)
         share = f"{100 * pattern.sparsity:.4g}pct" if pattern.of is None else f"{pattern.kept}of{pattern.of}"
-        return f"{self.method}-{share}" + ("-allocated" if self.allocate else "")
+        return f"{self.method}-{share}" + ("-allocated" if self.allocate else "") + ("-updated" if self.update else "")
 
 
 @dataclass(frozen=True)

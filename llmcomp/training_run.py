@@ -27,6 +27,7 @@ from llmcomp.calibration.data import Texts, describe, read_texts
 from llmcomp.calibration.data import fingerprint as data_fingerprint
 from llmcomp.devices import choose
 from llmcomp.devices import describe as describe_device
+from llmcomp.digests import digests
 from llmcomp.errors import BadCheckpoint
 from llmcomp.formats import witness
 from llmcomp.formats.save import ShardWriter, partial_of, preflight, publish, writing
@@ -41,6 +42,7 @@ from llmcomp.pipeline.journal import Journal, fingerprint
 from llmcomp.pipeline.memory import PeakMemory
 from llmcomp.pipeline.streaming import open_streamed
 from llmcomp.progress import Progress, Silent
+from llmcomp.provenance import origin_of
 from llmcomp.ranks import ALONE, World
 from llmcomp.report.html import FILE_NAME as PAGE_NAME
 from llmcomp.report.html import render
@@ -136,6 +138,7 @@ class TrainingRun(ABC):
             self._measure(report, checkpoint, evaluation)
         report.size_after = size_of(checkpoint, subject.role)
         report.phases, report.notes = self.phases, self.notes
+        report.origin, report.files = origin_of(self.path), digests(checkpoint)
         with writing(checkpoint):
             (checkpoint / FILE_NAME).write_text(report.to_json(), encoding="utf-8")
             (checkpoint / PAGE_NAME).write_text(render(report), encoding="utf-8")

@@ -1,12 +1,12 @@
-"""The read half of a Hub on loopback, for a directory of repositories: <root>/org/name/… and
+"""A Hub on loopback (its write half is hub_writing.py), for a directory of repositories: <root>/org/name/… and
 <root>/datasets/org/name/…
 
     with HubServer(root) as hub:
         subprocess.run(command, env={**os.environ, **hub.environment(home)})
 
-It proves what the client does, not what huggingface.co answers. One commit per repository, which is the hash
-of its files. The environment reaches only processes that start with it: huggingface_hub reads it when
-imported.
+It proves what the client does, not what huggingface.co answers. A commit is the hash of its files, and only
+the last one of each branch is kept. The environment reaches only processes that start with it: huggingface_hub reads
+it when imported.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import hub_writing
+from hub_writing import LFS_SUFFIXES, Fault, Store, User
+
 MODEL_API = re.compile(
     r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?"
 )
@@ -35,12 +38,16 @@ class HubServer:
         url: http://127.0.0.1:port.
         requests: 'METHOD path' of everything asked so far.
         gated: ids whose files are refused as those of a gated repository are.
+        users: whose a token is; faults: what goes wrong next; store: what was written besides files.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.requests: list[str] = []
         self.gated: set[str] = set()
+        self.users: dict[str, User] = {}
+        self.faults: list[Fault] = []
+        self.store, self.lock = Store(), threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
@@ -99,7 +106,7 @@ def _entry(folder: Path, path: Path) -> dict[str, Any]:
     content = path.read_bytes()
     oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
     entry = {"type": "file", "path": path.relative_to(folder).as_posix(), "size": len(content), "oid": oid}
-    if path.suffix in (".safetensors", ".parquet", ".bin"):
+    if path.suffix in LFS_SUFFIXES or len(content) > hub_writing.LARGE:
         entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
     return entry
 
@@ -108,6 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
     """One connection; what it may answer with lies in `hub`."""
 
     protocol_version = "HTTP/1.1"
+    fault: Fault | None = None
 
     def __init__(self, hub: HubServer, *connection: Any) -> None:
         self.hub = hub
@@ -125,11 +133,22 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer()
 
+    def do_PUT(self) -> None:
+        self._answer()
+
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if match := MODEL_API.fullmatch(path):
+        self.fault = fault = hub_writing.struck(self.hub, self.hub.requests[-1])
+        hub_writing.pause(fault)
+        self.body = hub_writing.read_body(self, fault.drop if fault else None)
+        if fault is not None and fault.drop is not None:
+            hub_writing.hang_up(self)
+        elif fault is not None and fault.status:
+            self._refuse(fault.status, "", fault.message, fault.retry_after)
+        elif hub_writing.answer(self, path):
+            return
+        elif match := MODEL_API.fullmatch(path):
             self._describe(*match.groups())
         elif match := RESOLVE.fullmatch(path):
             self._file("datasets" if match[1] else "models", *match.groups()[1:])
@@ -138,14 +157,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _found(self, kind: str, repo: str, revision: str | None) -> tuple[Path, str] | None:
         folder = self.hub.folder(kind, repo)
-        if folder is None:
+        hidden = repo in self.hub.store.private and hub_writing.user_of(self) is None
+        if folder is None or hidden:
             self._refuse(404, "RepoNotFound", "Repository not found")
             return None
-        commit = commit_of(folder)
-        if revision not in (None, "main", commit):
-            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-            return None
-        return folder, commit
+        others = self.hub.root / ".refs" / repo
+        folders = [folder, *(sorted(others.iterdir()) if others.is_dir() else [])]
+        for one in folders:
+            commit = commit_of(one)
+            name = "main" if one is folder else one.name.replace("~", "/")
+            if revision in (name, commit) or (revision is None and one is folder):
+                return one, commit
+        self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return None
 
     def _describe(
         self, kind: str, repo: str, what: str | None, revision: str | None, below: str | None
@@ -167,9 +191,9 @@ class _Handler(BaseHTTPRequestHandler):
             )
         else:
             siblings = [{"rfilename": e["path"], "size": e["size"], "blobId": e["oid"]} for e in entries]
-            self._json({"id": repo, "modelId": repo, "sha": commit, "private": False, "gated": False,
-                        "disabled": False, "tags": [], "downloads": 0, "likes": 0,
-                        "siblings": siblings})  # fmt: skip
+            private = repo in self.hub.store.private
+            self._json({"id": repo, "modelId": repo, "sha": commit, "private": private, "gated": False,
+                        "disabled": False, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings})  # fmt: skip
 
     def _file(self, kind: str, repo: str, revision: str, name: str) -> None:
         if (found := self._found(kind, repo, revision)) is None:
@@ -189,6 +213,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(path.read_bytes(), "application/octet-stream", headers)
 
     def _send(self, content: bytes, kind: str, headers: dict[str, str], status: int = 200) -> None:
+        if self.fault is not None and self.fault.mute:
+            hub_writing.hang_up(self)
+            return
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if span and status == 200:
             first, last = int(span[1]), min(int(span[2] or len(content) - 1), len(content) - 1)
@@ -204,8 +231,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, data: object) -> None:
         self._send(json.dumps(data).encode(), "application/json", {})
 
-    def _refuse(self, status: int, code: str, message: str) -> None:
+    def _refuse(self, status: int, code: str, message: str, retry_after: int | None = None) -> None:
         headers = {"X-Error-Code": code, "X-Error-Message": message}
+        headers |= {} if retry_after is None else {"Retry-After": str(retry_after)}
         self._send(json.dumps({"error": message}).encode(), "application/json", headers, status)
 
 

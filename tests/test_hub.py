@@ -11,12 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+from hub_inside import inside
 from hub_server import HubServer, hub_environment
 from tiny import tiny
 
 from llmcomp import hub, network
 from llmcomp.aliases import ALIASES
-from llmcomp.errors import BadCheckpoint, ModelNotFound
+from llmcomp.errors import BadCheckpoint, ModelNotFound, RunError
+from llmcomp.provenance import origin_of
 
 BERT = "google-bert/bert-base-uncased"
 # A fresh process, since huggingface_hub reads its environment when imported.
@@ -200,6 +202,29 @@ def test_a_name_server_that_does_not_answer_costs_one_second(monkeypatch):
     with pytest.raises(network.Unreachable, match="no connection within 1 s"):
         network.ask("https://hub.invalid/api/models/x")
     assert time.perf_counter() - start < 2
+
+
+def test_a_download_that_does_not_fit_is_not_begun(repositories, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "not" / "there"))
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 1000))
+    with inside(repositories, monkeypatch) as running:
+        with pytest.raises(RunError, match=r"takes 0\.00 GB, and the disk of .* set HF_HOME to a place that has it"):
+            hub.resolve(BERT)
+        assert not [request for request in running.requests if "/resolve/" in request]
+
+
+def test_the_card_and_the_licence_come_along(repositories, tmp_path):
+    folder = repositories / "org/licensed"
+    shutil.copytree(repositories / BERT, folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    (folder / "LICENSE.md").write_text("MIT")
+    with HubServer(repositories) as running:
+        path = Path(resolve_in_process(running.environment(tmp_path), "org/licensed")["path"])
+    assert (path / "README.md").is_file() and (path / "LICENSE.md").is_file()
+    found = origin_of(path)
+    assert (found.repo, found.commit, found.license) == ("org/licensed", path.name, "mit")
 
 
 def test_local_directories(tmp_path, monkeypatch):

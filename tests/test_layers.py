@@ -20,8 +20,8 @@ ROWS = [
     "api training_api",
     "recovery pruned_training distillation",
     "training_run",
-    "session",
-    "report hub",
+    "session publishing",
+    "report hub uploading",
     "training",
     "pipeline exports generation",
     "loading",
@@ -36,10 +36,10 @@ ROWS = [
     "native_kinds",
     "native",
     "progress run_options weights losses inner_losses kinds calibration.stats calibration.files calibration.hub_data "
-    "calibration.parking sentences",
+    "calibration.parking sentences provenance",
     "report.schema",
     "report.words building packing bnb schemes patterns activations matmul network aliases samples shards experts "
-    "feeds ranks devices",
+    "feeds ranks devices digests licences",
     "errors",
 ]
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 METHODS = ("gptq", "gptq-mse", "awq", "awq-gptq", "rtn", "rtn-mse", "signround", "gptq-signround", "auto")
-PRUNING = ("sparsegpt", "alps", "wanda", "magnitude")
+# What llmcomp's `--update` does stands behind a method's name.
+PRUNING = ("sparsegpt", "alps", "wanda", "magnitude", "sparsegpt-update", "alps-update")
 # Methods of low rank: their own, and how llmcomp's command line asks for them.
 FACTORS = {
     "svd": ("svd", "--no-update"), "asvd": ("asvd", "--no-update"), "svd-llm": ("svd-llm", "--no-update"),

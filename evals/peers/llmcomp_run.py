@@ -58,7 +58,9 @@ def command(job: Job) -> list[str]:
     else:
         share = [] if ":" in job.pattern else ["--sparsity", job.pattern]
         pattern = "unstructured" if share else job.pattern
-        words = ["sparsify", str(job.model), "--pattern", pattern, *share, "--method", job.method]
+        own, _, update = job.method.partition("-")
+        words = ["sparsify", str(job.model), "--pattern", pattern, *share, "--method", own]
+        words += ["--update"] if update else []
     words += ["--calibration", str(calibration), "--samples", str(len(rows(job.windows)))]
     words += ["--output", str(job.output), "--no-evaluate"]
     if job.iterations:

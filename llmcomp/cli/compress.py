@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from llmcomp.cli import options as o
-from llmcomp.cli.running import run
+from llmcomp.cli.running import Publishing, run
 
 
 def compress(
@@ -28,6 +28,8 @@ def compress(
     revision: o.Revision = None,
     trust_remote_code: o.TrustRemoteCode = False,
     allow_pickle: o.AllowPickle = False,
+    push_to_hub: o.PushToHub = None,
+    private: o.Private = False,
     json: o.Json = False,
 ) -> None:
     """Compress a model by a recipe, all its steps in one pass; verify the checkpoint, measure what it cost.
@@ -38,7 +40,8 @@ def compress(
     """
     made = o.make_recipe(recipe)
     run(
-        model, made, json, None, activation_memory, output=output, overwrite=overwrite, evaluate=evaluate,
-        verify=verify, device=device, eval_data=eval_data, text_column=text_column, label_column=label_column,
-        trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, revision=revision,
+        model, made, json, None, activation_memory, Publishing(push_to_hub, private), output=output,
+        overwrite=overwrite, evaluate=evaluate, verify=verify, device=device, eval_data=eval_data,
+        text_column=text_column, label_column=label_column, trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle, revision=revision,
     )  # fmt: skip

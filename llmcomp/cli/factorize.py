@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from llmcomp.cli import options as o
-from llmcomp.cli.running import run
+from llmcomp.cli.running import Publishing, run
 
 
 def factorize(
@@ -71,6 +71,8 @@ def factorize(
     revision: o.Revision = None,
     trust_remote_code: o.TrustRemoteCode = False,
     allow_pickle: o.AllowPickle = False,
+    push_to_hub: o.PushToHub = None,
+    private: o.Private = False,
     json: o.Json = False,
 ) -> None:
     """Put two thin factors in the place of matrices, verify the checkpoint, measure what it cost.
@@ -91,7 +93,8 @@ def factorize(
         seed=seed, format=format or "llmcomp",
     )  # fmt: skip
     run(
-        model, made, json, save_recipe, activation_memory, output=output, overwrite=overwrite, evaluate=evaluate,
-        verify=verify, device=device, eval_data=eval_data, text_column=text_column, label_column=label_column,
-        trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, revision=revision,
+        model, made, json, save_recipe, activation_memory, Publishing(push_to_hub, private), output=output,
+        overwrite=overwrite, evaluate=evaluate, verify=verify, device=device, eval_data=eval_data,
+        text_column=text_column, label_column=label_column, trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle, revision=revision,
     )  # fmt: skip

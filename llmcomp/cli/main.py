@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from llmcomp.cli.bench import bench
+from llmcomp.cli.card import card
 from llmcomp.cli.compress import compress
 from llmcomp.cli.distill import distill
 from llmcomp.cli.evaluate import evaluate
@@ -26,6 +27,7 @@ from llmcomp.cli.inspect import inspect
 from llmcomp.cli.models import models
 from llmcomp.cli.plan import plan
 from llmcomp.cli.prune import prune
+from llmcomp.cli.push import push
 from llmcomp.cli.quantize import quantize
 from llmcomp.cli.recover import recover
 from llmcomp.cli.report import report
@@ -45,7 +47,7 @@ app = typer.Typer(
 )
 _VERBS = (
     quantize, prune, sparsify, factorize, compress, recover, distill, inspect, plan, evaluate, export, bench, generate,
-    report, models,
+    report, card, push, models,
 )  # fmt: skip
 for _verb in _VERBS:
     app.command(no_args_is_help=_verb is not models)(_verb)

@@ -140,6 +140,16 @@ LabelColumn = Annotated[
         rich_help_panel=QUALITY,
     ),
 ]  # fmt: skip
+Private = Annotated[bool, typer.Option("--private", help="On the Hub, seen by its owners only.")]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to-hub",
+        help="Publish the result there, as `llmcomp push` does: user/name. Name and token are checked first; the "
+        "output stays whatever happens.",
+        show_default="not published",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
 _STEP = {

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from llmcomp.cli import options as o
-from llmcomp.cli.running import run
+from llmcomp.cli.running import Publishing, run
 
 
 def prune(
@@ -47,6 +47,8 @@ def prune(
     revision: o.Revision = None,
     trust_remote_code: o.TrustRemoteCode = False,
     allow_pickle: o.AllowPickle = False,
+    push_to_hub: o.PushToHub = None,
+    private: o.Private = False,
     json: o.Json = False,
 ) -> None:
     """Take heads, neurons and blocks out of a model, verify the checkpoint, measure what it cost.
@@ -66,7 +68,8 @@ def prune(
         samples=samples, sequence_length=sequence_length, seed=seed, format="dense",
     )  # fmt: skip
     run(
-        model, made, json, save_recipe, activation_memory, output=output, overwrite=overwrite, evaluate=evaluate,
-        verify=verify, device=device, eval_data=eval_data, text_column=text_column, label_column=label_column,
-        trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, revision=revision,
+        model, made, json, save_recipe, activation_memory, Publishing(push_to_hub, private), output=output,
+        overwrite=overwrite, evaluate=evaluate, verify=verify, device=device, eval_data=eval_data,
+        text_column=text_column, label_column=label_column, trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle, revision=revision,
     )  # fmt: skip

@@ -9,7 +9,7 @@ import typer
 
 from llmcomp.cli import options as o
 from llmcomp.cli import training as t
-from llmcomp.cli.running import show
+from llmcomp.cli.running import Publishing, show
 
 _LORA = "LoRA"
 
@@ -75,6 +75,8 @@ def recover(
     eval_data: o.EvalData = None,
     text_column: t.TextColumn = None,
     label_column: t.LabelColumn = None,
+    push_to_hub: o.PushToHub = None,
+    private: o.Private = False,
     json: o.Json = False,
 ) -> None:  # fmt: skip
     """Train what was compressed, in the form that it has; verify the checkpoint, measure what was won back.
@@ -91,6 +93,8 @@ def recover(
 
     if data is None:
         raise BadData("llmcomp recover needs something to train on; give --data a file, a Hub dataset or 'default'.")
+    publishing = Publishing(push_to_hub, private)
+    publishing.check(verify)
     from llmcomp.cli.progress import listener
     from llmcomp.run_options import RunOptions
     from llmcomp.training.settings import Lora, Optimization, Teaching
@@ -111,3 +115,4 @@ def recover(
             progress=progress,
         )  # fmt: skip
     show(result, json)
+    publishing.publish(result.output, json)

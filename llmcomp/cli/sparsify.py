@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from llmcomp.cli import options as o
-from llmcomp.cli.running import run
+from llmcomp.cli.running import Publishing, run
 
 
 def sparsify(
@@ -32,6 +32,15 @@ def sparsify(
             help="That share of all matrices together, more being removed where a pass over the source model has found "
             "that it costs less; or of each.",
             show_default="uniform",
+        ),
+    ] = None,
+    update: Annotated[
+        bool | None,
+        typer.Option(
+            "--update/--no-update",
+            help="Let what is left aim at the source model's outputs on what the compressed blocks before it give: "
+            "nearer to the source, for about twice the time.",
+            show_default="no update",
         ),
     ] = None,
     method: Annotated[
@@ -70,6 +79,8 @@ def sparsify(
     revision: o.Revision = None,
     trust_remote_code: o.TrustRemoteCode = False,
     allow_pickle: o.AllowPickle = False,
+    push_to_hub: o.PushToHub = None,
+    private: o.Private = False,
     json: o.Json = False,
 ) -> None:
     """Set weights to zero, verify the checkpoint, measure what it cost. In --format dense it is as large as before.
@@ -85,12 +96,13 @@ def sparsify(
         llmcomp sparsify ./my-llama --pattern 4:8 --skip blocks:0-1 --override "down_proj pattern=2:4"
     """
     made = o.make_recipe(
-        None, "sparsify", pattern=pattern, sparsity=sparsity, allocate=allocate, method=method, target=target,
-        skip=skip, override=override, option=option, calibration=calibration, samples=samples,
+        None, "sparsify", pattern=pattern, sparsity=sparsity, allocate=allocate, update=update, method=method,
+        target=target, skip=skip, override=override, option=option, calibration=calibration, samples=samples,
         sequence_length=sequence_length, seed=seed, format=format or "dense",
     )  # fmt: skip
     run(
-        model, made, json, save_recipe, activation_memory, output=output, overwrite=overwrite, evaluate=evaluate,
-        verify=verify, device=device, eval_data=eval_data, text_column=text_column, label_column=label_column,
-        trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, revision=revision,
+        model, made, json, save_recipe, activation_memory, Publishing(push_to_hub, private), output=output,
+        overwrite=overwrite, evaluate=evaluate, verify=verify, device=device, eval_data=eval_data,
+        text_column=text_column, label_column=label_column, trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle, revision=revision,
     )  # fmt: skip

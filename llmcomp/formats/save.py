@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmcomp import native
+from llmcomp.digests import file_sha256
 from llmcomp.errors import OutputExists, RunError, UserError
 
 CHECKPOINT = "checkpoint"
@@ -291,15 +291,6 @@ def publish(partial: Path, output: Path, overwrite: bool = False) -> None:
         _sync(output.parent)
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

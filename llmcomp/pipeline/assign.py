@@ -21,10 +21,20 @@ StepT = TypeVar("StepT", bound=TargetedStep)
 
 @dataclass(frozen=True)
 class Pruning:
-    """Weights are removed by `pattern`, chosen by a method of SPARSE."""
+    """Weights are removed by `pattern`, chosen by a method of SPARSE.
+
+    Attributes:
+        update: whether what is left aims at the source's outputs on the inputs of now (`methods.retarget`).
+    """
 
     pattern: Pattern
     method: str
+    update: bool = False
+
+    @property
+    def label(self) -> str:
+        """Such as 'sparsegpt updated'."""
+        return f"{self.method} updated" if self.update else self.method
 
 
 @dataclass(frozen=True)
@@ -98,8 +108,21 @@ class Task:
             return " + ".join(both if self.factoring.bits is None else both[::-1])
         if self.factoring is not None:
             return self.factoring.label
-        removing = None if self.pruning is None or self.pruning.method == self.method else self.pruning.method
-        return " + ".join(filter(None, (removing, self.method)))
+        if self.pruning is None:
+            return self.method
+        return self.pruning.label if self.scheme is None else f"{self.pruning.label} + {self.method}"
+
+    @property
+    def source(self) -> bool:
+        """Whether its inputs in the source model are wanted."""
+        pruned = self.pruning is not None and self.pruning.update
+        return pruned or (self.factoring is not None and self.factoring.source)
+
+    @property
+    def crossed(self) -> bool:
+        """Whether they are wanted token by token beside the inputs of now."""
+        pruned = self.pruning is not None and self.pruning.update
+        return pruned or (self.factoring is not None and self.factoring.update)
 
     @property
     def one_sweep(self) -> bool:
@@ -148,12 +171,25 @@ class Assignment:
     @property
     def beside(self) -> bool:
         """Whether the source model's activations go through the model, too (`pipeline.beside`)."""
-        return any(task.factoring is not None and task.factoring.source for task in self.tasks.values())
+        return any(task.source for task in self.tasks.values())
 
     @property
     def calibrated(self) -> bool:
         """Whether any task needs calibration data."""
         return any(task.calibrated for task in self.tasks.values())
+
+
+def why_not_updated(ref: LinearRef, repeated: bool) -> str | None:
+    """Why a linear cannot be fitted to the source's outputs on the inputs of now; None if it can.
+
+    Args:
+        repeated: the model runs a block several times.
+    """
+    if ref.share < 1:
+        return "experts are not updated: other tokens may be routed to it than in the source model"
+    if repeated:
+        return "not updated: the model runs one block several times, which is solved by what the source's reads"
+    return None
 
 
 def _factored_kind(factoring: Factoring, scheme: Scheme | None) -> LowRank:

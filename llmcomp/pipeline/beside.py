@@ -1,8 +1,9 @@
 """The source model's activations, which go through the model beside the lanes of the compressed one.
 
 Factors are the best for what a linear reads in the source model, and one of them is then fitted anew to what it reads
-now. That wants both inputs of the same tokens at a time. So each batch has a second lane, which is computed with the
-source's weights and stops where the first one stops:
+now; weights of which some are removed aim at the source's outputs where that is asked (`methods.retarget`). That wants
+both inputs of the same tokens at a time. So each batch has a second lane, which is computed with the source's weights
+and stops where the first one stops:
 
     lanes reach a stage → what each of them reads is noted (`note`)
     → the source's weights take the places of compressed ones, their lanes come to the same stage (`advance`)
@@ -57,8 +58,7 @@ class Beside:
         params: Residency, parking: Parking,
     ) -> None:
         self._params, self._parking, self._device = params, parking, params.device
-        wanted = {name: task.factoring for name, task in tasks.items()}
-        self._crossed = {name: one.update for name, one in wanted.items() if one is not None and one.source}
+        self._crossed = {name: task.crossed for name, task in tasks.items() if task.source}
         batches = batches if self._crossed else ()
         self._lanes = [Lane(model, batch, device=params.device) for batch in batches]
         self._replaced: dict[str, Tensor] = {}  # the source's values of parameters that lanes compute with
@@ -118,7 +118,7 @@ class Beside:
         if places[0] != places[1]:
             raise RunError(
                 "Calibration windows take another way through the source model than through the compressed one; "
-                "factorize it without the update ('update: false')."
+                "compress it without the update ('update: false')."
             )
 
     def finish(self, name: str, world: World) -> SourceStats | None:

@@ -16,7 +16,16 @@ from llmcomp.errors import BadRecipe
 from llmcomp.methods import AUTO_ALONE, LOW_RANK
 from llmcomp.methods.factors import CorrectionConfig
 from llmcomp.methods.rank_budget import check_rank, rank_for, require_affordable
-from llmcomp.pipeline.assign import Assignment, Factoring, Task, alone, assign, left_out, unknown
+from llmcomp.pipeline.assign import (
+    Assignment,
+    Factoring,
+    Task,
+    alone,
+    assign,
+    left_out,
+    unknown,
+    why_not_updated,
+)
 from llmcomp.recipe import FactorizeStep, QuantizeStep, TargetedStep, override_for, size_for
 
 # {linear: its rank, or None where it stays dense}, as measured on the source model.
@@ -94,14 +103,10 @@ def _task(
     except BadRecipe as error:
         _add(problems, str(error).rstrip("."))
         return None
-    fallback, update = None, step.updates
-    if update and ref.share < 1:
-        fallback = "experts are not updated: other tokens may be routed to it than in the source model"
-    elif update and repeated:
-        fallback = "not updated: the model runs one block several times, which is solved by what the source's reads"
-    paired = ref.share == 1 and not repeated
-    wanted = paired and (update or LOW_RANK[method].calibrated)
-    return Task(ref, None, method, fallback, factoring=Factoring(rank, method, wanted, update and paired))
+    why, update = why_not_updated(ref, repeated), step.updates
+    wanted = why is None and (update or LOW_RANK[method].calibrated)
+    factoring = Factoring(rank, method, wanted, update and why is None)
+    return Task(ref, None, method, why if update else None, factoring=factoring)
 
 
 def with_factors(adapter: Adapter, steps: Sequence[TargetedStep], ranks: Ranks = MappingProxyType({})) -> Assignment:

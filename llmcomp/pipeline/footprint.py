@@ -317,17 +317,16 @@ def _solving(stage: Sequence[Task], size: int, ranks: int) -> tuple[dict[str, in
 
 def _matrices(task: Task) -> int:
     """Gram matrices that are gathered for it: of the inputs now, of those in the source model, of both."""
-    return 1 if task.factoring is None else 1 + task.factoring.source + task.factoring.update
+    return 1 + task.source + task.crossed
 
 
 def _factoring(task: Task) -> int:
-    """Bytes of making factors: in float64 the weight and its triangular form, products with it, eigenvectors; for the
-    update the Gram matrix and its factor."""
-    if task.factoring is None:
-        return 0
+    """Bytes of making factors, or of what is aimed at: in float64 the weight and its triangular form, products with it,
+    eigenvectors; for the update the Gram matrix and its factor."""
     narrow, columns = min(task.ref.out_features, task.ref.in_features), task.ref.in_features
-    made = 3 * task.ref.weights + 3 * narrow**2
-    return DOUBLE * max(made, (task.ref.weights + 2 * columns**2) * task.factoring.update)
+    made = 0 if task.factoring is None else 3 * task.ref.weights + 3 * narrow**2
+    moved = 0 if task.factoring is not None else 2 * task.ref.weights  # the weight, and where it moves
+    return DOUBLE * max(made, (task.ref.weights + moved + 2 * columns**2) * task.crossed)
 
 
 def _outside(

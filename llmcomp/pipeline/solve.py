@@ -15,6 +15,7 @@ from llmcomp.building import build
 from llmcomp.calibration.stats import InputStats
 from llmcomp.formats import Layout
 from llmcomp.methods import METHODS, SPARSE
+from llmcomp.methods.retarget import retarget
 from llmcomp.methods.solution import Solution, sampled_row_losses
 from llmcomp.pipeline.assign import Task
 from llmcomp.pipeline.beside import SourceStats
@@ -45,6 +46,12 @@ def solve_stage(
         stats = None  # an expert that nothing has reached: no error to state either
     groups: dict[Any, list[int]] = {}
     results: list[Solved | None] = [None] * len(tasks)
+    if beside is not None and beside.cross is not None and stats is not None and stats.gram is not None:
+        cross, gram = beside.cross, stats.gram
+        weights = [
+            retarget(weight, gram, cross) if task.pruning is not None and task.pruning.update else weight
+            for task, weight in zip(tasks, weights, strict=True)
+        ]
     low = [position for position, task in enumerate(tasks) if task.factoring is not None]
     if low:  # before a method may factorize the Gram matrix in place
         given = [(tasks[position], weights[position]) for position in low]

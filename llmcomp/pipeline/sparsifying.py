@@ -10,7 +10,16 @@ from llmcomp.adapters.base import Adapter, LinearRef
 from llmcomp.errors import BadRecipe
 from llmcomp.methods import METHODS, SPARSE
 from llmcomp.patterns import Pattern
-from llmcomp.pipeline.assign import Assignment, Pruning, Task, alone, assign, left_out, unknown
+from llmcomp.pipeline.assign import (
+    Assignment,
+    Pruning,
+    Task,
+    alone,
+    assign,
+    left_out,
+    unknown,
+    why_not_updated,
+)
 from llmcomp.pipeline.factorizing import Ranks, with_factors
 from llmcomp.recipe import FactorizeStep, QuantizeStep, SparsifyStep, TargetedStep, override_for, pattern_for
 
@@ -68,7 +77,13 @@ def _both(pruned: Task | None, quantized: Task | None) -> Task | None:
             f"{quantized.method} would move removed weights from zero; after sparsifying take gptq, awq, rtn-clip or "
             "rtn."
         )
-    return replace(quantized, pruning=pruned.pruning)
+    if quantized.scale is not None and pruned.pruning is not None and pruned.pruning.update:
+        raise BadRecipe(
+            f"{quantized.method} scales inputs that an update has to find as they are; after 'update: true' take gptq, "
+            "rtn-clip or rtn."
+        )
+    fallback = "; ".join(filter(None, (pruned.fallback, quantized.fallback)))
+    return replace(quantized, pruning=pruned.pruning, fallback=fallback or None)
 
 
 def _sparse(adapter: Adapter, step: SparsifyStep, sparsities: Sparsities) -> Assignment:
@@ -82,17 +97,18 @@ def _sparse(adapter: Adapter, step: SparsifyStep, sparsities: Sparsities) -> Ass
     misfits: dict[str, list[int]] = {}
     tasks: dict[str, Task] = {}
     left = dict(adapter.uncompressed)
+    repeated = any(block.applications > 1 for block in adapter.blocks)
     for ref in adapter.refs:
         if (why := left_out(step, ref)) is not None:
             left[ref.name] = why
         elif (task := _task(ref, step, problems, misfits, sparsities.get(ref.name))) is not None:
-            tasks[ref.name] = task
+            tasks[ref.name] = updated(task, repeated) if step.update else task
     problems += [
         f"--pattern {label} does not divide the widths {sorted(set(widths))} of {len(widths)} weights; take a pattern "
         "whose M divides them, or unstructured, or skip them"
         for label, widths in misfits.items()
     ]
-    if step.allocate and any(block.applications > 1 for block in adapter.blocks):
+    if step.allocate and repeated:
         problems.append(
             "this model runs one block several times, so nothing says what removing costs in each of them; leave "
             "--allocate out"
@@ -102,6 +118,18 @@ def _sparse(adapter: Adapter, step: SparsifyStep, sparsities: Sparsities) -> Ass
     if problems:
         raise BadRecipe(f"The recipe does not fit {adapter.architecture}: {'; '.join(problems)}.")
     return Assignment(tasks, left)
+
+
+def updated(task: Task, repeated: bool) -> Task:
+    """The task that aims at the source's outputs, or says why it does not.
+
+    Args:
+        repeated: the model runs a block several times.
+    """
+    assert task.pruning is not None
+    if (why := why_not_updated(task.ref, repeated)) is not None:
+        return replace(task, fallback=why)
+    return replace(task, pruning=replace(task.pruning, update=True))
 
 
 def _task(

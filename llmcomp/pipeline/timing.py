@@ -117,8 +117,7 @@ def _stage(stage: list[Task], plan: Plan, tokens: float, rates: Rates, ranks: in
     columns = stage[0].ref.in_features
     weights = sum(task.ref.weights for task in stage) / ranks
     # The upper half of 2 · tokens · in².
-    low = [task.factoring for task in stage if task.factoring is not None]
-    halves = 1 + max((one.source + 2 * one.update for one in low), default=0)
+    halves = 1 + max(task.source + 2 * task.crossed for task in stage)
     total = halves * tokens * stage[0].ref.share * float(columns) ** 2 / rates.exact
     for task in stage:
         share = task.ref.weights / ranks
@@ -127,6 +126,8 @@ def _stage(stage: list[Task], plan: Plan, tokens: float, rates: Rates, ranks: in
             total += _removing(task.pruning.method, plan, share / columns, columns) / rates.exact
         if task.factoring is not None:
             total += _factoring(task) / (rates.exact / 2)  # float64
+        if task.crossed:
+            total += _updating(task) / (rates.exact / 2)
         if task.scheme is None:
             continue
         shrinks, refinements = SEARCH[task.scheme.bits] if task.calibrated else ((1.0,), 0)
@@ -149,8 +150,12 @@ def _factoring(task: Task) -> float:
     ref, factoring = task.ref, task.factoring
     assert factoring is not None
     narrow, wide = sorted((ref.out_features, ref.in_features))
-    total = 2.0 * ref.weights * ref.in_features + 2.0 * narrow**2 * wide + _EIGENVECTORS * float(narrow) ** 3
-    return total + (float(ref.in_features) ** 3 / 3 + 4.0 * ref.weights * ref.in_features) * factoring.update
+    return 2.0 * ref.weights * ref.in_features + 2.0 * narrow**2 * wide + _EIGENVECTORS * float(narrow) ** 3
+
+
+def _updating(task: Task) -> float:
+    """Operations of fitting to the inputs of now, which each rank does for itself."""
+    return float(task.ref.in_features) ** 3 / 3 + 4.0 * task.ref.weights * task.ref.in_features
 
 
 def _removing(method: str, plan: Plan, rows: float, columns: float) -> float:

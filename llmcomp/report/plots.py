@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -13,8 +13,11 @@ from llmcomp.report import summary, words
 from llmcomp.report.schema import LayerReport, Report
 from llmcomp.report.svg import VARIABLES, colour, svg
 
+# Makes of (name, title, description, height, draw, tooltips) what is shown: `svg.svg`, or `png.png`.
+Writer = Callable[..., Any]
 
-def errors(report: Report) -> str | None:
+
+def errors(report: Report, write: Writer = svg) -> str | None:
     """Relative error of every layer over its block, log scale, by role; None where nothing has an error."""
     layers = [layer for layer in report.layers if layer.error is not None and layer.error > 0]
     if not layers:
@@ -40,7 +43,8 @@ def errors(report: Report) -> str | None:
 
     largest = words.error(max(layer.error or 0.0 for layer in layers))
     described = f"{len(layers)} layers; the largest error is {largest}"
-    return svg("errors", "Error of each layer by block, log scale", described, 3.5, draw, titles)
+    drawn: str | None = write("errors", "Error of each layer by block, log scale", described, 3.5, draw, titles)
+    return drawn
 
 
 def _middles(axes: Any, layers: Sequence[LayerReport], role: str, shift: float) -> None:
@@ -80,7 +84,7 @@ def _marks(
         ]
 
 
-def sizes(report: Report) -> str | None:
+def sizes(report: Report, write: Writer = svg) -> str | None:
     """Bytes on disk before and after, stacked by part; None unless both are known with their parts."""
     before, after = summary.sizes(report)
     if before is None or after is None or not before.parts or not after.parts:
@@ -115,10 +119,11 @@ def sizes(report: Report) -> str | None:
         axes.tick_params(axis="y", length=0)
 
     described = f"{words.size(before.bytes_on_disk)} before, {words.size(after.bytes_on_disk)} after"
-    return svg("sizes", "Bytes on disk before and after, by part", described, 1.35, draw, titles)
+    drawn: str | None = write("sizes", "Bytes on disk before and after, by part", described, 1.35, draw, titles)
+    return drawn
 
 
-def places(report: Report) -> str | None:
+def places(report: Report, write: Writer = svg) -> str | None:
     """Where the bytes are in the written model: one column per block, a ghost for what it was before."""
     if not any(layer.block is not None for layer in report.layers):
         return None
@@ -147,7 +152,8 @@ def places(report: Report) -> str | None:
 
     total = sum(sum(after.values()) for _, after in columns.values())
     described = f"{len(columns)} columns, {words.size(total)} in all"
-    return svg("places", "Where the bytes are: by block, after and before", described, 3.0, draw, titles)
+    drawn: str | None = write("places", "Where the bytes are: by block, after and before", described, 3.0, draw, titles)
+    return drawn
 
 
 def place_parts(report: Report) -> list[str]:

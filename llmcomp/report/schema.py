@@ -250,6 +250,25 @@ class Distillation:
 
 
 @dataclass
+class Origin:
+    """The model that was compressed, as its files and its card name it.
+
+    Attributes:
+        repo: id on the Hub; commit: which of its commits was read. None for what does not come from there.
+        license: by the Hub's name for it; license_name, license_link: of one that it has no name for ('other').
+        languages: codes. pipeline_tag: the Hub's word for what it does.
+    """
+
+    repo: str | None = None
+    commit: str | None = None
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    languages: list[str] = field(default_factory=list)
+    pipeline_tag: str | None = None
+
+
+@dataclass
 class Machine:
     cpu: str
     threads: int
@@ -274,6 +293,7 @@ class Report:
         notes: fallbacks and warnings, one sentence each.
         recovery: of `llmcomp recover`, whose layers are those that had been compressed.
         pruning: of a training that removed weights. distillation: of `llmcomp distill`.
+        origin: where the model comes from. files: SHA-256 of what was verified, by path below the checkpoint.
     """
 
     command: str
@@ -304,6 +324,8 @@ class Report:
     recovery: Recovery | None = None
     pruning: Pruning | None = None
     distillation: Distillation | None = None
+    origin: Origin | None = None
+    files: dict[str, str] = field(default_factory=dict)
     llmcomp_version: str = ""
     schema_version: int = SCHEMA_VERSION
 
@@ -343,12 +365,19 @@ class Report:
 
 
 def _rebuild(annotation: Any, value: Any) -> Any:
-    """A value of plain JSON as the annotated type (dataclasses, lists, dicts, optionals)."""
-    if value is None:
-        return None
+    """A value of plain JSON as the annotated type (dataclasses, lists, dicts, optionals).
+
+    Raises:
+        TypeError: it is of another.
+    """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        return _rebuild(next(a for a in arguments if a is not type(None)), value)
+        return None if value is None else _rebuild(next(a for a in arguments if a is not type(None)), value)
+    fits = _FITS.get(list if origin is tuple else origin or annotation)
+    if dataclasses.is_dataclass(annotation):
+        fits = (dict,)
+    if fits is not None and (not isinstance(value, fits) or (isinstance(value, bool) and bool not in fits)):
+        raise TypeError(f"{value!r:.40} where {getattr(annotation, '__name__', annotation)} belongs")
     if origin is list:
         return [_rebuild(arguments[0], item) for item in value]
     if origin is dict:
@@ -359,3 +388,9 @@ def _rebuild(annotation: Any, value: Any) -> Any:
         hints = typing.get_type_hints(annotation)
         return annotation(**{k: _rebuild(hints[k], v) for k, v in value.items()})  # type: ignore[operator]
     return value
+
+
+# What JSON may have for a type; a whole number is a float, too.
+_FITS: dict[Any, tuple[type, ...]] = {
+    str: (str,), bool: (bool,), int: (int,), float: (float, int), list: (list,), dict: (dict,),
+}  # fmt: skip

@@ -32,7 +32,7 @@ VARIABLES = {
     "card": "#01010b",
     "ghost": "#01010c",
 }
-_SETTINGS: dict[Any, Any] = {
+SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 10,
     "text.color": VARIABLES["ink"],
@@ -47,7 +47,7 @@ _SETTINGS: dict[Any, Any] = {
     "grid.color": VARIABLES["line"],
     "text.parse_math": False,
 }
-_WIDTH = 10.4
+WIDTH = 10.4
 
 
 def colour(part: str) -> str:
@@ -72,8 +72,8 @@ def svg(
         draw: draws on the figure and may fill `titles`.
         titles: the tooltips of the marks of each matplotlib gid, in the order they were drawn.
     """
-    with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": name}):
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": name}):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
         figure.patch.set_visible(False)
         FigureCanvasSVG(figure)
         draw(figure)

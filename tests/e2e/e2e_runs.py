@@ -139,3 +139,13 @@ def hashes(directory: Path) -> dict[str, str]:
     """{weight file: SHA-256 of its bytes}."""
     files = sorted(directory.glob("*.safetensors"))
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def reads(model: Any, ids: Tensor, name: str) -> Tensor:
+    """float64 [tokens, in]: what a linear reads."""
+    found: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    with torch.no_grad():
+        model(input_ids=ids)
+    handle.remove()
+    return found[0].double().flatten(0, 1)

@@ -14,7 +14,8 @@ from e2e_runs import LENGTH, quantize
 from packed import packed
 from tiny import tiny
 
-from llmcomp import Lora, Optimization, api
+import llmcomp
+from llmcomp import Lora, Optimization
 from llmcomp.kinds import LowRank
 from llmcomp.recipe import Calibration, QuantizeStep, Recipe, SparsifyStep, Step
 from llmcomp.report.schema import Report
@@ -78,7 +79,7 @@ def recover(directory: Path, output: Path, data: Path, method: str, **more: Any)
         "method": method, "sequence_length": LENGTH, "samples": 24, "optimization": WIDE, "lora": Lora(4),
         "evaluate": False, "output": output, **more,
     }  # fmt: skip
-    return api.recover(directory, str(data), **settings).report
+    return llmcomp.recover(directory, str(data), **settings).report
 
 
 def recovered_of(compressed: Made, root: Path, text: Path, rows: Path) -> Made:

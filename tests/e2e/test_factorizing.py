@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,13 +16,13 @@ from e2e_runs import (
     broken_run,
     hashes,
     quantize,
+    reads,
     recipe_of_case,
     runs_of,
     tensors,
 )
 from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, build
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import llmcomp
@@ -168,16 +167,6 @@ def fitted(runs: dict[str, Run], windows: Path, tmp_path_factory: pytest.TempPat
                                                             format="llmcomp"))
         for update in (True, False)
     }  # fmt: skip
-
-
-def reads(model: Any, ids: Tensor, name: str) -> Tensor:
-    """float64 [tokens, in]: what a linear reads."""
-    found: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: found.append(args[0]))
-    with torch.no_grad():
-        model(input_ids=ids)
-    handle.remove()
-    return found[0].double().flatten(0, 1)
 
 
 @pytest.mark.parametrize("name", ["layers.0.mlp.down_proj", "layers.1.self_attn.v_proj", "layers.1.mlp.up_proj"])

@@ -1,0 +1,145 @@
+"""Endurance: compress-and-push killed at random moments, and many runs in one process.
+
+    python -m evals.soak --kills 100         # SIGKILL at random moments of the run and its push, then the same command
+    python -m evals.soak --runs 50           # anonymous memory and open files after each run in one process
+
+Killed: a tiny model is quantized and pushed to a Hub on loopback (tests/hub_server.py). After each kill the output must
+be missing or whole, to the byte that of an unbroken run, and main on the Hub must have nothing of the model or all of
+it. Then the same command goes on (`llmcomp push` where the output stands), and may be killed again; in the end all must
+be there. One JSON line a round, the sum at the end; exit status 1 where anything was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from hub_server import HubServer  # noqa: E402 (beside the tests)
+from hub_writing import User  # noqa: E402
+from tiny import tiny  # noqa: E402
+
+from llmcomp.digests import digests  # noqa: E402
+
+TOKEN = "hf_soaksoaksoaksoaksoaksoaksoak"
+QUICK = ("--samples", "8", "--sequence-length", "32", "--no-evaluate")
+MOST_KILLS = 3  # of one run, before it may end
+
+
+class Soak:
+    """Runs on one source, against one Hub, with a random moment for each kill."""
+
+    def __init__(self, work: Path, hub: HubServer, seed: int) -> None:
+        self.work, self.hub, self.random = work, hub, random.Random(seed)
+        self.source = tiny("llama", work / "source", tokenizer=True)
+        text = work / "text.txt"
+        text.write_text("\n\n".join(f"def f{i}(x):\n    return x + {i}" for i in range(4000)), encoding="utf-8")
+        self.compress = ("quantize", str(self.source), "--calibration", str(text), *QUICK)
+        self.environment = {
+            **hub.environment(work / "home", HF_TOKEN=TOKEN), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+        began = time.monotonic()
+        self.call(("-o", str(work / "reference"), "--push-to-hub", "me/reference"), None)
+        self.seconds = time.monotonic() - began
+        self.expected = digests(work / "reference")
+
+    def call(self, more: tuple[str, ...], after: float | None, push: tuple[str, ...] = ()) -> int:
+        """The exit status of a command, of one that was killed `after` so many seconds -9."""
+        command = [sys.executable, "-m", "llmcomp", *(push or (*self.compress, *more))]
+        with (self.work / "log").open("w") as log:
+            child = subprocess.Popen(command, env=self.environment, cwd=self.work, stdout=log, stderr=log)
+            try:
+                status = child.wait(after)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                status = child.wait()
+        if status not in (0, -9):
+            raise RuntimeError((self.work / "log").read_text())
+        return status
+
+    def round(self, number: int) -> dict[str, Any]:
+        """One run with up to MOST_KILLS kills; what was found."""
+        output, repo = self.work / f"out{number}", f"me/out{number}"
+        kills: list[float] = []
+        wrong: list[str] = []
+        while True:
+            after = self.random.uniform(0, self.seconds * 1.1) if len(kills) < MOST_KILLS else None
+            push = ("push", str(output), repo) if output.exists() else ()
+            status = self.call(("-o", str(output), "--push-to-hub", repo), after, push)
+            wrong += self.check(output, repo)
+            if status == 0:
+                break
+            kills.append(round(after or 0, 2))
+        missing = [] if output.exists() and self.pushed(repo) else ["lost: it ended, and not all is there"]
+        return {"round": number, "kills": kills, "wrong": wrong + missing}
+
+    def check(self, output: Path, repo: str) -> list[str]:
+        found = []
+        if output.exists() and digests(output) != self.expected:
+            found.append("the output is there and is not that of an unbroken run")
+        folder = self.hub.root / repo
+        if folder.exists() and set(digests(folder)) and not self.pushed(repo):
+            found.append("half a model is visible on the Hub")
+        return found
+
+    def pushed(self, repo: str) -> bool:
+        there = digests(self.hub.root / repo) if (self.hub.root / repo).exists() else {}
+        return all(there.get(name) == digest for name, digest in self.expected.items())
+
+
+def killed(kills: int, seed: int) -> bool:
+    """Rounds until so many kills have struck; whether all went well."""
+    with tempfile.TemporaryDirectory() as folder, HubServer(Path(folder) / "hub") as hub:
+        hub.users[TOKEN] = User("me")
+        soak = Soak(Path(folder), hub, seed)
+        done, wrong, rounds = 0, 0, 0
+        while done < kills:
+            found = soak.round(rounds)
+            rounds, done, wrong = rounds + 1, done + len(found["kills"]), wrong + len(found["wrong"])
+            print(json.dumps(found), flush=True)
+    print(json.dumps({"rounds": rounds, "kills": done, "wrong": wrong, "seconds of one run": round(soak.seconds, 1)}))
+    return wrong == 0
+
+
+def repeated(runs: int) -> bool:
+    """Runs in this process: neither memory nor files may grow from the second fifth to the last."""
+    import llmcomp
+    from evals.common import read_memory
+
+    memory, files = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        source = tiny("llama", Path(folder) / "source", tokenizer=True)
+        for number in range(runs):
+            llmcomp.quantize(str(source), calibration="sample", output=Path(folder) / "out", overwrite=True,
+                             evaluate=False, verify=False)  # fmt: skip
+            memory.append(read_memory(Path("/proc/self/status").read_text()).anonymous)
+            files.append(len(list(Path("/proc/self/fd").iterdir())))
+            print(json.dumps({"run": number, "anonymous": memory[-1], "files": files[-1]}), flush=True)
+    part = max(1, runs // 5)
+    early, late = max(memory[part : 2 * part]), max(memory[-part:])
+    print(json.dumps({"runs": runs, "early": early, "late": late, "files": [min(files), files[-1]]}))
+    return late <= 1.05 * early and files[-1] <= files[part]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--runs", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    fine = [killed(given.kills, given.seed)] if given.kills else []
+    fine += [repeated(given.runs)] if given.runs else []
+    return 0 if all(fine) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""A checkpoint that llmcomp wrote, with its card, to the Hub: what is refused, what goes along, what is said before.
+
+Refused is what was not verified, or is not any more what was verified (`llmcomp.digests`). What goes along is the
+checkpoint with its tokenizer, the recipe, the report and its page without the directories of this machine, and the card
+with its plots; a README.md that lies in the directory is the card instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llmcomp import licences
+from llmcomp.digests import difference
+from llmcomp.errors import BadCheckpoint, UserError
+from llmcomp.progress import Progress, Silent
+from llmcomp.provenance import front_matter
+from llmcomp.report import card as cards
+from llmcomp.report.schema import FILE_NAME, Report
+from llmcomp.uploading import Content, Parcel, Remote
+
+_TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What is on the Hub now.
+
+    Attributes:
+        repo: its name. commit: the commit that holds it. url: of the commit, or of the pull request.
+        files: how many there are. sent: which of them were new there.
+    """
+
+    repo: str
+    commit: str
+    url: str
+    files: int
+    sent: tuple[str, ...]
+
+
+def push(
+    directory: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+    progress: Progress | None = None,
+) -> PushResult:
+    """Publish a checkpoint that llmcomp wrote on the Hub, with recipe, report and a model card, in one commit.
+
+    Broken off, the same call resumes: what has arrived is not sent again. The directory is only read.
+
+    Args:
+        directory: the checkpoint.
+        repo: 'user/name' or 'organization/name'; made where it is missing.
+        private: make it so that only its owners see it.
+        revision: a branch, made where it is missing; default main.
+        create_pr: as a pull request, which somebody merges.
+        message: of the commit.
+        progress: hears of the licence, of waits and of what is sent.
+
+    Raises:
+        UserError: no checkpoint of llmcomp, not verified or changed since, no token or rights, a name that is taken.
+        RunError: the connection, or the Hub, failed for good; nothing half is visible there.
+    """
+    directory, progress = Path(directory), progress or Silent()
+    if revision is not None and create_pr:
+        raise UserError("A pull request goes to main; leave out --revision, or --create-pr.")
+    report = require_verified(directory)
+    kept = f"{directory} is whole and as it was; `llmcomp push {directory} {repo}` resumes."
+    remote = Remote(repo, kept, progress)
+    remote.prepare(private, revision)
+    for sentence in about_licence(report):
+        progress.note(sentence)
+    files = contents(directory, report, repo)
+    text = message or f"{cards.source_name(report)}, compressed by llmcomp {report.llmcomp_version}"
+    done = remote.commit(Parcel(files, report.files, text, revision, create_pr))
+    return PushResult(repo, done.commit, done.url, len(files), done.sent)
+
+
+def ready(repo: str, private: bool = False) -> None:
+    """Refuse before hours of work what `push` would refuse after them.
+
+    Raises:
+        UserError, RunError: as `push`, of name, token, rights, connection and what is there.
+    """
+    Remote(repo, "Nothing was done yet.", Silent()).require_free(private)
+
+
+def require_verified(directory: Path) -> Report:
+    """The report of a checkpoint, if it was verified and is still that checkpoint.
+
+    Raises:
+        BadCheckpoint: no report, not verified, or other bytes than those that were.
+    """
+    report = Report.read(directory)
+    if report.verification is None or not report.verification.passed:
+        raise BadCheckpoint(
+            f"{directory} was not verified, so it is not pushed; compress it again without --no-verify."
+        )
+    if not report.files:
+        raise BadCheckpoint(
+            f"{FILE_NAME} of {directory} does not say which files were verified; compress it again by this llmcomp."
+        )
+    if outside := [name for name in report.files if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise BadCheckpoint(f"{FILE_NAME} of {directory} names {outside[0]}, which is not in it.")
+    changed = difference(directory, report.files)
+    if changed is not None:
+        raise BadCheckpoint(
+            f"{directory} is not what was verified, so it is not pushed: {changed}; compress it again."
+        )
+    return report
+
+
+def contents(directory: Path, report: Report, repo: str) -> dict[str, Content]:
+    """{path there: file or bytes} of all that is pushed."""
+    from llmcomp.report.html import FILE_NAME as PAGE_NAME
+    from llmcomp.report.html import render
+    from llmcomp.report.summary import PLAN_NAME
+
+    files: dict[str, Content] = {name: directory / name for name in report.files}
+    public = without_directories(report)
+    files[FILE_NAME] = public.to_json().encode()
+    files[PAGE_NAME] = render(public).encode()
+    if (directory / PLAN_NAME).is_file():
+        files[PLAN_NAME] = directory / PLAN_NAME
+    own = directory / cards.FILE_NAME
+    made = card_of(directory, repo, report)
+    if own.is_file():
+        if not front_matter(own.read_text(encoding="utf-8", errors="replace")):
+            raise UserError(f"{own} has no metadata at its top (YAML between lines of ---); remove it, or add them.")
+        files[cards.FILE_NAME] = own
+    else:
+        files[cards.FILE_NAME] = made.text.encode()
+    return files | made.images
+
+
+def card_of(directory: Path, name: str, report: Report | None = None) -> cards.Card:
+    """The card of the checkpoint in `directory`, to be loaded as `name`.
+
+    Raises:
+        BadCheckpoint: no report there.
+    """
+    report = report or Report.read(directory)
+    return cards.card(report, name, gguf=_gguf(directory, report))
+
+
+def about_licence(report: Report) -> list[str]:
+    """What is said of the source's licence before anything is published."""
+    origin = report.origin
+    name = origin.license if origin else None
+    shown = f"Licence of the source, {cards.source_name(report)}: {name or 'not named in its card'}."
+    found = licences.warning(name, origin.license_name if origin else None)
+    return [shown, *([found] if found else [])]
+
+
+def without_directories(report: Report) -> Report:
+    """The report for others: of directories of this machine only the last part."""
+    recovery = report.recovery
+    if recovery is not None:
+        source = None if recovery.source is None else _last(recovery.source)
+        recovery = replace(recovery, source=source, model=_last(recovery.model))
+    return replace(
+        report, model=_last(report.model), source=_last(report.source), output=_last(report.output), recovery=recovery
+    )
+
+
+def _last(name: str) -> str:
+    """Of a path the last part; a Hub id stays."""
+    local = name.startswith(("/", ".", "~")) or Path(name).exists()
+    return Path(name).name if local else name
+
+
+def _gguf(directory: Path, report: Report) -> bool:
+    """Whether llama.cpp's format has a form for it, as far as its architecture and its tokenizer say."""
+    from llmcomp.exports.gguf_models import FAMILIES
+
+    integers = all(layer.scheme.split()[0] in ("int4", "int8") for layer in report.layers)
+    return report.architecture in FAMILIES and integers and (directory / _TOKENIZER).is_file()
+
+

@@ -1,0 +1,31 @@
+"""The loopback Hub for code in this process: huggingface_hub has read its environment when it was imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+from hub_writing import User
+
+TOKEN = "hf_abcdefghijklmnopqrstuvwxyz012345"
+
+
+@contextmanager
+def inside(root: Path, patch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub at `root` that this process's huggingface_hub talks to, with a token of 'me', who is in 'team'."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    with HubServer(root) as hub:
+        hub.users[TOKEN] = User("me", ("team",))
+        patch.setattr(constants, "ENDPOINT", hub.url)
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setenv("HF_TOKEN", TOKEN)
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        close_session()
+        yield hub
+    close_session()
