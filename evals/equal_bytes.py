@@ -1,0 +1,217 @@
+"""Quantization, sparsity, low rank, pruning and their combinations at the bytes that they take, in one chart.
+
+    python -m evals.equal_bytes [--threads 1] [--seed 0] [--kept] [--only NAME …] [--chart evals/equal_bytes.png]
+
+Each row is one recipe of `llmcomp compress` on `models/lm`, calibrated on the same 64 windows of 256 tokens. Bytes
+are those of all tensors of the blocks as they lie in the checkpoint, over those of the source (float32); embeddings and
+head, which no recipe touches, are left out. Perplexity is that of the decoded weights in float32.
+
+A row **loses** where another takes no more bytes and has a lower perplexity on both texts. Results lie below
+LLMCOMP_EVAL_CACHE, where `--kept` takes them from, so that a run that was broken off goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+import llmcomp
+import llmcomp.hf  # its layout becomes known to transformers
+from evals.common import assets_root, cache_root, evaluation_windows, markdown, window_losses
+from evals.process import machine
+from evals.quality import PARTS, windows_file
+from llmcomp.formats.opening import open_checkpoint
+from llmcomp.formats.reading import model_config
+from llmcomp.recipe import Recipe
+from llmcomp.shards import read_shard
+
+Step = dict[str, Any]
+FAMILIES = {"quantized": "o", "sparse": "s", "low rank": "^", "pruned": "v", "combined": "D"}
+
+
+def quantize(bits: int, group: int | None = 128, **more: Any) -> Step:
+    """A step of GPTQ."""
+    return {"kind": "quantize", "method": "gptq", "bits": bits, "group_size": group or "channel", **more}
+
+
+def sparsify(pattern: str = "2:4", **more: Any) -> Step:
+    """A step of SparseGPT, by default 2:4."""
+    return {"kind": "sparsify", "method": "sparsegpt", "pattern": pattern, **more}
+
+
+def factorize(**more: Any) -> Step:
+    """A step of SVD-LLM."""
+    return {"kind": "factorize", "method": "svd-llm", **more}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recipe: its name, what family it is of, its steps, and the format that stores it smallest."""
+
+    name: str
+    family: str
+    steps: tuple[Step, ...]
+    format: str = "llmcomp"
+
+
+ROWS = (
+    Row("INT8 channel", "quantized", (quantize(8, None),)),
+    *(Row(f"INT{bits} g128", "quantized", (quantize(bits),)) for bits in (4, 3)),
+    Row("INT4 channel", "quantized", (quantize(4, None),)),
+    Row("INT2 g64", "quantized", (quantize(2, 64),)),
+    Row("2:4", "sparse", (sparsify(),)),
+    Row("2:4 updated", "sparse", (sparsify(update=True),)),
+    Row("4:8", "sparse", (sparsify("4:8"),)),
+    Row("50%", "sparse", (sparsify("unstructured", sparsity=0.5),), "dense"),
+    *(Row(f"rank, ratio {ratio}", "low rank", (factorize(ratio=ratio),)) for ratio in (0.8, 0.6, 0.4)),
+    *(Row(f"neurons −{share:.0%}", "pruned", ({"kind": "prune", "mlp": share},), "dense") for share in (0.25, 0.5)),
+    Row("2:4 + INT8 channel", "combined", (sparsify(), quantize(8, None))),
+    Row("2:4 + INT4 g128", "combined", (sparsify(), quantize(4))),
+    Row("2:4 updated + INT4 g128", "combined", (sparsify(update=True), quantize(4))),
+    Row("rank 0.8 + INT8", "combined", (factorize(ratio=0.8), quantize(8, None))),
+    Row("rank 0.8 + INT4 g32", "combined", (factorize(ratio=0.8), quantize(4, 32))),
+    Row("rank 0.6 + INT4 g32", "combined", (factorize(ratio=0.6), quantize(4, 32))),
+    Row("neurons −25% + INT4 g128", "combined", ({"kind": "prune", "mlp": 0.25}, quantize(4)), "compressed-tensors"),
+    Row("INT4 g128 + rank 4", "combined", (quantize(4), factorize(rank=4))),
+    Row("INT3 g128 + rank 8", "combined", (quantize(3), factorize(rank=8))),
+    Row("INT2 g64 + rank 16", "combined", (quantize(2, 64), factorize(rank=16))),
+)
+
+
+def recipe_of(row: Row, windows: Path) -> Recipe:
+    """As `llmcomp compress` reads it from a file."""
+    calibration = {"source": str(windows), "samples": 64, "sequence_length": 256}
+    written = {"seed": 0, "format": row.format, "steps": list(row.steps), "calibration": calibration}
+    return Recipe.from_yaml(yaml.safe_dump(written))
+
+
+def block_bytes(folder: Path) -> int:
+    """Bytes of all tensors of the blocks, as they lie in the files."""
+    sizes = (info.nbytes for file in folder.glob("*.safetensors") for name, info in read_shard(file).tensors.items()
+             if ".layers." in name)  # fmt: skip
+    return sum(sizes)
+
+
+def decoded(folder: Path) -> torch.nn.Module:
+    """The model in float32 with the weights that the checkpoint decodes to."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(model_config(folder), dtype=torch.float32)
+    weights = {name: tensor.float() for name, tensor in open_checkpoint(folder).dense()}
+    lacking = set(model.load_state_dict(weights, strict=False).missing_keys) - set(model.all_tied_weights_keys)
+    if lacking:
+        raise SystemExit(f"{folder} lacks {sorted(lacking)[:3]}")
+    model.tie_weights()
+    return model.eval()
+
+
+def losses(folder: Path) -> dict[str, list[float]]:
+    """Loss of every window of every text."""
+    from transformers import AutoTokenizer
+
+    model, tokenizer = decoded(folder), AutoTokenizer.from_pretrained(folder)
+    texts = PARTS["lm"].texts
+    return {
+        name: window_losses(model, evaluation_windows(tokenizer, assets_root() / path)).tolist()
+        for name, path in texts.items()
+    }
+
+
+def measured(row: Row, seed: int, windows: Path, kept: bool) -> dict[str, Any]:
+    """Bytes and losses of one row; with `kept` from the cache, if they are there."""
+    key = json.dumps([row.format, row.steps, seed, torch.__version__], sort_keys=True)
+    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+    path = cache_root() / f"equal-bytes-{row.name.replace(' ', '_')}-{digest}.json"
+    if kept and path.exists():
+        return json.loads(path.read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "out"
+        llmcomp.compress(
+            str(assets_root() / PARTS["lm"].model), recipe_of(row, windows), output=output, evaluate=False
+        )
+        found = {"bytes": block_bytes(output), "losses": losses(output)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found))
+    return found
+
+
+def loses(name: str, found: dict[str, dict[str, Any]]) -> str:
+    """The row of the lowest perplexity on books among those that beat this one everywhere; empty if none does."""
+    def mean(one: str, text: str) -> float:
+        return float(np.mean(found[one]["losses"][text]))
+
+    texts = tuple(PARTS["lm"].texts)
+    better = [
+        other for other in found
+        if other != name and found[other]["bytes"] <= found[name]["bytes"]
+        and all(mean(other, text) < mean(name, text) for text in texts)
+    ]  # fmt: skip
+    return min(better, key=lambda other: mean(other, texts[0]), default="")
+
+
+def chart(rows: Sequence[Row], found: dict[str, dict[str, Any]], source: dict[str, Any], path: Path) -> None:
+    """Perplexity over bytes, both logarithmic, one panel a text."""
+    from matplotlib.figure import Figure
+
+    texts = tuple(PARTS["lm"].texts)
+    figure = Figure(figsize=(7.2, 4.2 * len(texts)), layout="constrained")
+    for axes, text in zip(figure.subplots(len(texts), 1), texts, strict=True):
+        for family, marker in FAMILIES.items():
+            some = [row for row in rows if row.family == family]
+            x = [found[row.name]["bytes"] / source["bytes"] for row in some]
+            y = [float(np.exp(np.mean(found[row.name]["losses"][text]))) for row in some]
+            axes.scatter(x, y, marker=marker, label=family)
+            for row, left, height in zip(some, x, y, strict=True):
+                axes.annotate(row.name, (left, height), fontsize=6, xytext=(4, 3), textcoords="offset points")
+        dense = float(np.exp(np.mean(source["losses"][text])))
+        axes.axhline(dense, linewidth=0.8, color="grey")
+        axes.set(xscale="log", yscale="log", title=text)
+        axes.set(xlabel="bytes of the blocks, of the source's", ylabel="perplexity")
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line as in the head of this file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=[row.name for row in ROWS], help="default: all")
+    parser.add_argument("--kept", action="store_true", help="take what was measured before from the cache")
+    parser.add_argument("--chart", type=Path)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    print(json.dumps(machine(args.threads)))
+    rows = [row for row in ROWS if args.only is None or row.name in args.only]
+    model, found = assets_root() / PARTS["lm"].model, {}
+    with tempfile.TemporaryDirectory() as folder:
+        windows = windows_file(PARTS["lm"], args.seed, Path(folder))
+        for row in rows:
+            found[row.name] = measured(row, args.seed, windows, args.kept)
+            print(f"{row.name}: {found[row.name]['bytes']:,} bytes", file=sys.stderr, flush=True)
+    source = {"bytes": block_bytes(model), "losses": losses(model)}
+    texts = tuple(PARTS["lm"].texts)
+    lines = [["(source)", "–", "1.000", *(f"{np.exp(np.mean(source['losses'][text])):.2f}" for text in texts), ""]]
+    for row in sorted(rows, key=lambda row: -found[row.name]["bytes"]):
+        one = found[row.name]
+        shown = [f"{np.exp(np.mean(one['losses'][text])):.2f}" for text in texts]
+        lines.append([row.name, row.family, f"{one['bytes'] / source['bytes']:.3f}", *shown, loses(row.name, found)])
+    print("\n" + markdown(["recipe", "family", "bytes", *texts, "loses to"], lines))
+    if args.chart:
+        chart(rows, found, source, args.chart)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
