@@ -44,6 +44,7 @@ from llmcomp.pipeline.labels import labels
 from llmcomp.pipeline.memory import PeakMemory
 from llmcomp.pipeline.narrowed import notes
 from llmcomp.pipeline.plan import bytes_needed
+from llmcomp.pipeline.pruning import Reduction
 from llmcomp.pipeline.run import Compression
 from llmcomp.pipeline.sharing import Sharing
 from llmcomp.pipeline.streaming import open_streamed
@@ -174,14 +175,10 @@ class Session:
         partial = self.partial if self.world.first else scratch_of(self.partial, self.world.rank)
         narrowed: cutting.Cut | None = None
         if plan.reduction is not None:
-            setting = cutting.Setting(
+            narrowed = self._cut(source, plan.reduction, cutting.Setting(
                 batches, data.witness, partial / "pruned", fingerprint(*parts), self.options.activation_memory,
                 self.device, self.options.trust_remote_code,
-            )
-            narrowed = cutting.cut(source, plan.reduction, setting, self.progress)
-            self.removed = narrowed.removed
-            for sentence in notes(self.removed, len(source.adapter.blocks)):
-                self._note(sentence)
+            ))  # fmt: skip
             source = narrowed.source
             plan = replace(plan_rest(self.recipe, source.adapter), reduction=plan.reduction)
         if plan.shared is not None:
@@ -190,8 +187,7 @@ class Session:
                 sharing = Sharing(source, plan, batches, partial, memory, self.device, self.world, self.progress)
                 by_ranks = plan.shared == "ranks"
                 found: Any = {"ranks": sharing.ranks()} if by_ranks else {"sparsities": sharing.sparsities()}
-                rest = plan_rest(self.recipe, source.adapter, **found)
-                plan = replace(rest, reduction=plan.reduction)
+                plan = replace(plan_rest(self.recipe, source.adapter, **found), reduction=plan.reduction)
         job = Job(
             adapter=source.adapter,
             binding=source.binding,
@@ -218,6 +214,14 @@ class Session:
             outcome = narrowed.before(outcome)
         self.phases |= outcome.phases
         return source, plan, outcome
+
+    def _cut(self, source: Source, reduction: Reduction, setting: cutting.Setting) -> cutting.Cut:
+        """The smaller model that the recipe prunes the source to, and what is gone."""
+        narrowed = cutting.cut(source, reduction, setting, self.progress)
+        self.removed = narrowed.removed
+        for sentence in notes(self.removed, len(source.adapter.blocks)):
+            self._note(sentence)
+        return narrowed
 
     def _agree(self, source: Source, data: Data) -> None:
         """Compare what this rank has read with what the first one has."""

@@ -39,7 +39,7 @@ def sparsify(
         typer.Option(
             "--update/--no-update",
             help="Let what is left aim at the source model's outputs on what the compressed blocks before it give: "
-            "nearer to the source, for about twice the time.",
+            "nearer to the source on such text; its activations go through the model, too, which takes time.",
             show_default="no update",
         ),
     ] = None,

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from llmcomp.methods._project import solve_damped, times
 
-# Of the mean diagonal of G. 2:4 by SparseGPT of a trained decoder of 6 layers, 64 windows of 256 tokens, one seed:
-# perplexity 57.44 without, 54.20, 54.15 and 53.98 with 0.001, 0.01 and 0.1.
+# Of the mean diagonal of G. A trained decoder at 2:4 hardly tells 0.001, 0.01 and 0.1 apart; the strongest moves least.
 DAMPING = 0.1
 
 

@@ -11,10 +11,9 @@ from typing import Any
 from llmcomp.building import build, read_settings
 from llmcomp.errors import BadRecipe
 from llmcomp.training.distilling import DIVERGENCES, METHODS, Weights
-from llmcomp.training.settings import Optimization, Teaching
+from llmcomp.training.settings import Optimization, Teaching, optimization_of, said_of
 from llmcomp.training.students import parse_cut
 
-_AWAY = ("output", "overwrite", "evaluate", "verify", "device", "save_every")  # change nothing of the result
 _LISTS = ("ensemble", "head_map")
 
 
@@ -83,9 +82,7 @@ class DistillPlan:
 
     @property
     def optimization(self) -> Optimization:
-        own = {one.name for one in dataclasses.fields(self)}
-        names = [one.name for one in dataclasses.fields(Optimization) if one.name in own]
-        return Optimization(**{name: getattr(self, name) for name in names})
+        return optimization_of(self)
 
     @property
     def weights(self) -> Weights:
@@ -128,12 +125,7 @@ class DistillPlan:
 
     def said(self) -> dict[str, Any]:
         """What was asked, as plain data; what is left at its default, or changes nothing of the result, left out."""
-        found = {}
-        for one in dataclasses.fields(self):
-            value = getattr(self, one.name)
-            if value != one.default and one.name not in _AWAY:
-                found[one.name] = list(value) if isinstance(value, tuple) else value
-        return found
+        return said_of(self)
 
 
 def read_distill_plan(path: Path, settings: Sequence[str] = (), **defaults: Any) -> DistillPlan:

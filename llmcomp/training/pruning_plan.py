@@ -14,7 +14,7 @@ from llmcomp.patterns import UNSTRUCTURED, Pattern
 from llmcomp.recipe import Override, Recipe, SparsifyStep
 from llmcomp.recipe import check as check_recipe
 from llmcomp.training.pruning import Span
-from llmcomp.training.settings import Optimization, Teaching
+from llmcomp.training.settings import Optimization, Teaching, optimization_of, said_of
 
 GRADUAL, MOVEMENT, SOFT, LOTTERY = METHODS = ("gradual", "movement", "soft-movement", "lottery")
 _SPANNING = (GRADUAL, MOVEMENT, SOFT)
@@ -25,7 +25,6 @@ _OF_METHODS = {
     "rounds": (LOTTERY,), "rewind": (LOTTERY,), "scope": (GRADUAL, MOVEMENT, LOTTERY),
     "pattern": (GRADUAL, MOVEMENT, LOTTERY), "sparsity": (GRADUAL, MOVEMENT, LOTTERY),
 }  # fmt: skip
-_AWAY = ("output", "overwrite", "evaluate", "verify", "device", "save_every")  # change nothing of the result
 
 
 @dataclass(frozen=True)
@@ -95,9 +94,7 @@ class PruningPlan:
 
     @property
     def optimization(self) -> Optimization:
-        own = {one.name for one in dataclasses.fields(self)}
-        names = [one.name for one in dataclasses.fields(Optimization) if one.name in own]
-        return Optimization(**{name: getattr(self, name) for name in names})
+        return optimization_of(self)
 
     @property
     def step(self) -> SparsifyStep:
@@ -159,12 +156,7 @@ class PruningPlan:
 
     def said(self) -> dict[str, Any]:
         """What was asked, as plain data; what is left at its default, or changes nothing of the result, left out."""
-        found = {}
-        for one in dataclasses.fields(self):
-            value = getattr(self, one.name)
-            if value != one.default and one.name not in _AWAY:
-                found[one.name] = list(value) if isinstance(value, tuple) else value
-        return found
+        return said_of(self)
 
 
 def read_plan(path: Path, settings: Sequence[str] = ()) -> PruningPlan:

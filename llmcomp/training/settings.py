@@ -166,3 +166,24 @@ class Plan:
                     continue
                 said[names.get(one.name, one.name)] = list(value) if isinstance(value, tuple) else value
         return said
+
+
+# Fields of a plan that change nothing of the result.
+_AWAY = ("output", "overwrite", "evaluate", "verify", "device", "save_every")
+
+
+def optimization_of(plan: Any) -> Optimization:
+    """The course of a training, from the fields of a plan that has some of its names."""
+    names = {one.name for one in dataclasses.fields(plan)} & {one.name for one in dataclasses.fields(Optimization)}
+    return Optimization(**{name: getattr(plan, name) for name in names})
+
+
+def said_of(plan: Any) -> dict[str, Any]:
+    """What a plan was asked for, as plain data; what is left at its default, or changes nothing of the result, left
+    out."""
+    found = {}
+    for one in dataclasses.fields(plan):
+        value = getattr(plan, one.name)
+        if value != one.default and one.name not in _AWAY:
+            found[one.name] = list(value) if isinstance(value, tuple) else value
+    return found
