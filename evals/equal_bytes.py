@@ -29,8 +29,9 @@ import yaml
 import llmcomp
 import llmcomp.hf  # its layout becomes known to transformers
 from evals.common import assets_root, cache_root, evaluation_windows, markdown, window_losses
+from evals.parts import PARTS
 from evals.process import machine
-from evals.quality import PARTS, windows_file
+from evals.quality import windows_file
 from llmcomp.formats.opening import open_checkpoint
 from llmcomp.formats.reading import model_config
 from llmcomp.recipe import Recipe

@@ -28,6 +28,7 @@ from evals.peers.arguments import Job, parse, rows
 
 # llmcompressor matches by name or pattern; everything outside the blocks stays as it is.
 OUTSIDE_BLOCKS = ["lm_head", "classifier", "re:.*pooler.*"]
+INSIDE_BLOCKS = [r"re:.*_proj$", r"re:.*encoder\.layer\..*(query|key|value|dense)$"]  # of Llama, of BERT
 
 
 def recipe(job: Job) -> list[Modifier]:
@@ -37,7 +38,7 @@ def recipe(job: Job) -> list[Modifier]:
         counts = job.pattern.split(":") if ":" in job.pattern else None
         share = 1 - int(counts[0]) / int(counts[1]) if counts else float(job.pattern)
         # These modifiers do not leave a head out by its name in `ignore`: the model was far worse (77.6 for 58.6).
-        return [kind(sparsity=share, mask_structure=job.pattern if counts else "0:0", targets=[r"re:.*_proj$"])]
+        return [kind(sparsity=share, mask_structure=job.pattern if counts else "0:0", targets=INSIDE_BLOCKS)]
     scaled = job.method.startswith("awq")
     method = {"awq": "rtn-mse", "awq-gptq": "gptq-mse"}.get(job.method, job.method)
     method, _, observer = method.partition("-")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from evals.equal_bytes import FAMILIES, ROWS, Row, loses, recipe_of
-from evals.quality import PARTS
+from evals.parts import PARTS
 from llmcomp.recipe import check
 
 
