@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from evals.peers.arguments import CUTTING, FACTORS, PRUNING
+from evals.peers.arguments import CUTTING, FACTORS, PRUNING, TOGETHER
 from evals.setup_peers import peer_python
 
 OURS = "llmcomp"
@@ -67,6 +67,10 @@ TOOLS = {
         *(Tool(f"llmcomp {method}", OURS, method) for method in PRUNING),
         *(Tool(f"llmcompressor {method}", "llmcompressor", method) for method in ("sparsegpt", "wanda")),
         *(Tool(f"llmcomp {method}", OURS, method) for method in (*FACTORS, *CUTTING)),
+        Tool("llmcomp one sweep", OURS, "one-sweep"),
+        Tool("llmcomp alps, gptq", OURS, "alps-gptq"),
+        Tool("llmcomp two steps", OURS, "two-steps"),
+        Tool("llmcompressor two steps", "llmcompressor", "two-steps"),
         Tool("llmcompressor gptq", "llmcompressor", "gptq"),
         Tool("llmcompressor gptq-mse", "llmcompressor", "gptq-mse"),
         Tool("llmcompressor awq", "llmcompressor", "awq"),
@@ -91,7 +95,7 @@ PARTS = {
         ),
         tuple(
             name for name, tool in TOOLS.items()
-            if "rtn" not in name and name != LEARNED and tool.method not in (*PRUNING, *FACTORS, *CUTTING)
+            if "rtn" not in name and name != LEARNED and tool.method not in (*PRUNING, *FACTORS, *CUTTING, *TOGETHER)
         ),
     ),
     "lm-sparse": Part(
@@ -106,6 +110,15 @@ PARTS = {
             Setting("70%", pattern="0.7"),
         ),
         tuple(name for name, tool in TOOLS.items() if tool.method in PRUNING),
+    ),
+    "lm-together": Part(
+        "lm-together",
+        "causal-lm",
+        "models/lm",
+        {"books": "data/books/validation.txt", "wikitext": "data/wikitext-2-raw/test.txt"},
+        (Setting("2:4 + INT4 g128", 4, 128, "2:4"),),
+        ("llmcomp one sweep", "llmcomp two steps", "llmcompressor two steps"),
+        "llmcomp one sweep",
     ),
     "lm-lowrank": Part(
         "lm-lowrank",

@@ -1,6 +1,6 @@
 """Quality side by side: every tool on the same model, windows and text; markdown tables on stdout.
 
-    python -m evals.quality [--part lm|lm-sparse|lm-lowrank|lm-pruned|sst2|sst2-sparse|sst2-lowrank|sst2-pruned]
+    python -m evals.quality [--part lm|lm-sparse|lm-together|lm-lowrank|lm-pruned|sst2|sst2-sparse|sst2-lowrank|…]
                              [--tools NAME …] [--settings NAME …] [--threads 1] [--seeds 0 1 2] [--kept]
 
 For each setting, calibration seed and tool: quantize in the tool's own environment, open the checkpoint as
