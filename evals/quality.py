@@ -29,7 +29,7 @@ from evals.common import (
     SEEDS,
     assets_root,
     cache_root,
-    calibration_sentences,
+    calibration_rows,
     calibration_windows,
     markdown,
     padded_tokens,
@@ -57,9 +57,9 @@ def windows_file(part: Part, seed: int, folder: Path) -> Path:
     if part.task == "causal-lm":
         save_file({"input_ids": calibration_windows(model, data / "books" / "calibration.txt", seed)}, path)
         return path
-    sentences = calibration_sentences(data / "sst2" / "train.jsonl", seed)
-    save_file(padded_tokens(model, sentences), path)
-    lines = [json.dumps({"sentence": sentence}) for sentence in sentences]
+    rows = calibration_rows(data / "sst2" / "train.jsonl", seed)
+    save_file(padded_tokens(model, [row["sentence"] for row in rows]), path)
+    lines = [json.dumps(row) for row in rows]
     path.with_suffix(".jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 

@@ -17,7 +17,7 @@ FACTORS = {
 # Methods that prune: the words of llmcomp's command line.
 CUTTING = {
     "cut": ("--method", "activation"), "cut-unfitted": ("--method", "activation", "--option", "compensate=false"),
-    "cut-magnitude": ("--method", "magnitude"),
+    "cut-taylor": ("--method", "taylor"), "cut-magnitude": ("--method", "magnitude"),
 }  # fmt: skip
 # Removing and rounding: in one sweep; ALPS, then GPTQ on the same statistics; one tool after the other, the mask held.
 TOGETHER = ("one-sweep", "alps-gptq", "two-steps")
