@@ -62,41 +62,57 @@ def sensitivities(
         NumericalError: NaN or Inf in weights, activations or gradients.
         RunError: something that no gradient has reached.
     """
-    params, found = Residency(adapter, values, device), dict[str, Tensor]()
-    samples = sum(len(next(iter(batch.values()))) for batch in batches)
-
-    def add(name: str, size: int, products: Tensor, rows: int) -> None:
-        """products: x * dL/dx of one batch of `rows` samples, [..., channels]."""
-        rows = rows if products.numel() % (rows * products.shape[-1]) == 0 else 1  # padding may have been dropped
-        changes = products.reshape(rows, -1, products.shape[-1] // size, size).sum((1, 3))  # [rows, units]
-        found[name] = found.get(name, 0.0) + changes.square().sum(0).cpu()
-
-    state = _State()
-    with computing_on(device), repeatable_attention(device), _noting(adapter, parts, params, add, state, release):
+    params, sums = Residency(adapter, values, device), _Sums()
+    with computing_on(device), repeatable_attention(device), _noting(adapter, parts, params, sums, release):
         params.settle()
-        params.read(params.outside)
-        for number, batch in enumerate(batches):
-            here = {name: value.to(device) for name, value in batch.items()}
-            state.rows = len(next(iter(here.values())))
-            with torch.enable_grad(), WideProducts():
-                logits = adapter.model(**here).logits
-                answers = None if labels is None else labels[number].to(device)
-                _loss(logits, here, answers).backward()
-            del logits
-            return_freed_memory()
-        params.release(params.outside)
-    wanted = [*(part.output.name for part in parts), *(block.name for block in adapter.blocks)]
-    if missed := [name for name in wanted if name not in found]:
-        raise RunError(f"No gradient reached {missed[0]}; prune by another --method.")
-    if odd := [name for name in wanted if not bool(torch.isfinite(found[name]).all())]:
-        raise NumericalError(f"The gradients at {odd[0]} hold NaN or Inf.")
-    return {name: (found[name] / samples).tolist() for name in wanted}
+        try:
+            params.read(params.outside)
+            for number, batch in enumerate(batches):
+                here = {name: value.to(device) for name, value in batch.items()}
+                sums.begin(len(next(iter(here.values()))))
+                with torch.enable_grad(), WideProducts():
+                    logits = adapter.model(**here).logits
+                    _loss(logits, here, None if labels is None else labels[number].to(device)).backward()
+                del logits
+                return_freed_memory()
+        finally:
+            params.release(params.outside)
+    return {name: sums.mean(name) for name in (*(part.output.name for part in parts), *_names(adapter))}
 
 
-class _State:
-    """rows: samples of the batch that is computed."""
+def _names(adapter: Adapter) -> list[str]:
+    return [block.name for block in adapter.blocks]
 
-    rows = 1
+
+class _Sums:
+    """Squares of the samples' changes, summed, by name."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Tensor] = {}
+        self._rows, self._samples = 0, 0
+
+    def begin(self, rows: int) -> None:
+        """A batch of so many samples."""
+        self._rows, self._samples = rows, self._samples + rows
+
+    def add(self, name: str, size: int | None, products: Tensor) -> None:
+        """products: x * dL/dx of the batch, float64 [..., channels], of which `size` are a unit, None for all."""
+        width, rows = products.shape[-1], self._rows
+        if products.numel() % (rows * width):  # padding was dropped, so nothing says where a sample ends
+            rows = 1
+        changes = products.reshape(rows, -1, width // (size or width), size or width).sum((1, 3))  # [rows, units]
+        found = changes.square().sum(0).cpu()
+        self._found[name] = self._found[name] + found if name in self._found else found
+
+    def mean(self, name: str) -> list[float]:
+        """Raises RunError where nothing was added, NumericalError for what is no number."""
+        if name not in self._found:
+            raise RunError(f"No gradient reached {name}; prune by another --method.")
+        found = self._found[name] / self._samples
+        if not bool(torch.isfinite(found).all()):
+            raise NumericalError(f"The gradients at {name} hold NaN or Inf.")
+        scores: list[float] = found.tolist()
+        return scores
 
 
 def _loss(logits: Tensor, batch: Mapping[str, Tensor], labels: Tensor | None) -> Tensor:
@@ -114,25 +130,20 @@ def _loss(logits: Tensor, batch: Mapping[str, Tensor], labels: Tensor | None) ->
 
 @contextmanager
 def _noting(
-    adapter: Adapter, parts: Sequence[Part], params: Residency, add: Callable[[str, int, Tensor, int], None],
-    state: _State, release: Callable[[], None],
+    adapter: Adapter, parts: Sequence[Part], params: Residency, sums: _Sums, release: Callable[[], None]
 ) -> Iterator[None]:
     """While it lasts, blocks are computed twice, each time with values read for it, and backward passes are noted."""
     model: Any = adapter.model
-    handles, blocks = [], [model.get_submodule(block.name) for block in adapter.blocks]
+    handles, blocks = [], {name: model.get_submodule(name) for name in _names(adapter)}
     config = model.config.get_text_config()
     caching = getattr(config, "use_cache", None)
-
-    def note(name: str, size: int, products: Tensor) -> None:
-        add(name, size, products, state.rows)
-
     for part in parts:
         handles.append(model.get_submodule(part.output.name).register_forward_pre_hook(
-            _watched_input(partial(note, part.output.name, part.size)), with_kwargs=True
+            _watched_input(partial(sums.add, part.output.name, part.size)), with_kwargs=True
         ))  # fmt: skip
-    for block, module in zip(adapter.blocks, blocks, strict=True):
-        whole = partial(_note_whole, partial(note, block.name))
-        module.forward = _twice(module.forward, params, params.inside(block.name), whole, release)
+    for name, module in blocks.items():
+        note = partial(sums.add, name, None)
+        module.forward = _twice(module.forward, params, params.inside(name), note, release)
     if caching:
         config.use_cache = False
     try:
@@ -140,14 +151,10 @@ def _noting(
     finally:
         for handle in handles:
             handle.remove()
-        for module in blocks:
+        for module in blocks.values():
             del module.forward  # what the class has shows again
         if caching:
             config.use_cache = True
-
-
-def _note_whole(note: Callable[[int, Tensor], None], products: Tensor) -> None:
-    note(products.shape[-1], products)
 
 
 def _watched_input(note: Callable[[Tensor], None]) -> Callable[..., Any]:
