@@ -24,7 +24,7 @@ from llmcomp.methods.lowrank import ASVDConfig, SVDConfig, SVDLLMConfig, asvd, s
 from llmcomp.methods.rtn import RTNConfig, rtn, rtn_clip
 from llmcomp.methods.signround import SignRoundConfig, Tuned, clip_start, gptq_start, tune
 from llmcomp.methods.solution import Solution
-from llmcomp.methods.sparsegpt import SparseGPTConfig, sparsegpt
+from llmcomp.methods.sparsegpt import CHUNK_WEIGHTS, GROUPED_WEIGHTS, SparseGPTConfig, sparsegpt
 from llmcomp.methods.wanda import MagnitudeConfig, WandaConfig, magnitude, wanda
 
 
@@ -62,6 +62,7 @@ class SparseMethod:
         squares: float32 matrices [in, in] that it makes beside the Gram matrix.
         copies: float32 copies of a chunk of rows that it holds at once.
         flops: (config, rows, in) → operations beyond one pass over the weights, and what is counted for factorizing.
+        grouped: weights of the rows that it takes at a time by N:M.
     """
 
     function: Callable[..., Solution]
@@ -73,6 +74,7 @@ class SparseMethod:
     squares: int = 0
     copies: int = 0
     flops: Callable[[Any, float, float], float] = lambda config, rows, columns: 0.0
+    grouped: int = CHUNK_WEIGHTS
 
 
 METHODS: dict[str, Method] = {
@@ -91,7 +93,8 @@ METHODS: dict[str, Method] = {
 
 SPARSE: dict[str, SparseMethod] = {
     "sparsegpt": SparseMethod(
-        sparsegpt, SparseGPTConfig, True, "what is removed is made up for in the columns that follow", factorizes=True
+        sparsegpt, SparseGPTConfig, True, "what is removed is made up for in the columns that follow", factorizes=True,
+        grouped=GROUPED_WEIGHTS,
     ),
     "alps": SparseMethod(
         alps, ALPSConfig, True, "the mask searched by ADMM, the best weights on it solved for", squares=1, copies=6,

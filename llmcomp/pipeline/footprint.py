@@ -22,7 +22,7 @@ DOUBLE = 8  # bytes
 FLOAT = 4  # bytes; Gram matrices and everything that methods compute with
 _TILE = 512  # rows of the diagonal tiles that `_solve.factorize` keeps aside
 _STRIP = 2048  # columns of a piece of the Gram matrix (`calibration.stats`)
-_SWEEP_WEIGHTS = 1 << 22  # elements of a chunk of rows in `methods.gptq`
+_SWEEP_WEIGHTS = 1 << 22  # elements of a chunk of rows in `methods.gptq`, and of most that remove weights
 _SWEEP_BYTES = 10  # float32 weights and errors, int8 integers in two orders
 _SEARCH_WEIGHTS = 1 << 17  # elements of a chunk in `methods._grid`
 _SEARCH_BYTES = 6 * FLOAT  # the chunk, points, products and losses
@@ -133,7 +133,7 @@ def _kernels(stages: Sequence[Sequence[Task]], ranks: int) -> int:
             continue
         columns = stage[0].ref.in_features
         rows = -(-sum(task.ref.out_features for task in stage) // ranks)
-        chunk = max(64, _SWEEP_WEIGHTS // columns)
+        chunk = _chunk(stage[0], columns)
         rests = {_TILE, *range(_BLOCK, min(_TILE, columns), _BLOCK)}  # tiles, and what is left at an edge
         for size in {min(chunk, rows), rows % chunk} - {0}:
             shapes |= {(rest, size) for rest in rests}  # a block of the sweep
@@ -289,6 +289,14 @@ def _uncalibrated(
         )
 
 
+def _chunk(task: Task, columns: int) -> int:
+    """Rows that a sweep takes at a time."""
+    pruning = task.pruning
+    alone = task.scheme is None and pruning is not None and pruning.pattern.group is not None
+    weights = SPARSE[pruning.method].grouped if alone and pruning is not None else _SWEEP_WEIGHTS
+    return max(64, weights // columns)
+
+
 def _solving(stage: Sequence[Task], size: int, ranks: int) -> tuple[dict[str, int], int]:
     """({term: bytes} of `solve_stage` on one rank, bytes of the stage's weights decoded)."""
     weights = sum(task.ref.weights for task in stage)
@@ -296,7 +304,7 @@ def _solving(stage: Sequence[Task], size: int, ranks: int) -> tuple[dict[str, in
     rows = -(-weights // columns // ranks)
     method = _SEARCH_WEIGHTS * _SEARCH_BYTES
     if stage[0].factorizes:
-        chunk = min(rows, max(64, _SWEEP_WEIGHTS // columns)) * columns
+        chunk = min(rows, _chunk(stage[0], columns)) * columns
         method = max(method, chunk * _SWEEP_BYTES, FLOAT * columns * _TILE)
     elif stage[0].calibrated:
         method = max(method, min(rows, _LOSS_ROWS) * columns * _LOSS_BYTES)
