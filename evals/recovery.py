@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
             table += lines(row, [bench.row(row, ways, seed) for seed in args.seeds], source)
     first = next(iter(source))
     header = ["compressed", "trained", *source, f"won back on {first}", *(f"{text}, change (95%)" for text in source)]
-    print(f"\n{args.steps} steps of 8 × 256 tokens; {len(args.seeds)} seeds\n\n{markdown(header, table)}")
+    print(f"\n{args.steps} steps of 8 × 256 tokens; seeds {args.seeds}\n\n{markdown(header, table)}")
     return 0
 
 
