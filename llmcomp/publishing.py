@@ -17,6 +17,7 @@ from llmcomp.progress import Progress, Silent
 from llmcomp.provenance import front_matter
 from llmcomp.report import card as cards
 from llmcomp.report.schema import FILE_NAME, Report
+from llmcomp.staging import large, stage
 from llmcomp.uploading import Content, Parcel, Remote
 
 _TOKENIZER = "tokenizer.json"
@@ -48,9 +49,10 @@ def push(
     message: str | None = None,
     progress: Progress | None = None,
 ) -> PushResult:
-    """Publish a checkpoint that llmcomp wrote on the Hub, with recipe, report and a model card, in one commit.
+    """Publish a checkpoint that llmcomp wrote on the Hub, with recipe, report and a model card, all of it at once.
 
-    Broken off, the same call resumes: what has arrived is not sent again. The directory is only read.
+    It is one commit, or, where that would be too large, one merge of a pull request. Broken off, the same call resumes:
+    what has arrived is not sent again. The directory is only read.
 
     Args:
         directory: the checkpoint.
@@ -76,7 +78,9 @@ def push(
         progress.note(sentence)
     files = contents(directory, report, repo)
     text = message or f"{cards.source_name(report)}, compressed by llmcomp {report.llmcomp_version}"
-    done = remote.commit(Parcel(files, report.files, text, revision, create_pr))
+    parcel = Parcel(files, report.files, text, revision, create_pr)
+    changes = remote.changes(parcel)
+    done = stage(remote, parcel, changes) if large(parcel, changes) else remote.commit(parcel, changes)
     return PushResult(repo, done.commit, done.url, len(files), done.sent)
 
 

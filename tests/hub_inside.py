@@ -22,6 +22,7 @@ def inside(root: Path, patch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     with HubServer(root) as hub:
         hub.users[TOKEN] = User("me", ("team",))
         patch.setattr(constants, "ENDPOINT", hub.url)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.setenv("HF_TOKEN", TOKEN)

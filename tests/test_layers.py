@@ -21,7 +21,9 @@ ROWS = [
     "recovery pruned_training distillation",
     "training_run",
     "session publishing",
+    "staging",
     "report hub uploading",
+    "downloading",
     "training",
     "pipeline exports generation",
     "loading",
@@ -39,7 +41,7 @@ ROWS = [
     "calibration.parking sentences provenance",
     "report.schema",
     "report.words building packing bnb schemes patterns activations matmul network aliases samples shards experts "
-    "feeds ranks devices digests licences",
+    "feeds ranks devices digests licences tokenizing",
     "errors",
 ]
 

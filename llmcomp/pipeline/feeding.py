@@ -18,6 +18,7 @@ from llmcomp.errors import BadData
 from llmcomp.measure.inputs import max_positions
 from llmcomp.progress import Progress
 from llmcomp.recipe import Recipe
+from llmcomp.tokenizing import forgetful
 
 fingerprint = batching.fingerprint
 # What a report says of a vision-language model that was calibrated on text.
@@ -76,9 +77,9 @@ def tokenizer_of(checkpoint: Checkpoint) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(
+        return forgetful(transformers.AutoTokenizer.from_pretrained(
             str(checkpoint.path), local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
-        )
+        ))  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BadData(
