@@ -7,6 +7,7 @@ with its plots; a README.md that lies in the directory is the card instead.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,11 +17,15 @@ from llmcomp.errors import BadCheckpoint, UserError
 from llmcomp.progress import Progress, Silent
 from llmcomp.provenance import front_matter
 from llmcomp.report import card as cards
+from llmcomp.report.public import public, public_text
 from llmcomp.report.schema import FILE_NAME, Report
+from llmcomp.report.summary import DISTILL_NAME, PLAN_NAME
 from llmcomp.staging import large, stage
 from llmcomp.uploading import Content, Parcel, Remote
 
 _TOKENIZER = "tokenizer.json"
+_TEXTS = ("llmcomp_recipe.yaml",)  # it names calibration text
+PLANS = (PLAN_NAME, DISTILL_NAME)
 
 
 @dataclass(frozen=True)
@@ -76,9 +81,9 @@ def push(
     remote.prepare(private, revision)
     for sentence in about_licence(report):
         progress.note(sentence)
-    files = contents(directory, report, repo)
+    files, hashes = contents(directory, report, repo)
     text = message or f"{cards.source_name(report)}, compressed by llmcomp {report.llmcomp_version}"
-    parcel = Parcel(files, report.files, text, revision, create_pr)
+    parcel = Parcel(files, hashes, text, revision, create_pr)
     changes = remote.changes(parcel)
     done = stage(remote, parcel, changes) if large(parcel, changes) else remote.commit(parcel, changes)
     return PushResult(repo, done.commit, done.url, len(files), done.sent)
@@ -118,27 +123,38 @@ def require_verified(directory: Path) -> Report:
     return report
 
 
-def contents(directory: Path, report: Report, repo: str) -> dict[str, Content]:
-    """{path there: file or bytes} of all that is pushed."""
+def contents(directory: Path, report: Report, repo: str) -> tuple[dict[str, Content], dict[str, str]]:
+    """{path there: file or bytes} of all that is pushed, and {path: SHA-256} of what was verified.
+
+    Recipe and report go without the directories of this machine, so the recipe may have another hash than here.
+    """
     from llmcomp.report.html import FILE_NAME as PAGE_NAME
     from llmcomp.report.html import render
-    from llmcomp.report.summary import PLAN_NAME
 
     files: dict[str, Content] = {name: directory / name for name in report.files}
-    public = without_directories(report)
-    files[FILE_NAME] = public.to_json().encode()
-    files[PAGE_NAME] = render(public).encode()
-    if (directory / PLAN_NAME).is_file():
-        files[PLAN_NAME] = directory / PLAN_NAME
+    for name in (*_TEXTS, *PLANS):
+        if (directory / name).is_file():
+            files[name] = public_text((directory / name).read_text(encoding="utf-8"), report).encode()
+    known = {name: _sha256(files[name]) if name in _TEXTS else digest for name, digest in report.files.items()}
+    shown = replace(public(report), files=known)
+    files[FILE_NAME] = shown.to_json().encode()
+    files[PAGE_NAME] = render(shown).encode()
+    return files | _card_files(directory, repo, report), known
+
+
+def _card_files(directory: Path, repo: str, report: Report) -> dict[str, Content]:
+    """README.md, the owner's where there is one, and the plots that the card shows."""
     own = directory / cards.FILE_NAME
     made = card_of(directory, repo, report)
-    if own.is_file():
-        if not front_matter(own.read_text(encoding="utf-8", errors="replace")):
-            raise UserError(f"{own} has no metadata at its top (YAML between lines of ---); remove it, or add them.")
-        files[cards.FILE_NAME] = own
-    else:
-        files[cards.FILE_NAME] = made.text.encode()
-    return files | made.images
+    if not own.is_file():
+        return {cards.FILE_NAME: made.text.encode(), **made.images}
+    if not front_matter(own.read_text(encoding="utf-8", errors="replace")):
+        raise UserError(f"{own} has no metadata at its top (YAML between lines of ---); remove it, or add them.")
+    return {cards.FILE_NAME: own, **made.images}
+
+
+def _sha256(content: Content) -> str:
+    return hashlib.sha256(content if isinstance(content, bytes) else content.read_bytes()).hexdigest()
 
 
 def card_of(directory: Path, name: str, report: Report | None = None) -> cards.Card:
@@ -148,7 +164,7 @@ def card_of(directory: Path, name: str, report: Report | None = None) -> cards.C
         BadCheckpoint: no report there.
     """
     report = report or Report.read(directory)
-    return cards.card(report, name, gguf=_gguf(directory, report))
+    return cards.card(public(report), name, gguf=_gguf(directory, report))
 
 
 def about_licence(report: Report) -> list[str]:
@@ -158,23 +174,6 @@ def about_licence(report: Report) -> list[str]:
     shown = f"Licence of the source, {cards.source_name(report)}: {name or 'not named in its card'}."
     found = licences.warning(name, origin.license_name if origin else None)
     return [shown, *([found] if found else [])]
-
-
-def without_directories(report: Report) -> Report:
-    """The report for others: of directories of this machine only the last part."""
-    recovery = report.recovery
-    if recovery is not None:
-        source = None if recovery.source is None else _last(recovery.source)
-        recovery = replace(recovery, source=source, model=_last(recovery.model))
-    return replace(
-        report, model=_last(report.model), source=_last(report.source), output=_last(report.output), recovery=recovery
-    )
-
-
-def _last(name: str) -> str:
-    """Of a path the last part; a Hub id stays."""
-    local = name.startswith(("/", ".", "~")) or Path(name).exists()
-    return Path(name).name if local else name
 
 
 def _gguf(directory: Path, report: Report) -> bool:
