@@ -135,7 +135,8 @@ def contents(directory: Path, report: Report, repo: str) -> tuple[dict[str, Cont
     for name in (*_TEXTS, *PLANS):
         if (directory / name).is_file():
             files[name] = public_text((directory / name).read_text(encoding="utf-8"), report).encode()
-    known = {name: _sha256(files[name]) if name in _TEXTS else digest for name, digest in report.files.items()}
+    known = {name: _sha256(files[name]) if isinstance(files[name], bytes) else digest
+             for name, digest in report.files.items()}  # fmt: skip
     shown = replace(public(report), files=known)
     files[FILE_NAME] = shown.to_json().encode()
     files[PAGE_NAME] = render(shown).encode()

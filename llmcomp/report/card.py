@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from llmcomp import licences
 from llmcomp.report import summary, words
 from llmcomp.report.schema import Origin, Report
-from llmcomp.report.snippets import pipeline_tag, snippets
+from llmcomp.report.snippets import is_sentences, pipeline_tag, snippets
 from llmcomp.report.trained import pruning_lines
 
 FILE_NAME = "README.md"
@@ -81,12 +81,18 @@ def metadata(report: Report, name: str) -> Any:
         license_name=origin.license_name,
         license_link=origin.license_link,
         language=origin.languages or None,
-        library_name="llmcomp" if report.format == "llmcomp" else "transformers",
+        library_name=_library(report),
         pipeline_tag=pipeline_tag(report),
         tags=tags(report),
         model_name=name.rstrip("/").rpartition("/")[2] if results else None,
         eval_results=results or None,
     )
+
+
+def _library(report: Report) -> str:
+    if is_sentences(report):
+        return "sentence-transformers"
+    return "llmcomp" if report.format == "llmcomp" else "transformers"
 
 
 def relation(report: Report) -> str:
