@@ -3,23 +3,23 @@
     python -m evals.soak --kills 100         # SIGKILL at random moments of the run and its push, then the same command
     python -m evals.soak --runs 50           # anonymous memory and open files after each run in one process
 
-Killed: a tiny model is quantized and pushed to a Hub on loopback (tests/hub_server.py). After each kill the output must
-be missing or whole, to the byte that of an unbroken run, and main on the Hub must have nothing of the model or all of
-it. Then the same command goes on (`llmcomp push` where the output stands), and may be killed again; in the end all must
-be there. Every other round is pushed in parts of two files, by a pull request. One JSON line a round, the sum at the end;
-exit status 1 where anything was wrong.
+Killed: a tiny model is quantized and pushed to a Hub on loopback (tests/hub_server.py). After each kill the output
+must be missing or whole, to the byte that of an unbroken run, and main on the Hub must have nothing of the model or
+all of it. Then the same command goes on (`llmcomp push` where the output stands), and may be killed again; in the end
+all must be there. Every other round is pushed in parts of two files, by a pull request. One JSON line a round, the
+sum at the end; exit status 1 where anything was wrong.
 
-Commands are forked off a process that has imported torch, transformers and llmcomp, which would take most of the time.
-What is killed is the run itself, and the verification that it starts is a fresh process, as ever.
+Commands are forked off a process that has imported torch, transformers and llmcomp, which would take most of the
+time. What is killed is the run itself, and the verification that it starts is a fresh process, as ever.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -41,7 +41,8 @@ from llmcomp.digests import digests  # noqa: E402
 
 TOKEN = "hf_soaksoaksoaksoaksoaksoaksoak"
 QUICK = ("--samples", "8", "--sequence-length", "32", "--no-evaluate")
-MOST_KILLS = 3  # of one run, before it may end
+# Kills of one run before its output stands, and after that, when only the push is left, which takes less time.
+MOST_KILLS = {False: 2, True: 6}
 # For each line of JSON it forks, and prints the child's process id, then its exit status.
 LAUNCHER = """
 import json, os, sys
@@ -79,12 +80,18 @@ class Soak:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         self.call(("-o", str(work / "warm"), "--push-to-hub", "me/warm"), None)
-        began = time.monotonic()
-        self.call(("-o", str(work / "reference"), "--push-to-hub", "me/reference"), None)
-        self.seconds = time.monotonic() - began
+        self.seconds = {
+            False: self.timed(("-o", str(work / "reference"), "--push-to-hub", "me/reference")),
+            True: self.timed((), ("push", str(work / "reference"), "me/second")),
+        }
         self.expected = digests(work / "reference")
         there = digests(hub.root / "me/reference")  # the recipe without directories of this machine
         self.expected_there = {name: there[name] for name in self.expected}
+
+    def timed(self, more: tuple[str, ...], push: tuple[str, ...] = ()) -> float:
+        began = time.monotonic()
+        self.call(more, None, push)
+        return time.monotonic() - began
 
     def call(self, more: tuple[str, ...], after: float | None, push: tuple[str, ...] = (), files: int = 50) -> int:
         """The exit status of a command, of one that was killed `after` so many seconds -9; `files`: of one commit."""
@@ -92,7 +99,7 @@ class Soak:
         assert self.launcher.stdin is not None and self.launcher.stdout is not None
         self.launcher.stdin.write(json.dumps(asked) + "\n")
         child = int(self.launcher.stdout.readline())
-        killer = threading.Timer(after or 0, os.kill, (child, signal.SIGKILL))
+        killer = threading.Timer(after or 0, kill, (child,))
         if after is not None:
             killer.start()
         status = int(self.launcher.stdout.readline())
@@ -104,20 +111,24 @@ class Soak:
         return status
 
     def round(self, number: int) -> dict[str, Any]:
-        """One run with up to MOST_KILLS kills; what was found."""
+        """One run with some kills; what was found."""
         output, repo = self.work / f"out{number}", f"me/out{number}"
         kills: list[float] = []
         struck: list[str] = []
+        count = {False: 0, True: 0}
         wrong: list[str] = []
         while True:
-            after = self.random.uniform(0, self.seconds * 1.1) if len(kills) < MOST_KILLS else None
-            push = ("push", str(output), repo) if output.exists() else ()
+            stands = output.exists()
+            alive = count[stands] == MOST_KILLS[stands]
+            after = None if alive else self.random.uniform(0, 1.1 * self.seconds[stands])
+            push = ("push", str(output), repo) if stands else ()
             files = 2 if number % 2 else 50
             status = self.call(("-o", str(output), "--push-to-hub", repo), after, push, files)
             wrong += self.check(output, repo)
             if status == 0:
                 break
             kills.append(round(after or 0, 2))
+            count[stands] += 1
             struck.append(self.where(output, repo))
         missing = [] if output.exists() and self.pushed(repo) else ["lost: it ended, and not all is there"]
         return {"round": number, "kills": kills, "while": struck, "wrong": wrong + missing}
@@ -144,6 +155,11 @@ class Soak:
         return all(there.get(name) == digest for name, digest in self.expected_there.items())
 
 
+def kill(child: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.kill(child, signal.SIGKILL)
+
+
 def killed(kills: int, seed: int) -> bool:
     """Rounds until so many kills have struck; whether all went well."""
     with tempfile.TemporaryDirectory() as folder, HubServer(Path(folder) / "hub") as hub:
@@ -159,7 +175,8 @@ def killed(kills: int, seed: int) -> bool:
         soak.launcher.kill()
         soak.launcher.wait()
     print(json.dumps({"rounds": rounds, "kills": done, "while": dict(struck), "wrong": wrong,
-                      "seconds of one run": round(soak.seconds, 1)}))  # fmt: skip
+                      "seconds of one run": round(soak.seconds[False], 1),
+                      "of one push": round(soak.seconds[True], 1)}))  # fmt: skip
     return wrong == 0
 
 

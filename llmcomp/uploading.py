@@ -29,10 +29,13 @@ _TOGETHER = 4  # files that are on their way at once
 _CHANCE = (408, 429, 500, 502, 503, 504)
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _QUOTA = re.compile(r"quota|storage|limit|payment", re.IGNORECASE)
-_REPORT = "llmcomp_report.json"
+_OURS = {"llmcomp_report.json", "llmcomp_export.json"}
 _START = {".gitattributes", "README.md"}  # what a repository that was made by hand may have
 # Of an earlier push, where the new one does not write them: weights of another number of shards, plots, an adapter.
-_STALE = re.compile(r"[^/]+\.safetensors|[^/]+\.index\.json|llmcomp_plots/[^/]+|adapter/[^/]+")
+_STALE = re.compile(
+    r"[^/]+\.safetensors|[^/]+\.index\.json|llmcomp_plots/[^/]+|adapter/[^/]+|llmcomp_(report|export)\.\w+"
+    r"|model\.(gguf|onnx|onnx\.data)|openvino_model\.\w+"
+)
 
 Content = Path | bytes
 T = TypeVar("T")
@@ -169,6 +172,7 @@ class Remote:
                 f"The token is of {user}, who has no rights to write to {space}; push to {' or '.join(spaces)}, or log "
                 "in as someone who has."
             )
+        return user
 
     def state(self, revision: str | None = None) -> State | None:
         """What is there; None where there is no such repository, or revision."""
@@ -196,7 +200,7 @@ class Remote:
         there = self.state()
         if there is None:
             return None
-        if _REPORT not in there.files and set(there.files) - _START:
+        if not _OURS & set(there.files) and set(there.files) - _START:
             raise UserError(
                 f"{self.repo} is taken: {len(there.files)} files are there that no llmcomp has written; choose another "
                 "name."

@@ -176,6 +176,16 @@ def test_what_does_not_pass_leaves_main_alone_and_is_resumed(
     assert SHARDS[5] in contents(hub.root / "me/mine") and len(hub.store.pulls["me/mine"]) == 1
 
 
+def test_somebody_elses_pull_request_is_not_taken(hub: HubServer, artefact: Path) -> None:
+    fault = Fault(_PLACES["merge"], 1000, status=409)
+    hub.faults.append(fault)
+    with pytest.raises(RunError):
+        push(artefact, "me/mine")
+    hub.store.pulls["me/mine"][0].author, fault.times = "you", 0
+    push(artefact, "me/mine")
+    assert [pull.status for pull in hub.store.pulls["me/mine"]] == ["open", "merged"]
+
+
 def test_main_that_moved_is_not_merged_onto(hub: HubServer, artefact: Path) -> None:
     """Somebody commits between the last part and the merge; the next push begins anew on what is there now."""
     fault = Fault(_PLACES["publish"], 1000, status=401)

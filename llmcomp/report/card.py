@@ -45,27 +45,34 @@ def card(report: Report, name: str, *, gguf: bool = False) -> Card:
 
     drawn = drawings(report)
     origin = report.origin or Origin()
-    text = _template().render(
+    text = template("card.md.j2").render(
         yaml=metadata(report, name).to_yaml(),
         title=name.rstrip("/").rpartition("/")[2],
-        report=report,
         origin=origin,
         source=source_name(report),
         warning=licences.warning(origin.license, origin.license_name),
         rows=summary.comparison(report),
         recovery=summary.recovery_rows(report),
-        trained=[*summary.recovery_lines(report), *pruning_lines(report)],
         plots={f"{PLOTS}/{key}.png": shown for key, (shown, _) in drawn.items()},
         snippets=snippets(report, name, gguf),
-        recipe=summary.recipe_yaml(report),
-        command=summary.reproduce(_public(report)),
-        data_licence=_data_licence(report),
-        fallbacks=summary.fallbacks(report),
-        left=summary.left(report)[:_MOST_LEFT],
-        notes=[*(report.calibration.get("warnings") or []), *report.notes],
-        versions={"llmcomp": report.llmcomp_version} | report.machine.versions,
+        **making(report),
     )
     return Card(text, {f"{PLOTS}/{key}.png": image for key, (_, image) in drawn.items()})
+
+
+def making(report: Report) -> dict[str, Any]:
+    """What card_making.md.j2 shows: how a checkpoint was made, of what data, and its limits."""
+    return {
+        "report": report,
+        "trained": [*summary.recovery_lines(report), *pruning_lines(report)],
+        "recipe": summary.recipe_yaml(report),
+        "command": summary.reproduce(_public(report)),
+        "data_licence": _data_licence(report),
+        "fallbacks": summary.fallbacks(report),
+        "left": summary.left(report)[:_MOST_LEFT],
+        "notes": [*(report.calibration.get("warnings") or []), *report.notes],
+        "versions": {"llmcomp": report.llmcomp_version} | report.machine.versions,
+    }
 
 
 def metadata(report: Report, name: str) -> Any:
@@ -170,7 +177,8 @@ def _public(report: Report) -> Report:
 
 
 @functools.cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """One of the templates beside this module."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=False,  # Markdown; what comes from outside goes through `cell` or `line`
@@ -180,7 +188,7 @@ def _template() -> Template:
         keep_trailing_newline=True,
     )
     environment.filters.update(cell=cell, line=line, size=words.size, moment=words.moment, collapse=words.collapse)
-    return environment.get_template("card.md.j2")
+    return environment.get_template(name)
 
 
 def line(text: Any) -> str:

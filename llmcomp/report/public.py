@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from llmcomp.export_record import ExportRecord
 from llmcomp.provenance import snapshot
 from llmcomp.report.schema import Report
 
@@ -38,6 +40,15 @@ def public(report: Report) -> Report:
     said = json.loads(report.to_json())
     known = _paths(said)
     return Report.from_json(json.dumps(_walk(said, lambda text: shown(text, known, report.files))))
+
+
+def public_export(record: ExportRecord) -> ExportRecord:
+    """The record of an export for others, and in it the report."""
+    said = json.loads(record.to_json())
+    files, known = record.files, _paths(said)
+    said |= _walk({key: said[key] for key in ("model", "notes")}, lambda text: shown(text, known, files))
+    report = None if record.report is None else public(record.report)
+    return replace(record, model=said["model"], notes=said["notes"], report=report)
 
 
 def public_text(text: str, report: Report) -> str:

@@ -12,8 +12,8 @@ from llmcomp.report.schema import Report
 
 NOT_RUN = "Not run by llmcomp's tests."
 _OWN, _PACKED, _BNB = "llmcomp", "compressed-tensors", ("bnb-nf4", "bnb-int8")
-_TEXT = "The function returns the"
-_READ_TEXT = f'inputs = reader("{_TEXT}", return_tensors="pt")'
+TEXT = "The function returns the"
+_READ_TEXT = f'inputs = reader("{TEXT}", return_tensors="pt")'
 _LOGITS = "with torch.no_grad():\n    print(model(**inputs).logits.shape)"
 _GENERATE = (
     "output = model.generate(**inputs, max_new_tokens=20)\nprint(reader.decode(output[0], skip_special_tokens=True))"
@@ -61,7 +61,7 @@ _CALLS = {
     ),
     "encoder": _Call("AutoModel", "with torch.no_grad():\n    print(model(**inputs).last_hidden_state.shape)"),
 }
-_PIPELINES = {
+PIPELINES = {
     "causal-lm": "text-generation",
     "seq2seq-lm": "text2text-generation",
     "masked-lm": "fill-mask",
@@ -118,7 +118,7 @@ def is_sentences(report: Report) -> bool:
 def pipeline_tag(report: Report) -> str | None:
     """The Hub's word for what the model does: as its source's card has it, else by its task."""
     known = report.origin.pipeline_tag if report.origin else None
-    return known or _PIPELINES.get(report.task)
+    return known or PIPELINES.get(report.task)
 
 
 def transformers(form: str, task: str, architecture: str, name: str) -> Snippet:
@@ -148,7 +148,7 @@ def _packages(form: str) -> str:
 def _sentences(form: str, name: str) -> Snippet:
     lines = [*([_REGISTER] if form == _OWN else []), "from sentence_transformers import SentenceTransformer", "",
              f'model = SentenceTransformer("{name}")',
-             f'print(model.encode(["{_TEXT}", "It gives back the"]).shape)']  # fmt: skip
+             f'print(model.encode(["{TEXT}", "It gives back the"]).shape)']  # fmt: skip
     return Snippet("sentence-transformers", "python", "\n".join(lines),
                    f"`pip install sentence-transformers {_packages(form)}`")  # fmt: skip
 
