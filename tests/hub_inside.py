@@ -30,3 +30,17 @@ def inside(root: Path, patch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         close_session()
         yield hub
     close_session()
+
+
+def main_inside(url: str, token: str, arguments: list[str]) -> int:
+    """The command line in a process of its own that was forked from one that had read another environment."""
+    import os
+
+    from huggingface_hub import constants
+
+    from llmcomp.cli.main import main
+
+    constants.ENDPOINT, constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = url, False, True
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = url + "/{repo_id}/resolve/{revision}/{filename}"
+    os.environ |= {"HF_TOKEN": token, "NO_PROXY": "127.0.0.1"}
+    return main(arguments)
