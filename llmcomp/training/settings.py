@@ -8,8 +8,8 @@ from typing import Any
 
 from llmcomp.errors import BadRecipe
 
-FULL, LORA = "full", "lora"
-METHODS = (LORA, FULL)
+FULL, LORA, QAT = "full", "lora", "qat"
+METHODS = (LORA, FULL, QAT)
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,14 @@ class Plan:
     Attributes:
         data: a source as `llmcomp.calibration.data` reads them; samples: how many of it, None for all.
         sequence_length: tokens of a sample.
-        method: 'lora' or 'full'; lora: its settings.
+        method: 'lora', 'full' or 'qat'; lora: its settings. learn_scales: of 'qat', whether scales are trained, too.
     """
 
     data: str
     samples: int | None = None
     sequence_length: int = 256
     method: str = LORA
+    learn_scales: bool = False
     lora: Lora = field(default_factory=Lora)
     teaching: Teaching = field(default_factory=Teaching)
     optimization: Optimization = field(default_factory=Optimization)
@@ -145,6 +146,8 @@ class Plan:
         """
         if self.method not in METHODS:
             raise BadRecipe(f"--method {self.method} cannot be: choose one of {', '.join(METHODS)}.")
+        if self.learn_scales and self.method != QAT:
+            raise BadRecipe(f"--learn-scales goes with --method {QAT}; with {self.method} leave it out.")
         self.lora.check()
         self.teaching.check()
         self.optimization.check()
