@@ -66,6 +66,9 @@ def recover(
     evaluate_every: t.EvaluateEvery = None,
     patience: t.Patience = None,
     save_every: t.SaveEvery = None,
+    gradient_checkpointing: t.GradientCheckpointing = False,
+    powersgd: t.PowerSgd = None,
+    track: t.Track = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory.", show_default="./DIRECTORY-recovered")
     ] = None,
@@ -109,7 +112,8 @@ def recover(
             lora=Lora(rank, alpha, dropout, tuple(target or ())),
             teaching=Teaching(teacher, temperature, soft_weight),
             optimization=Optimization(
-                learning_rate, epochs, steps, batch_size, accumulate, seed, bf16, evaluate_every, patience, save_every
+                learning_rate, epochs, steps, batch_size, accumulate, seed, bf16, evaluate_every, patience, save_every,
+                gradient_checkpointing=gradient_checkpointing, powersgd=powersgd, track=track,
             ),
             options=RunOptions(
                 output=output, overwrite=overwrite, evaluate=evaluate, verify=verify, device=device,

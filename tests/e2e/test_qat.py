@@ -109,10 +109,7 @@ def test_what_is_written_is_what_was_trained(
             assert same, key
         elif key.endswith("weight_packed"):
             assert not same or "expert" in key, key
-    if report.format == "compressed-tensors":
-        model = load(output).eval()
-    else:
-        model = llmcomp.load(output)
+    model = load(output).eval() if report.format == "compressed-tensors" else llmcomp.load(output)
     with torch.no_grad():
         logits = model(input_ids=IDS).logits.float()
     exact = report.format == "compressed-tensors" and CASES[name][3] == torch.float32
