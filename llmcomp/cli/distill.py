@@ -107,6 +107,9 @@ def distill(
     evaluate_every: t.EvaluateEvery = None,
     patience: t.Patience = None,
     save_every: t.SaveEvery = None,
+    gradient_checkpointing: t.GradientCheckpointing = False,
+    powersgd: t.PowerSgd = None,
+    track: t.Track = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory.", show_default="./TEACHER-METHOD-STUDENT")
     ] = None,
