@@ -38,7 +38,7 @@ ROWS = [
     "progress run_options weights losses inner_losses kinds calibration.stats calibration.files calibration.hub_data "
     "calibration.parking sentences provenance",
     "report.schema",
-    "report.words building packing bnb schemes patterns activations matmul network aliases samples shards experts "
+    "report.words building kept packing bnb schemes patterns activations matmul network aliases samples shards experts "
     "feeds ranks devices digests licences",
     "errors",
 ]
