@@ -5,9 +5,9 @@ Two distributions are compared over S, the classes that are kept, and one outcom
 
     KL = Σ_{i in S} p_i log(p_i / q_i) + r log(r / s),   r = 1 - Σ_S p_i,   s = 1 - Σ_S q_i
 
-By the chain rule this is the whole KL but for r KL(p(·|not S) || q(·|not S)): never above it, equal to it where S is all
-classes, zero where p and q agree on S. To leave the tail out, or to scale the kept classes up to 1, would instead teach a
-student that nothing else can come next.
+By the chain rule this is the whole KL but for r KL(p(·|not S) || q(·|not S)): never above it, equal to it where S is
+all classes, zero where p and q agree on S. To leave the tail out, or to scale the kept classes up to 1, would instead
+teach a student that nothing else can come next.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def alike(logits: Tensor, kept: Kept, temperature: float) -> Tensor:
 
 
 def encode(kept: Kept, bits: int) -> Arrays:
-    """As tensors to be stored, equally long: logarithms in float16, or in 8 bits between the largest and the smallest of
-    a position; indices in 16 or 32 bits; the others' mass in float32. A few classes that are all there stay float32.
+    """As tensors to be stored, equally long: logarithms in float16, or in 8 bits between the largest and the smallest
+    of a position; indices in 16 or 32 bits; the others' mass in float32. A few classes that are all there stay float32.
 
     >>> sorted(encode(keep(torch.randn(2, 9), 4, 1.0), 8))
     ['codes', 'indices', 'range', 'rest']

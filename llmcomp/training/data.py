@@ -6,6 +6,7 @@ A batch holds what the model reads, and beside it, aligned with the logits: `lab
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -116,12 +117,15 @@ def _evenly(rows: int, count: int) -> Tensor:
     return torch.tensor(window_starts(rows, count, 1, 0))  # as `windows` chooses rows with seed 0
 
 
-def collator(task: str, tokenizer: Any, regression: bool = False) -> Callable[[Sequence[Batch]], Batch]:
+def collator(
+    task: str, tokenizer: Any, regression: bool = False, masks: int | None = None
+) -> Callable[[Sequence[Batch]], Batch]:
     """Samples → batch, for a task.
 
     Args:
         tokenizer: None for token ids that need neither padding nor masking.
         regression: labels are numbers.
+        masks: a seed with which each sample is masked in one way for good; None masks it anew each time.
     """
     pad = (None if tokenizer is None else tokenizer.pad_token_id) or 0
 
@@ -130,7 +134,8 @@ def collator(task: str, tokenizer: Any, regression: bool = False) -> Callable[[S
         if task == "causal-lm":
             return {**batch, **_next_tokens(batch)}
         if task == "masked-lm":
-            return {**batch, **_masked(batch, tokenizer)}
+            drawn = None if masks is None else [_generator(sample["input_ids"], masks) for sample in samples]
+            return {**batch, **_masked(batch, tokenizer, drawn)}
         rows = len(samples)
         unknown = torch.full((rows,), float("nan")) if regression else torch.full((rows,), IGNORED)
         labels = torch.stack([sample["labels"] for sample in samples]) if "labels" in samples[0] else unknown
@@ -159,12 +164,25 @@ def _next_tokens(batch: Batch) -> Batch:
     return {"labels": labels, "scored": labels != IGNORED}
 
 
-def _masked(batch: Batch, tokenizer: Any) -> Batch:
-    """What was hidden, where it was; drawn anew each time, from torch's own state, which a resumed run restores."""
+def _masked(batch: Batch, tokenizer: Any, generators: Sequence[torch.Generator] | None) -> Batch:
+    """What was hidden, where it was; drawn anew each time, from torch's own state, which a resumed run restores, or of
+    each row by its own generator."""
     ids = batch["input_ids"]
     special = torch.isin(ids, torch.tensor(sorted(tokenizer.all_special_ids)))
-    hidden = (torch.rand(ids.shape) < _MASKED) & ~special
-    draw, others = torch.rand(ids.shape), torch.randint(len(tokenizer), ids.shape)
+    if generators is None:
+        chance, draw, others = torch.rand(ids.shape), torch.rand(ids.shape), torch.randint(len(tokenizer), ids.shape)
+    else:  # token by token, so that padding changes nothing
+        drawn = [torch.rand(ids.shape[1], 3, generator=one) for one in generators]
+        chance, draw, share = torch.stack(drawn).unbind(-1)
+        others = (share * len(tokenizer)).long()
+    hidden = (chance < _MASKED) & ~special
     shown = torch.where(hidden & (draw < _AS_MASK), torch.full_like(ids, tokenizer.mask_token_id), ids)
     shown = torch.where(hidden & (draw >= 1 - _AS_ANY), others, shown)
     return {"input_ids": shown, "labels": torch.where(hidden, ids, torch.full_like(ids, IGNORED)), "scored": hidden}
+
+
+def _generator(ids: Tensor, seed: int) -> torch.Generator:
+    """Of a sample, whatever its place in the data."""
+    digest = hashlib.blake2b(ids.to(torch.int64).numpy().astype("<i8").tobytes(), digest_size=8)
+    digest.update(str(seed).encode())
+    return torch.Generator().manual_seed(int.from_bytes(digest.digest(), "little") >> 1)
