@@ -73,7 +73,7 @@ class Distilling(TrainingRun):
         options = options_of(plan)
         output = Path(options.output or default_output(plan.teacher, plan.summary))
         super().__init__(
-            plan.teacher, teacher, plan, options, progress, original=plan.teacher, output=output, world=world
+            plan.teacher, teacher, plan, options, progress, original=(whole or plan).teacher, output=output, world=world
         )
         self.plan, self.teacher = plan, teacher
         self.whole = whole if whole is not None and whole.output == plan.output else plan

@@ -60,8 +60,9 @@ def taught(
     with ExitStack() as stack, ExitStack() as models:
         past = None if plan.past is None else Past(student, plan.past)
         if room.peer is None:
-            width = student if past is not None else room.teachers[0]
-            stack.callback(project(student, weights, (student.config.hidden_size, width.config.hidden_size)))
+            width = student.config.hidden_size  # no name is given to a model that is to be let go
+            its = width if past is not None else room.teachers[0].config.hidden_size
+            stack.callback(project(student, weights, (width, its)))
         guides = _guides(room, past, weights, layers, models)
         if cached is not None:
             guides = [cached(together(guides, plan.temperature, regression))]
