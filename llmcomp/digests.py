@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 # They are written after the checkpoint has been verified, about it, or by its owner.
-BESIDE = ("llmcomp_report.json", "llmcomp_report.html", "README.md", "prune_in_training.yaml")
+BESIDE = ("llmcomp_report.json", "llmcomp_report.html", "README.md", "prune_in_training.yaml", "distill.yaml")
 
 
 def file_sha256(path: Path) -> str:

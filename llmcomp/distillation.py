@@ -8,9 +8,7 @@ a killed run goes on.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
-import shutil
 from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -24,31 +22,30 @@ from torch import Tensor
 
 from llmcomp import hub
 from llmcomp.adapters.discover import discover, skeleton
+from llmcomp.calibration.data import Texts
 from llmcomp.checkpoint import Checkpoint
 from llmcomp.devices import describe as describe_device
-from llmcomp.digests import file_sha256
-from llmcomp.errors import BadData, BadRecipe, LlmcompError
+from llmcomp.errors import BadCheckpoint, BadData, BadRecipe, LlmcompError
 from llmcomp.experts import split_experts
 from llmcomp.formats.opening import open_checkpoint
 from llmcomp.formats.save import ShardWriter
 from llmcomp.inner_losses import head_map, layer_map
 from llmcomp.loading import load_opened
 from llmcomp.measure.cost import size_of
-from llmcomp.measure.load import load, quiet, task_of
+from llmcomp.measure.load import load, load_tokenizer, task_of
 from llmcomp.measure.machine import this_machine
 from llmcomp.progress import Progress
 from llmcomp.ranks import ALONE, World
-from llmcomp.report.html import FILE_NAME as PAGE_NAME
 from llmcomp.report.schema import FILE_NAME, Distillation, Report
 from llmcomp.report.summary import DISTILL_NAME
 from llmcomp.session import default_output
 from llmcomp.training.data import Samples, collator
-from llmcomp.training.distill_plan import DistillPlan
+from llmcomp.training.distill_plan import SHARED, DistillPlan
 from llmcomp.training.distilling import Guide, Layers, Weights
-from llmcomp.training.remembered import Asked, remembered
-from llmcomp.training.students import configured_student, cut_student, headed_student, parse_cut
+from llmcomp.training.remembered import Asked, content, remembered, vocabulary_sha256
+from llmcomp.training.students import configured_student, cut_student, headed_student, parse_cut, written
 from llmcomp.training.subject import Subject
-from llmcomp.training.teachers import Room, taught
+from llmcomp.training.teachers import Room, read_own_tokens, taught
 from llmcomp.training.trainer import Objective, Rules, Trained, held_state, put_back, slow_products, train
 from llmcomp.training_run import TrainingRun, options_of, regresses
 
@@ -80,6 +77,7 @@ class Distilling(TrainingRun):
         self.against = hub.resolve(self.whole.teacher).path
         self.bare: dict[str, Tensor] | None = None  # weights of the student that was trained without a teacher
         self.without: Trained | None = None
+        self.foreign: dict[str, Any] = {}  # tokenizers of teachers that read other tokens
 
     def run(self) -> tuple[Path, Report]:
         """Do it all; raises as `TrainingRun.run`."""
@@ -119,13 +117,13 @@ class Distilling(TrainingRun):
             if task_of(path) not in _BODIES or task in _BODIES:
                 return path, described, name
             made = headed_student(load(self.teacher, task), path, seed)
-            return _written(made, path, folder), f"{described} under a fresh head", name
+            return written(made, path, folder), f"{described} under a fresh head", name
         teacher = load(self.teacher, task)
         if cut is not None:
             found = cut_student(teacher, self.adapter, cut, seed)
         else:
             found = configured_student(teacher, self.adapter, said, seed)
-        return _written(found.model, self.teacher, folder), found.described, self.plan.teacher
+        return written(found.model, self.teacher, folder), found.described, self.plan.teacher
 
     def _peer(self, subject: Subject, task: str, tokenizer: Any) -> Any:
         """The second student, in float32; None where there is none.
@@ -172,6 +170,21 @@ class Distilling(TrainingRun):
         self.parameters = own, its
         return Room(subject.model, self.blocks[0], models, self.blocks[1], self._peer(subject, task, tokenizer))
 
+    def _of_other_tokens(self, name: str, task: str) -> None:
+        if self.plan.vocabulary != SHARED:
+            raise BadCheckpoint(
+                f"The teacher {name} has another vocabulary than {self.model}, so its logits are of other tokens; give "
+                "one with the same tokenizer, or --vocabulary shared."
+            )
+        if task not in ("causal-lm", "sequence-classification") or (task == "causal-lm" and len(self.plan.asked) > 1):
+            what = "an ensemble" if task == "causal-lm" else f"models for {task}"
+            raise BadRecipe(f"--vocabulary shared is for classifiers, or one teacher of a decoder, not for {what}.")
+        self.foreign[name] = load_tokenizer(hub.resolve(name).path)
+
+    def _texts(self) -> Texts:
+        self.texts = super()._texts()
+        return self.texts
+
     def _layers(self, room: Room, weights: Weights) -> Layers:
         """Which layers are compared.
 
@@ -212,6 +225,7 @@ class Distilling(TrainingRun):
         model.requires_grad_(True)
         model.to(self.device)
         collate = collator(task, tokenizer, regression, None if plan.teacher_cache is None else plan.seed)
+        collate = read_own_tokens(plan, room, self.foreign, self.texts, samples, tokenizer, task, collate, self._note)
 
         def one(objective: Objective, states: str, rules: Rules) -> Trained:
             return train(
@@ -245,12 +259,17 @@ class Distilling(TrainingRun):
         """What of the teachers' answers is kept, and all that they depend on."""
         plan = self.plan
         size = "num_labels" if task == "sequence-classification" else "vocab_size"
-        identity: dict[str, Any] = {"teachers": [_content(hub.resolve(name).path) for name in plan.asked], "task": task}
+        identity: dict[str, Any] = {"teachers": [content(hub.resolve(name).path) for name in plan.asked], "task": task}
         if task == "masked-lm":
             identity["masks"] = plan.seed
         if plan.bf16:
             identity["dtype"] = "bfloat16"
-        classes = min(getattr(model.config, size) for model in (room.student, *room.teachers))
+        if self.foreign:
+            tokenizers = (load_tokenizer(self.path), *self.foreign.values())
+            identity["tokens"] = [vocabulary_sha256(one.get_vocab()) for one in tokenizers]
+            identity["length"] = plan.sequence_length
+        compared = [room.student, *([] if self.foreign and task == "causal-lm" else room.teachers)]
+        classes = min(getattr(model.config, size) for model in compared)
         return Asked(
             Path(str(plan.teacher_cache)), identity, classes,
             plan.cached_classes, plan.cached_bits, plan.temperature, regression,
@@ -332,33 +351,6 @@ def made_before(plan: DistillPlan, world: World) -> tuple[Path, Report] | None:
         found = report.to_json().encode() if report.recipe == plan.said() else b""
     text = world.message(found if world.first else None)
     return (path, Report.from_json(text.decode())) if text else None
-
-
-def _written(model: Any, beside: Path, folder: Path) -> Path:
-    model.should_save_on_this_rank = lambda main: True  # each rank has a folder of its own, maybe on another host
-    with quiet():
-        model.save_pretrained(folder)
-    _copy_beside(beside, folder)
-    return folder
-
-
-def _content(path: Path) -> str:
-    """SHA-256 of a model's config and weights, whatever they are called and wherever they lie."""
-    files = sorted({place.file for place in Checkpoint.open(path).keys.values()})
-    digest = hashlib.sha256((path / "config.json").read_bytes())
-    for file in files:
-        digest.update(file_sha256(file).encode())
-    return digest.hexdigest()
-
-
-def _copy_beside(source: Path, target: Path) -> None:
-    """Tokenizer and the like, which a student has from its teacher."""
-    for file in Checkpoint.open(source).copied_files():
-        copy = target / file.relative_to(source)
-        if file.name in (FILE_NAME, PAGE_NAME) or copy.exists() or file.is_dir():
-            continue
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, copy)
 
 
 def _relation_heads(one: Any, other: Any) -> int:

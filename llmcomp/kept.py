@@ -53,6 +53,23 @@ def keep(logits: Tensor, count: int, temperature: float) -> Kept:
     return Kept(over(scaled, indices).clamp_min(_LEAST), indices, logits.shape[-1])
 
 
+def fewer(kept: Kept, count: int) -> Kept:
+    """The `count` largest of what is kept; the mass of those that are left out goes to the others.
+
+    >>> fewer(keep(torch.tensor([[0.0, 2.0, 1.0]]), 2, 1.0), 1).indices
+    tensor([[1]])
+    """
+    if kept.indices is None or kept.logs.shape[-1] - 1 <= count:
+        whole = kept.indices is not None or kept.logs.shape[-1] <= count
+        indices = None if kept.indices is None else kept.indices.expand(len(kept.logs), -1)
+        return Kept(kept.logs, indices, kept.classes) if whole else keep(kept.logs, count, 1.0)
+    inside, rest = kept.logs[:, :-1], kept.logs[:, -1:]
+    places = inside.topk(count, dim=-1).indices
+    outside = torch.cat([inside.scatter(-1, places, -torch.inf), rest], dim=-1).logsumexp(-1, keepdim=True)
+    logs = torch.cat([inside.gather(-1, places), outside], dim=-1).clamp_min(_LEAST)
+    return Kept(logs, kept.indices.expand(len(logs), -1).gather(-1, places), kept.classes)
+
+
 def over(scaled: Tensor, indices: Tensor) -> Tensor:
     """Logarithms of softmax(z) over some classes, and of the mass of the others, [n, k + 1].
 

@@ -215,11 +215,15 @@ class TrainingRun(ABC):
                 f"{', '.join(map(str, own.id2label.values()))}; give one that was trained for the same."
             )
         if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
-            raise BadCheckpoint(
-                f"The teacher {name} has another vocabulary than {self.model}, so its logits are of other tokens; give "
-                "one with the same tokenizer."
-            )
+            self._of_other_tokens(name, task)
         return model.to(self.device)
+
+    def _of_other_tokens(self, name: str, task: str) -> None:
+        """What is done with a teacher of another vocabulary; raises as `_teacher`."""
+        raise BadCheckpoint(
+            f"The teacher {name} has another vocabulary than {self.model}, so its logits are of other tokens; give "
+            "one with the same tokenizer."
+        )
 
     # --- the work ---
 

@@ -88,6 +88,13 @@ def distill(
     cached_bits: Annotated[
         int, typer.Option("--cached-bits", help="Of a kept logarithm, 16 or 8.", rich_help_panel=t.TEACHER)
     ] = 16,
+    vocabulary: Annotated[
+        str,
+        typer.Option(
+            "--vocabulary", help="same: of teacher and student; shared: the tokens that both have are compared.",
+            rich_help_panel=t.TEACHER,
+        ),
+    ] = "same",
     temperature: t.Temperature = 2.0,
     divergence: Annotated[
         str,

@@ -7,10 +7,11 @@ A batch holds what the model reads, and beside it, aligned with the logits: `lab
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -130,7 +131,7 @@ def collator(
     pad = (None if tokenizer is None else tokenizer.pad_token_id) or 0
 
     def collate(samples: Sequence[Batch]) -> Batch:
-        batch = _padded([sample["input_ids"] for sample in samples], pad)
+        batch = padded([sample["input_ids"] for sample in samples], pad)
         if task == "causal-lm":
             return {**batch, **_next_tokens(batch)}
         if task == "masked-lm":
@@ -144,15 +145,29 @@ def collator(
     return collate
 
 
-def _padded(rows: list[Tensor], pad: int) -> Batch:
+def padded(rows: Sequence[Tensor], pad: int) -> Batch:
+    """Rows of token ids as one batch, with a mask where lengths differ."""
     longest = max(map(len, rows))
     if all(len(row) == longest for row in rows):
-        return {"input_ids": torch.stack(rows)}
+        return {"input_ids": torch.stack(list(rows))}
     ids = torch.full((len(rows), longest), pad, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for number, row in enumerate(rows):
         ids[number, : len(row)], mask[number, : len(row)] = row, 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def rows_of(batch: Mapping[str, Tensor]) -> list[np.ndarray]:
+    """Token ids of each row, without padding."""
+    ids = batch["input_ids"].cpu().numpy()
+    if "attention_mask" not in batch:
+        return list(ids)
+    return [row[there] for row, there in zip(ids, batch["attention_mask"].cpu().numpy() > 0, strict=True)]
+
+
+def key_of(row: np.ndarray) -> bytes:
+    """A digest of token ids, 16 bytes."""
+    return hashlib.blake2b(np.ascontiguousarray(row, dtype="<i8").tobytes(), digest_size=16).digest()
 
 
 def _next_tokens(batch: Batch) -> Batch:
@@ -183,6 +198,5 @@ def _masked(batch: Batch, tokenizer: Any, generators: Sequence[torch.Generator] 
 
 def _generator(ids: Tensor, seed: int) -> torch.Generator:
     """Of a sample, whatever its place in the data."""
-    digest = hashlib.blake2b(ids.to(torch.int64).numpy().astype("<i8").tobytes(), digest_size=8)
-    digest.update(str(seed).encode())
-    return torch.Generator().manual_seed(int.from_bytes(digest.digest(), "little") >> 1)
+    digest = hashlib.blake2b(key_of(ids.numpy()) + str(seed).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

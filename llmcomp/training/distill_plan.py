@@ -15,6 +15,7 @@ from llmcomp.training.distilling import DIVERGENCES, METHODS, Weights
 from llmcomp.training.settings import Optimization, Teaching, optimization_of, said_of
 from llmcomp.training.students import parse_cut
 
+SAME, SHARED = VOCABULARIES = ("same", "shared")
 _TAUGHT = ("baseline", "ensemble", "assistants", "past", "peer", "teacher_cache")  # what only a teacher is asked with
 _LISTS = ("ensemble", "assistants", "head_map")
 
@@ -34,6 +35,7 @@ class DistillPlan:
             cached_classes: how many of a distribution, the others as one; cached_bits: of a logarithm, 16 or 8.
         student: what is cut from the teacher, such as 'layers=3' (`training.students`), a checkpoint, or a config.json.
         output: the directory to be made.
+        vocabulary: 'same', of teacher and student, or 'shared': the tokens that both have are compared.
         data, eval_data, text_column, label_column, samples, sequence_length: as `llmcomp recover`.
         method: one of `distilling.METHODS`, which says how much each loss counts; a `…_weight` says otherwise.
         temperature: T of the soft targets. divergence: forward, reverse or jsd.
@@ -53,6 +55,7 @@ class DistillPlan:
     teacher_cache: str | None = None
     cached_classes: int = 64
     cached_bits: int = 16
+    vocabulary: str = SAME
     data: str = "default"
     eval_data: str | None = None
     text_column: str | None = None
@@ -156,6 +159,13 @@ class DistillPlan:
             raise BadRecipe(
                 f"Students that teach each other learn from logits, and these weights want {self.weights.inside[0]}, "
                 "too; give --method logits."
+            )
+        if self.vocabulary not in VOCABULARIES:
+            raise BadRecipe(f"--vocabulary {self.vocabulary} cannot be: choose one of {', '.join(VOCABULARIES)}.")
+        if self.vocabulary == SHARED and self.weights.inside:
+            raise BadRecipe(
+                f"--vocabulary shared compares logits, and these weights want {self.weights.inside[0]}, which is of "
+                "other tokens; give --method logits."
             )
         if self.teacher_cache is None:
             return

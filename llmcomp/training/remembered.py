@@ -26,12 +26,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from llmcomp.checkpoint import Checkpoint
+from llmcomp.digests import file_sha256
 from llmcomp.errors import BadRecipe, RunError, UserError
 from llmcomp.formats.save import writing
-from llmcomp.kept import Kept, decode, encode, keep
+from llmcomp.kept import Kept, decode, encode, fewer, keep
 from llmcomp.progress import Progress
 from llmcomp.ranks import ALONE, World
-from llmcomp.training.data import Batch, Samples
+from llmcomp.training.data import Batch, Samples, key_of, rows_of
 from llmcomp.training.distilling import Guide, Targets
 
 _LAYOUT = 1
@@ -78,8 +80,10 @@ class Asked:
             ) from error
         return found
 
-    def kept(self, logits: Tensor) -> dict[str, Tensor]:
+    def kept(self, logits: Tensor | Kept) -> dict[str, Tensor]:
         """Of logits [n, classes or more] what is stored."""
+        if isinstance(logits, Kept):
+            return encode(fewer(logits, self.count), self.bits)
         if self.regression:
             return {"scores": logits.float()}
         return encode(keep(logits[:, : self.classes], self.count, self.temperature), self.bits)
@@ -149,8 +153,8 @@ def _files(folder: Path, samples: Samples, collate: Callable[[Sequence[Batch]], 
     """All samples, equal ones once, in files of about as many tokens."""
     found: dict[bytes, int] = {}
     for number in range(len(samples)):
-        (row,) = _rows(collate([samples[number]]))
-        found.setdefault(_key(row), number)
+        (row,) = rows_of(collate([samples[number]]))
+        found.setdefault(key_of(row), number)
     groups: list[list[bytes]] = [[]]
     tokens = 0
     for key, number in found.items():
@@ -179,8 +183,9 @@ def _write(
         scored = batch["scored"]
         inputs = {name: value.to(device) for name, value in batch.items() if name not in ("labels", "scored")}
         logits = guide(inputs).logits
-        assert isinstance(logits, Tensor)
-        kept = {name: value.cpu().numpy() for name, value in asked.kept(logits[scored.to(device)]).items()}
+        if isinstance(logits, Tensor):
+            logits = logits[scored.to(device)]
+        kept = {name: value.cpu().numpy() for name, value in asked.kept(logits).items()}
         ends = scored.reshape(len(places), -1).sum(1).cumsum(0).tolist()
         for place, start, end in zip(places, [0, *ends], ends, strict=False):
             said[place] = {name: value[start:end] for name, value in kept.items()}
@@ -215,8 +220,8 @@ def _recalling(files: Sequence[_File], asked: Asked, device: torch.device | str)
 
     def recall(inputs: Mapping[str, Tensor]) -> Targets:
         found: dict[str, list[np.ndarray]] = {name: [] for name in names}
-        for row in _rows(inputs):
-            known = where.get(_key(row))
+        for row in rows_of(inputs):
+            known = where.get(key_of(row))
             if known is None:
                 raise RunError("A sample is in training that the teacher was never asked about; this is a bug.")
             number, place = known
@@ -229,21 +234,23 @@ def _recalling(files: Sequence[_File], asked: Asked, device: torch.device | str)
     return recall
 
 
-def _rows(batch: Mapping[str, Tensor]) -> list[np.ndarray]:
-    """Token ids of each row, without padding."""
-    ids = batch["input_ids"].cpu().numpy()
-    if "attention_mask" not in batch:
-        return list(ids)
-    return [row[there] for row, there in zip(ids, batch["attention_mask"].cpu().numpy() > 0, strict=True)]
-
-
-def _key(row: np.ndarray) -> bytes:
-    return hashlib.blake2b(np.ascontiguousarray(row, dtype="<i8").tobytes(), digest_size=16).digest()
-
-
 def _digest(arrays: Arrays) -> str:
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape} ".encode())
         digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()
+
+
+def vocabulary_sha256(vocabulary: dict[str, int]) -> str:
+    """SHA-256 of a tokenizer's tokens and their ids."""
+    return hashlib.sha256(json.dumps(vocabulary, sort_keys=True).encode()).hexdigest()
+
+
+def content(path: Path) -> str:
+    """SHA-256 of a model's config and weights, whatever they are called and wherever they lie."""
+    files = sorted({place.file for place in Checkpoint.open(path).keys.values()})
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for file in files:
+        digest.update(file_sha256(file).encode())
     return digest.hexdigest()

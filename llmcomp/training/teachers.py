@@ -8,11 +8,14 @@ what was said before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from llmcomp.calibration.data import Texts
+from llmcomp.measure.inputs import max_positions
+from llmcomp.training.data import Batch, Samples, key_of, samples_of
 from llmcomp.training.distill_plan import DistillPlan
 from llmcomp.training.distilling import Distillation, Guide, Layers, Weights, project
 from llmcomp.training.guides import once, together, watched
@@ -20,6 +23,9 @@ from llmcomp.training.past import Past
 from llmcomp.training.peers import Pair
 from llmcomp.training.taps import Taps
 from llmcomp.training.trainer import Rules
+from llmcomp.training.translating import Reader, aligned, of_next_tokens, of_rows, shared_tokens, translator
+
+Collate = Callable[[Sequence[Batch]], Batch]
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Room:
         student: the model that is trained; blocks: names of its blocks.
         teachers: models of their own, the first of which may be listened to; teacher_blocks: names of its blocks.
         peer: a second student.
+        readers: {number of a teacher: what lets it read tokens of its own}.
     """
 
     student: Any
@@ -37,6 +44,7 @@ class Room:
     teachers: list[Any]
     teacher_blocks: Sequence[str]
     peer: Any = None
+    readers: dict[int, Reader] = field(default_factory=dict)
 
 
 @contextmanager
@@ -80,14 +88,17 @@ def taught(
 
 def _guides(room: Room, past: Past | None, weights: Weights, layers: Layers, models: ExitStack) -> list[Guide]:
     """All models as teachers; the first is listened to, unless a second student stands in its place."""
-    found, others = list[Guide](), room.teachers
-    if room.peer is None:
-        first, blocks = (room.teachers[0], room.teacher_blocks) if past is None else (past.model, room.blocks)
-        others = room.teachers[1:] if past is None else room.teachers
-        above = Taps(first, blocks, layers.hidden(weights, 1), layers.attention(weights, 1))
-        models.callback(above.close)
-        found.append(watched(first, above))
-    return [*found, *(watched(model, Taps(model, ())) for model in others)]
+    guides: list[Guide] = []
+    listened = room.blocks if past is not None else room.teacher_blocks
+    for number, model in enumerate([*([] if past is None else [past.model]), *room.teachers]):
+        if number or room.peer is not None:
+            above = Taps(model, ())
+        else:
+            above = Taps(model, listened, layers.hidden(weights, 1), layers.attention(weights, 1))
+            models.callback(above.close)
+        reader = room.readers.get(number - (past is not None))
+        guides.append(watched(model, above) if reader is None else reader(watched(model, above)))
+    return guides
 
 
 def _mutual(objective: Distillation, pair: Pair, guides: Sequence[Guide], stack: ExitStack) -> Distillation:
@@ -99,3 +110,36 @@ def _mutual(objective: Distillation, pair: Pair, guides: Sequence[Guide], stack:
     second = replace(objective, guide=other, student=None)
     return replace(objective, guide=one, beside=pair.loss(second.loss))
 
+
+def read_own_tokens(
+    plan: DistillPlan, room: Room, foreign: Mapping[str, Any], texts: Texts, samples: Samples, tokenizer: Any,
+    task: str, collate: Collate, note: Callable[[str], None],
+) -> Collate:  # fmt: skip
+    """Let teachers of other tokens read theirs; gives batches of what then can be compared.
+
+    Args:
+        foreign: {name of such a teacher: its tokenizer}. texts: what the samples were cut from.
+        tokenizer: the student's.
+
+    Raises:
+        BadRecipe: vocabularies that share nothing.
+    """
+    for number, name in enumerate(plan.asked):
+        if name not in foreign:
+            continue
+        its, model = foreign[name], room.teachers[number]
+        pad = its.pad_token_id or 0
+        if task == "causal-lm":
+            shared, classes = shared_tokens(tokenizer, its), room.student.config.vocab_size
+            translate = translator(tokenizer, its, max_positions(model, its))
+            room.readers[number] = of_next_tokens(translate, shared, classes, plan.temperature, pad)
+            collate = aligned(collate, translate)
+            note(f"Compared over {len(shared[0]):,} tokens that both vocabularies have, of {classes:,}.")
+            continue
+        read = samples_of(
+            replace(texts, labels=None), its, model, task, length=plan.sequence_length, count=plan.samples,
+            seed=plan.seed, taught=True,
+        )  # fmt: skip
+        pairs = zip(samples.windows, read.windows, strict=True)
+        room.readers[number] = of_rows({key_of(own.numpy()): other for own, other in pairs}, pad)
+    return collate
