@@ -228,8 +228,10 @@ class Distilling(TrainingRun):
         collate = read_own_tokens(plan, room, self.foreign, self.texts, samples, tokenizer, task, collate, self._note)
 
         def one(objective: Objective, states: str, rules: Rules) -> Trained:
+            alone = states == "baseline" or not weights.taught  # by labels, which some samples may not have
+            read = samples.labelled() if alone else samples
             return train(
-                model, samples, collate, objective, plan.optimization, self.partial / states, self.progress,
+                model, read, collate, objective, plan.optimization, self.partial / states, self.progress,
                 learning_rate=_RATE, device=self.device.type, rules=rules,
             )  # fmt: skip
 
@@ -313,16 +315,22 @@ class Distilling(TrainingRun):
         """Teacher and student, and the student that had no teacher, with the same code on the same data."""
         found = report.distillation
         assert found is not None
+        apart = load_tokenizer(self.against).get_vocab() != load_tokenizer(self.path).get_vocab()
+        against = None if apart else self.against  # what reads other tokens is measured on its own
         with self._timed("evaluate"):
             try:
-                both = self._evaluate(checkpoint, self.against, texts, cost=True)
+                both = self._evaluate(checkpoint, against, texts, cost=True)
                 report.before, report.after, report.divergence = both.before, both.after, both.divergence
+                if apart:
+                    report.before = self._evaluate(self.against, None, texts, cost=True).after
                 if self.bare is not None:
-                    bare = self._evaluate(self._bare_checkpoint(), self.against, texts, cost=False)
+                    bare = self._evaluate(self._bare_checkpoint(), against, texts, cost=False)
                     found.baseline, found.baseline_divergence = bare.after, bare.divergence
             except LlmcompError as error:
                 self._note(f"Not evaluated: {error}")
                 return
+        if apart and report.task == "causal-lm":
+            self._note("Perplexity is per token, and teacher and student read other tokens: they cannot be compared.")
         for note in both.notes:
             self._note(note)
 

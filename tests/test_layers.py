@@ -18,7 +18,7 @@ ROWS = [
     "__main__",
     "cli",
     "api training_api",
-    "recovery pruned_training distillation",
+    "recovery pruned_training distillation augmentation",
     "training_run",
     "session publishing",
     "report hub uploading",

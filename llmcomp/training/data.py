@@ -31,7 +31,7 @@ _HELD_OUT, _HELD_OUT_MOST = 0.05, 128
 
 @dataclass(frozen=True)
 class Samples(Dataset[Batch]):
-    """Token windows, and a label of each where there are labels."""
+    """Token windows, and a label of each where there are labels; `IGNORED` or NaN of one that has none."""
 
     windows: Sequence[Tensor]
     labels: Tensor | None = None
@@ -54,6 +54,13 @@ class Samples(Dataset[Batch]):
             raise BadData("One sample cannot be held out for --evaluate-every; give more data, or leave the flag out.")
         chosen = {int((n + 0.5) * len(self) / count) for n in range(count)}
         return self._of([n for n in range(len(self)) if n not in chosen]), self._of(sorted(chosen))
+
+    def labelled(self) -> Samples:
+        """Without those that have no label, where others have one."""
+        if self.labels is None:
+            return self
+        known = self.labels.isfinite() if self.labels.is_floating_point() else self.labels != IGNORED
+        return self if bool(known.all()) else self._of(known.nonzero()[:, 0].tolist())
 
     def _of(self, numbers: list[int]) -> Samples:
         labels = None if self.labels is None else self.labels[torch.tensor(numbers)]
@@ -90,7 +97,7 @@ def samples_of(
             )
         texts = _with_text(texts)
         if texts.labels is not None:
-            labels = torch.from_numpy(class_numbers(texts, model))
+            labels = _labels(texts, model)
     found = windows(
         texts, tokenizer, samples=count or _ALL, length=length, seed=0 if task not in TASKS[:2] else seed, task=task,
         max_length=max_positions(model, tokenizer),
@@ -101,6 +108,17 @@ def samples_of(
     if (largest := max(int(window.max()) for window in found)) >= known:
         raise BadData(f"{texts.description} has token {largest}, and the model knows {known}; tokenize it by its own.")
     return Samples(found, labels)
+
+
+def _labels(texts: Texts, model: Any) -> Tensor:
+    """As the model counts them; `IGNORED`, of scores NaN, of rows that have none."""
+    said = texts.labels or []
+    known = [number for number, label in enumerate(said) if label is not None]
+    found = torch.from_numpy(class_numbers(replace(texts, labels=[said[number] for number in known]), model))
+    empty = float("nan") if found.is_floating_point() else IGNORED
+    labels = torch.full((len(said),), empty, dtype=found.dtype)
+    labels[torch.tensor(known)] = found
+    return labels
 
 
 def _with_text(texts: Texts) -> Texts:

@@ -286,6 +286,14 @@ def test_two_stages(text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert found is not None and found.student.endswith("under a fresh head") and found.method == "tinybert"
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "0")
     assert (model.config.num_labels, model.config.hidden_size) == (3, 64)
+    more = {"general": {**general, "output": str(tmp_path / "general")}, "augment": {"copies": 2}, "task": task}
+    config.write_text(json.dumps(more))
+    assert script("tinybert", ["--config", str(config), f"output={tmp_path / 'more'}"]) == 0
+    augmented = Report.read(tmp_path / "more").distillation
+    assert augmented is not None and "general-augmented.jsonl, 24 rows" in augmented.data
+    config.write_text(json.dumps({**more, "augment": {"copy": 2}}))
+    assert script("tinybert", ["--config", str(config), f"output={tmp_path / 'no'}"]) == 2
+    assert "copies" in capfd.readouterr().err
     config.write_text(json.dumps({"general": general, "task": task}))
     assert script("tinybert", ["--config", str(config)]) == 2
     assert "names no output of general" in capfd.readouterr().err

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 
 from llmcomp import distillation, hub
 from llmcomp.cli.main import main
-from llmcomp.errors import BadData
+from llmcomp.errors import BadCheckpoint, BadData
 from llmcomp.report.schema import Report
 from llmcomp.training import past, peers, teachers
 
@@ -177,6 +177,59 @@ def test_assistants_are_a_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [path.stat().st_mtime_ns for path in weights] == before and hashes(output) == made
     run(tmp_path / "same", student="layers=1", teacher=str(weights[1].parent), data="sample:classifier", steps=2)
     assert hashes(tmp_path / "same") == made
+
+
+# --- other tokens ---
+
+
+def test_a_teacher_of_another_tokenizer(text: Path, tmp_path: Path) -> None:
+    """A decoder learns over the tokens that both have, from a cache, too, to the same bits whoever asked."""
+    student = tiny("llama", tmp_path / "student", tokenizer=True)
+    given = {"teacher": "sample:lm", "student": str(student), "data": str(text), "vocabulary": "shared",
+             "hard_weight": 0.0, "soft_weight": 1.0}  # fmt: skip
+    report = run(tmp_path / "live", **given)
+    assert report.distillation is not None
+    assert any("tokens that both vocabularies have, of 512" in note for note in report.notes)
+    cached = {**given, "teacher_cache": str(tmp_path / "cache"), "cached_classes": 512}
+    again = run(tmp_path / "one", **cached)
+    assert again.distillation is not None
+    for one, two in zip(report.distillation.history, again.distillation.history, strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=0.02)
+    run(tmp_path / "two", **cached)
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+
+
+def test_a_classifiers_teacher_reads_its_own_tokens(rows: str, tmp_path: Path) -> None:
+    """Beside one with the student's, in an ensemble; what is measured is each on its own."""
+    student = tiny("bert-classifier", tmp_path / "student", tokenizer=True, num_labels=8)
+    names = AutoModelForSequenceClassification.from_pretrained(hub.resolve("sample:classifier").path).config.id2label
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps({**config, "id2label": names,
+                                                     "label2id": {name: int(n) for n, name in names.items()}}))  # fmt: skip
+    given = {"student": str(student), "data": rows, "label_column": "label", "steps": 2}
+    report = run(tmp_path / "out", vocabulary="shared", ensemble=(str(student),), **given)
+    assert report.distillation is not None and len(report.distillation.teachers) == 2
+    with pytest.raises(BadCheckpoint, match="or --vocabulary shared"):
+        run(tmp_path / "other", **given)
+
+
+# --- some labels ---
+
+
+def test_rows_without_a_label_are_the_teachers(tmp_path: Path) -> None:
+    """They change a student that has a teacher, and not one that has none, which leaves them out."""
+    rows = [{"text": f"Row {number} tells of {number % 8} things.", "label": number % 8} for number in range(12)]
+    more = [{"text": f"Line {number} has no label.", "label": None} for number in range(12)]
+    for name, lines in (("few", rows), ("all", [*rows, *more])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    made = {}
+    for name in ("few", "all"):
+        for method in ("labels", "logits"):
+            output = tmp_path / f"{name}-{method}"
+            run(output, data=str(tmp_path / f"{name}.jsonl"), label_column="label", method=method, steps=3)
+            made[name, method] = hashes(output)
+    assert made["few", "labels"] == made["all", "labels"]
+    assert made["few", "logits"] != made["all", "logits"]
 
 
 # --- nobody ---
