@@ -18,7 +18,7 @@ ROWS = [
     "__main__",
     "cli",
     "api training_api",
-    "recovery pruned_training distillation",
+    "recovery pruned_training distillation augmentation",
     "training_run",
     "session publishing",
     "staging",
@@ -40,7 +40,7 @@ ROWS = [
     "progress run_options weights losses inner_losses kinds calibration.stats calibration.files calibration.hub_data "
     "calibration.parking sentences provenance export_record",
     "report.schema",
-    "report.words building packing bnb schemes patterns activations matmul network aliases samples shards experts "
+    "report.words building kept packing bnb schemes patterns activations matmul network aliases samples shards experts "
     "feeds ranks devices digests licences tokenizing",
     "errors",
 ]
