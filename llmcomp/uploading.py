@@ -29,8 +29,7 @@ _TOGETHER = 4  # files that are on their way at once
 _CHANCE = (408, 429, 500, 502, 503, 504)
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _QUOTA = re.compile(r"quota|storage|limit|payment", re.IGNORECASE)
-_OURS = {"llmcomp_report.json", "llmcomp_export.json"}
-_START = {".gitattributes", "README.md"}  # what a repository that was made by hand may have
+_OURS, _START = {"llmcomp_report.json", "llmcomp_export.json"}, {".gitattributes", "README.md"}  # made by hand, too
 # Of an earlier push, where the new one does not write them: weights of another number of shards, plots, an adapter.
 _STALE = re.compile(
     r"[^/]+\.safetensors|[^/]+\.index\.json|llmcomp_plots/[^/]+|adapter/[^/]+|llmcomp_(report|export)\.\w+"
