@@ -20,6 +20,7 @@ from llmcomp.errors import BadData
 from llmcomp.measure.inputs import class_numbers, max_positions
 from llmcomp.progress import Progress
 from llmcomp.recipe import Recipe
+from llmcomp.tokenizing import forgetful
 
 fingerprint = batching.fingerprint
 LABELLED = "sequence-classification"  # the task whose loss wants labels
@@ -79,9 +80,9 @@ def tokenizer_of(checkpoint: Checkpoint) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(
+        return forgetful(transformers.AutoTokenizer.from_pretrained(
             str(checkpoint.path), local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
-        )
+        ))  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BadData(
