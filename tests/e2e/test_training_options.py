@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -90,7 +90,7 @@ def test_every_way_of_recovery_can_compute_again(
 class Writer:
     """In the place of TensorBoard's."""
 
-    made: list[Writer] = []
+    made: ClassVar[list[Writer]] = []
 
     def __init__(self, log_dir: str) -> None:
         self.log_dir, self.scalars = log_dir, dict[str, list[int]]()
@@ -169,7 +169,7 @@ def compressing(words: list[str], broken_at: int | None) -> int:
     PowerSgd.join = noted  # type: ignore[method-assign]
     trainer.Watch.on_step_end = stop  # type: ignore[method-assign]
     status = main(words)
-    print("compressed", kept[0].state.compression_stats()[0], flush=True)  # noqa: T201
+    print("compressed", kept[0].state.compression_stats()[0], flush=True)
     return status
 
 
