@@ -10,8 +10,9 @@ from transformers import TrainingArguments
 from llmcomp.training.settings import Optimization
 
 _WARMUP, _LOGGED = 0.03, 50
-# Megabytes of gradients that are exchanged together: all of them. Of several such buckets torch's hook would ask for
-# sums in whatever order they are ready, which gloo's processes need not agree on: they hang, or take one for another.
+# Megabytes of gradients that are exchanged together: all of them. torch's hook for compressed ones asks for a sum when
+# the one before it is there, in threads of its own; beside another bucket, or DDP's own sum over parameters that a
+# forward has not used, gloo's processes need not agree on the order: they hang, or take one for another.
 _ONE_BUCKET = 1 << 20
 
 
@@ -38,7 +39,8 @@ def arguments(
         logging_steps=max(1, steps // _LOGGED), logging_nan_inf_filter=False, report_to=[], disable_tqdm=True,
         remove_unused_columns=False, gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
-        ddp_bucket_cap_mb=None if settings.powersgd is None else _ONE_BUCKET, dataloader_pin_memory=False,
+        ddp_bucket_cap_mb=None if settings.powersgd is None else _ONE_BUCKET,
+        ddp_find_unused_parameters=None if settings.powersgd is None else False, dataloader_pin_memory=False,
         label_names=["labels"], log_level="error",
     )  # fmt: skip
 
