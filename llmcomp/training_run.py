@@ -48,6 +48,7 @@ from llmcomp.report.html import FILE_NAME as PAGE_NAME
 from llmcomp.report.html import render
 from llmcomp.report.schema import FILE_NAME, Report
 from llmcomp.run_options import RunOptions
+from llmcomp.training import sharding
 from llmcomp.training.data import Samples, samples_of
 from llmcomp.training.distill_plan import DistillPlan
 from llmcomp.training.pruning_plan import PruningPlan
@@ -94,6 +95,7 @@ class TrainingRun(ABC):
         self.original, self.output, self.partial = original, output, partial_of(output)
         self.progress = progress if world.first else Silent()
         self.device = choose(options.device, world.size)
+        sharding.asked()  # refused before anything is loaded
         self.wrapped: Any = None
         self.phases: dict[str, float] = {}
         self.notes: list[str] = []

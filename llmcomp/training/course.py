@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainingArguments
 
 from llmcomp.training.settings import Optimization
 
 _WARMUP, _LOGGED = 0.03, 50
+# Megabytes of gradients that are exchanged together: all of them. torch's hook for compressed ones asks for a sum when
+# the one before it is there, in threads of its own; beside another bucket, or DDP's own sum over parameters that a
+# forward has not used, gloo's processes need not agree on the order: they hang, or take one for another.
+_ONE_BUCKET = 1 << 20
 
 
 def arguments(
@@ -34,7 +39,9 @@ def arguments(
         logging_steps=max(1, steps // _LOGGED), logging_nan_inf_filter=False, report_to=[], disable_tqdm=True,
         remove_unused_columns=False, gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
-        dataloader_pin_memory=False, label_names=["labels"], log_level="error",
+        ddp_bucket_cap_mb=None if settings.powersgd is None else _ONE_BUCKET,
+        ddp_find_unused_parameters=None if settings.powersgd is None else False, dataloader_pin_memory=False,
+        label_names=["labels"], log_level="error",
     )  # fmt: skip
 
 
@@ -43,3 +50,10 @@ def process_count() -> int:
     import torch.distributed as dist
 
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def history(logged: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """By step the losses, of what the Trainer has logged."""
+    names = ("loss", "eval_loss")
+    return [{"step": one["step"], **{name: one[name] for name in names if name in one}}
+            for one in logged if any(name in one for name in names)]  # fmt: skip

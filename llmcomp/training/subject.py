@@ -231,16 +231,16 @@ class Subject:
                 found[name] = value.detach()
         for name, kind in packed.items():
             module = self.model.get_submodule(name)
-            found[f"{name}.weight"] = self._dense(getattr(module, "base_layer", module), kind)
+            found[f"{name}.weight"] = self._dense(name, getattr(module, "base_layer", module), kind)
         return found
 
-    @staticmethod
-    def _dense(module: Any, kind: Kind) -> Tensor:
+    def _dense(self, name: str, module: Any, kind: Kind) -> Tensor:
         if isinstance(kind, LowRank) and kind.left is None and kind.right is None and kind.base is None:
             weight = LowRankWeight(module.left.weight.detach(), module.right.weight.detach()).dense()
             return weight.t() if module.transposed else weight
         if isinstance(module, nn.Linear):  # a sparse weight that was spread
-            return module.weight.detach()
+            weight = module.weight.detach()
+            return weight.t() if self.opened.ref(name).transposed else weight
         if isinstance(module, Latent):
             return module.dense()
         dense: Tensor = module.dense()

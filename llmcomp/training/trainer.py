@@ -20,14 +20,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from llmcomp import losses
-from llmcomp.errors import BadData, NumericalError
+from llmcomp.errors import BadData, BadRecipe, NumericalError
 from llmcomp.matmul import WideProducts, multiplies
 from llmcomp.progress import Progress
+from llmcomp.training import sharding
 from llmcomp.training.compression import PowerSgd
-from llmcomp.training.course import arguments
+from llmcomp.training.course import arguments, history
 from llmcomp.training.data import Batch, Samples
 from llmcomp.training.pruning import mask_buffers
 from llmcomp.training.settings import Optimization, Teaching
@@ -123,6 +124,7 @@ class ObjectiveTrainer(Trainer):
     loss_is_scaled_for_ga = True
     model: nn.Module
     objective: Objective
+    shared = False  # whether each process has a part of the model (`sharding`)
 
     def __init__(self, *given: Any, objective: Objective, rules: Rules, **settings: Any) -> None:
         super().__init__(*given, **settings)
@@ -176,11 +178,31 @@ class ObjectiveTrainer(Trainer):
     # --- training checkpoints: the trained weights as they are ---
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if not self.args.should_save:
+        if not (self.args.should_save or self.shared):
             return
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(held_state(self.model), folder / WEIGHTS)
+        held = held_state(self.model)  # which all processes gather together, where each has a part
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(held, folder / WEIGHTS)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.shared:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        scheduler: Any = self.lr_scheduler
+        held = {OPTIMIZER_NAME: sharding.whole_state(self.optimizer), SCHEDULER_NAME: scheduler.state_dict()}
+        if self.args.should_save:
+            for name, state in held.items():
+                torch.save(state, Path(output_dir) / name)
+
+    def _defer_fsdp_gradient_reduction(self) -> Any:
+        return sharding.summed_later(self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.shared:
+            sharding.share_out(self.optimizer)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         restore(self.model, Path(resume_from_checkpoint))
@@ -204,7 +226,8 @@ def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def held_state(model: nn.Module) -> dict[str, Tensor]:
     """Copies of what a training state holds of a model: trained parameters, and masks that change with them."""
-    return {name: value.detach().cpu().contiguous().clone() for name, value in [*trained(model), *mask_buffers(model)]}
+    return {name: sharding.full(value.detach()).cpu().contiguous().clone()
+            for name, value in [*trained(model), *mask_buffers(model)]}  # fmt: skip
 
 
 def restore(model: nn.Module, folder: Path) -> None:
@@ -216,7 +239,7 @@ def put_back(model: nn.Module, held: Mapping[str, Tensor]) -> None:
     """The inverse of `held_state`."""
     with torch.no_grad():
         for name, value in [*trained(model), *mask_buffers(model)]:
-            value.copy_(held[name])
+            value.copy_(sharding.like(held[name], value))
 
 
 def last_whole(folder: Path) -> Path | None:
@@ -274,7 +297,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
         assert self.trainer is not None
         for _, parameter in trained(self.trainer.model):
-            if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            if parameter.grad is not None and not sharding.finite(parameter.grad):
                 raise NumericalError(self.trainer._not_a_number("gradient"))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
@@ -342,9 +365,13 @@ def train(
     if settings.track is not None:
         callbacks.append(tracker(settings.track, folder))
     compressed = None if settings.powersgd is None else PowerSgd(settings.powersgd)
+    if (shared := sharding.asked()) and (masks or rules != Rules() or compressed is not None):
+        what = "gradients are compressed" if compressed is not None else "weights are changed by more than gradients"
+        raise BadRecipe(f"FSDP2 does not train where {what}; launch this without FSDP.")
     last = last_whole(folder)
     with warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter("ignore", FutureWarning)  # of what the Trainer itself asks models for
+        stack.enter_context(sharding.by_us() if shared else nullcontext())
         trainer = ObjectiveTrainer(
             model, arguments(settings, len(samples), folder, learning_rate, device), collate, samples, held_out,
             callbacks=callbacks, objective=objective, rules=rules,
@@ -353,20 +380,17 @@ def train(
         if compressed is not None:
             compressed.join(trainer)
         stack.enter_context(WideProducts() if slow_products(model) else nullcontext())
+        if shared:  # the Trainer then leaves the model's placement and gradients to whoever has sharded it
+            stack.enter_context(sharding.sharded(model, device))
+            trainer.shared = trainer.is_distributed_loading_by_transformers = True
         if last is None or not _at_its_end(trainer, last, settings.patience):
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
     return Trained(
         trainer.state.global_step,
         0 if last is None else _step(last),
         sum(value.numel() for _, value in trained(model)),
-        _history(trainer.state.log_history),
+        history(trainer.state.log_history),
     )
-
-
-def _history(logged: list[dict[str, Any]]) -> list[dict[str, float]]:
-    names = ("loss", "eval_loss")
-    return [{"step": one["step"], **{name: one[name] for name in names if name in one}}
-            for one in logged if any(name in one for name in names)]  # fmt: skip
 
 
 def objective_of(teaching: Teaching, teacher: Teacher | None, *, regression: bool, labelled: bool) -> Objective:

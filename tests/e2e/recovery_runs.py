@@ -26,6 +26,7 @@ INT4, RANKS = QuantizeStep("rtn", group_size=64, symmetric=False), "model.layers
 MADE: dict[str, tuple[str, tuple[Step, ...], str, torch.dtype]] = {
     "llama 2:4": ("llama", (SparsifyStep("wanda"),), "dense", torch.float32),
     "llama packed 2:4": ("llama", (SparsifyStep("magnitude"),), "llmcomp", torch.bfloat16),
+    "gpt2 packed 2:4": ("gpt2", (SparsifyStep("magnitude"),), "llmcomp", torch.float32),
     "gpt2 60%": ("gpt2", (SparsifyStep("magnitude", "unstructured", 0.6),), "dense", torch.float32),
     "mixtral 4:8": ("mixtral", (SparsifyStep("magnitude", "4:8"),), "dense", torch.float32),
     "llama int4": ("llama", (INT4,), "compressed-tensors", torch.bfloat16),

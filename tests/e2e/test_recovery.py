@@ -35,8 +35,8 @@ DEFAULT = [
     ("llama int4", "lora"), ("bert int8", "lora"), ("classifier 2:4", "full"), ("llama ranks", "full"),
 ]  # fmt: skip
 FURTHER = [
-    ("llama packed 2:4", "lora"), ("gpt2 60%", "full"), ("mixtral 4:8", "full"), ("llama 2:4 int4", "lora"),
-    ("classifier 2:4", "lora"), ("llama ranks", "lora"),
+    ("llama packed 2:4", "lora"), ("gpt2 60%", "full"), ("gpt2 packed 2:4", "full"), ("mixtral 4:8", "full"),
+    ("llama 2:4 int4", "lora"), ("classifier 2:4", "lora"), ("llama ranks", "lora"),
 ]  # fmt: skip
 CASES = [*DEFAULT, *(pytest.param(*case, marks=pytest.mark.slow) for case in FURTHER)]
 SPARSE = [case for case in CASES if any(mark in str(case) for mark in (":", "%"))]
