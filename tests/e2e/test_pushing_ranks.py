@@ -46,7 +46,6 @@ def test_two_ranks_push_once(hub: HubServer, text: Path, tmp_path: Path) -> None
     require_pushed_once(hub, together(hub, tmp_path, [*command, *QUICK]), output)
 
 
-@pytest.mark.slow
 def test_a_distillation_by_two_ranks_is_pushed_once(hub: HubServer, text: Path, tmp_path: Path) -> None:
     """With its plan, in which no directory of this machine stands."""
     source, output = tiny("llama", tmp_path / "llama", tokenizer=True), tmp_path / "student"
