@@ -47,9 +47,10 @@ MOST_KILLS = {False: 2, True: 6}
 LAUNCHER = """
 import json, os, sys
 import torch, transformers, compressed_tensors
-import llmcomp.api, llmcomp.publishing, llmcomp.session, llmcomp.staging
+import llmcomp.api, llmcomp.network, llmcomp.publishing, llmcomp.session, llmcomp.staging
 from llmcomp.cli.main import main
 
+llmcomp.network.CONNECT = llmcomp.network.READ = 60.0  # seconds; other work on the machine may leave it little time
 for line in sys.stdin:
     asked = json.loads(line)
     child = os.fork()

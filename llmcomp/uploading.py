@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from llmcomp.errors import LlmcompError, RunError, UserError
 from llmcomp.hub_failures import asked, chance, explain, reason_of
-from llmcomp.network import ask, endpoint
+from llmcomp.network import Unreachable, ask, endpoint
 from llmcomp.progress import Progress
 
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds between tries, where the Hub does not say how long
@@ -131,17 +131,18 @@ class Remote:
 
     Args:
         repo: 'user/name'. kept: what is said behind each error, of what is safe and what resumes.
+        patient: also where there is no connection it is tried again; not where the user waits for an answer.
 
     Raises:
         UserError: no such name, offline mode, no token, one that is not accepted or may not write there.
         RunError: no connection.
     """
 
-    def __init__(self, repo: str, kept: str, progress: Progress) -> None:
+    def __init__(self, repo: str, kept: str, progress: Progress, *, patient: bool = True) -> None:
         from huggingface_hub import HfApi, get_token
 
         require_name(repo)
-        self.repo, self.kept, self.progress = repo, kept, progress
+        self.repo, self.kept, self.progress, self._patient = repo, kept, progress, patient
         self._token = get_token() or ""
         if not self._token:
             raise UserError(
@@ -308,7 +309,8 @@ class Remote:
             except LlmcompError:
                 raise
             except Exception as error:  # huggingface_hub, httpx and hf_xet have no common base
-                if wait is None or not chance(error):
+                hasty = isinstance(error, Unreachable) and not self._patient
+                if wait is None or hasty or not chance(error):
                     raise explain(error, what, self.repo, self.kept, self._token) from error
                 pause = min(_LONGEST_WAIT, asked(error) or wait)
                 self.progress.note(f"{reason_of(error, self._token)} while {what}; trying again in {pause:.0f} s.")
