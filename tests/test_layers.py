@@ -18,7 +18,7 @@ ROWS = [
     "__main__",
     "cli",
     "api training_api",
-    "recovery pruned_training distillation",
+    "recovery pruned_training distillation augmentation",
     "training_run",
     "session publishing",
     "staging",
@@ -40,7 +40,7 @@ ROWS = [
     "progress run_options weights losses inner_losses kinds calibration.stats calibration.files calibration.hub_data "
     "calibration.parking sentences provenance export_record",
     "report.schema",
-    "report.words building packing bnb schemes patterns activations matmul network aliases samples shards experts "
+    "report.words building kept packing bnb schemes patterns activations matmul network aliases samples shards experts "
     "feeds ranks devices digests licences tokenizing",
     "errors",
 ]
@@ -50,7 +50,8 @@ SHARED = {
     "cli": {"options", "progress", "running", "scripting", "training"},
     "formats": {"base", "loading", "reading", "opening", "save", "witness"},
     "methods": {
-        "_grid", "_masks", "_project", "_scale", "_solve", "_swept", "rank_budget", "solution", "rtn", "gptq", "wanda",
+        "_grid", "_masks", "_project", "_scale", "_solve", "_swept", "rank_budget", "solution", "retarget", "rtn",
+        "gptq", "wanda",
     },
 }
 COLLECTORS = {"cli.main", "exports", "formats", "kernels", "methods"}  # the five that name every file of their package

@@ -35,7 +35,9 @@ from llmcomp.ranks import ALONE, World
 from llmcomp.recipe import FIXED, QuantizeStep, Recipe
 from llmcomp.report.schema import LayerReport
 
-TOKENS_PER_BATCH = 1024  # of one forward; more gains little speed and costs memory
+# Tokens of one forward: more gains little speed and costs memory. A step of learned rounding takes whole batches, and
+# fewer serve it as well: a trained decoder at 2 bits is no better with 1024, nor at 4 bits.
+TOKENS_PER_BATCH, _LEARNING_TOKENS = 1024, 512
 _WITNESSES, _WITNESS_TOKENS = 2, 64
 # A format that rounds by itself reads no text, and its own grid fits every width: so assignment sees it.
 _AS_ROUNDING: dict[str, Any] = {"method": "rtn", "group_size": "channel"}
@@ -52,12 +54,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Data:
-    """What the model is run on. `facts`: the report's account of it."""
+    """What the model is run on. `facts`: the report's account of it; `labels`: of each batch, where gradients want a
+    classifier's."""
 
     batches: list[Batch]
     witness: dict[str, Tensor]
     fingerprint: str
     facts: dict[str, Any]
+    labels: list[Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,12 @@ class Plan:
     def calibrated(self) -> bool:
         """Whether anything reads calibration data."""
         return self.assignment.calibrated or (self.reduction is not None and self.reduction.calibrated)
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Of calibration that pass through the model at a time, where windows are not longer."""
+        learning = any(task.tune is not None for task in self.assignment.tasks.values())
+        return _LEARNING_TOKENS if learning else TOKENS_PER_BATCH
 
     @property
     def shared(self) -> str | None:
@@ -250,7 +260,7 @@ def gather(
         gathered = feeding.gather(recipe, source.checkpoint, adapter, progress)
         witness = feeding.witness(gathered.samples, adapter.model, _WITNESSES, _WITNESS_TOKENS)
         _require_enough(len(gathered.samples), world)
-        made = feeding.batches(world.share(gathered.samples), adapter, TOKENS_PER_BATCH)
+        made = feeding.batches(world.share(gathered.samples), adapter, plan.tokens_per_batch)
         return Data(made, witness, feeding.fingerprint(gathered.samples), gathered.facts)
     name = model if model.startswith("sample:") and settings.source == "default" else settings.source
     texts = read_texts(name, text_column=settings.text_column, progress=progress)
@@ -269,12 +279,16 @@ def gather(
         progress.note(warning)
     pad = None if tokenizer is None else tokenizer.pad_token_id
     _require_enough(len(found), world)
-    made = batches(world.share(found), tokens_per_batch=TOKENS_PER_BATCH, pad_id=pad)
+    made = batches(world.share(found), tokens_per_batch=plan.tokens_per_batch, pad_id=pad)
     facts = {
         "source": name, "description": described, "samples": len(found),
         "tokens": sum(len(window) for window in found), "warnings": warnings,
     }  # fmt: skip
-    return Data(made, _witness(found), fingerprint(found), facts)
+    data = Data(made, _witness(found), fingerprint(found), facts)
+    if plan.reduction is None or not plan.reduction.taylor or adapter.task != feeding.LABELLED:
+        return data
+    labels, digest = feeding.row_labels(texts, found, made, adapter.model, recipe.seed)
+    return replace(data, labels=labels, fingerprint=f"{data.fingerprint} {digest}")
 
 
 def _require_enough(windows: int, world: World) -> None:
