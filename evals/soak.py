@@ -47,9 +47,10 @@ MOST_KILLS = {False: 2, True: 6}
 LAUNCHER = """
 import json, os, sys
 import torch, transformers, compressed_tensors
-import llmcomp.api, llmcomp.publishing, llmcomp.session, llmcomp.staging
+import llmcomp.api, llmcomp.network, llmcomp.publishing, llmcomp.session, llmcomp.staging
 from llmcomp.cli.main import main
 
+llmcomp.network.CONNECT = llmcomp.network.READ = 60.0  # seconds; other work on the machine may leave it little time
 for line in sys.stdin:
     asked = json.loads(line)
     child = os.fork()
@@ -93,19 +94,25 @@ class Soak:
         self.call(more, None, push)
         return time.monotonic() - began
 
-    def call(self, more: tuple[str, ...], after: float | None, push: tuple[str, ...] = (), files: int = 50) -> int:
-        """The exit status of a command, of one that was killed `after` so many seconds -9; `files`: of one commit."""
+    def call(
+        self, more: tuple[str, ...], after: float | None, push: tuple[str, ...] = (), files: int = 50,
+        once: Path | None = None,
+    ) -> int:  # fmt: skip
+        """The exit status of a command, of one that was killed -9.
+
+        Args:
+            after: seconds until that, from the moment on when `once` is there; None lets it end. files: of one commit.
+        """
         asked = {"command": push or (*self.compress, *more), "log": str(self.work / "log"), "files": files}
         assert self.launcher.stdin is not None and self.launcher.stdout is not None
         self.launcher.stdin.write(json.dumps(asked) + "\n")
         child = int(self.launcher.stdout.readline())
-        killer = threading.Timer(after or 0, kill, (child,))
-        if after is not None:
-            killer.start()
+        ended = threading.Event()
+        killer = threading.Thread(target=strike, args=(child, after, once, ended))
+        killer.start()
         status = int(self.launcher.stdout.readline())
-        if after is not None:
-            killer.cancel()
-            killer.join()
+        ended.set()
+        killer.join()
         if status not in (0, -9):
             raise RuntimeError((self.work / "log").read_text())
         return status
@@ -119,16 +126,21 @@ class Soak:
         wrong: list[str] = []
         while True:
             stands = output.exists()
-            alive = count[stands] == MOST_KILLS[stands]
-            after = None if alive else self.random.uniform(0, 1.1 * self.seconds[stands])
+            pushes = stands or count[False] == MOST_KILLS[False]  # then it is its push that is killed
+            alive = count[pushes] == MOST_KILLS[pushes]
+            after = None if alive else self.random.uniform(0, self.seconds[pushes])
+            began = time.monotonic()
             push = ("push", str(output), repo) if stands else ()
             files = 2 if number % 2 else 50
-            status = self.call(("-o", str(output), "--push-to-hub", repo), after, push, files)
+            once = output if pushes else None
+            status = self.call(("-o", str(output), "--push-to-hub", repo), after, push, files, once)
             wrong += self.check(output, repo)
             if status == 0:
+                if pushes == stands:  # other work on the machine makes it longer, or shorter
+                    self.seconds[stands] = time.monotonic() - began
                 break
             kills.append(round(after or 0, 2))
-            count[stands] += 1
+            count[pushes] += 1
             struck.append(self.where(output, repo))
         missing = [] if output.exists() and self.pushed(repo) else ["lost: it ended, and not all is there"]
         return {"round": number, "kills": kills, "while": struck, "wrong": wrong + missing}
@@ -155,7 +167,13 @@ class Soak:
         return all(there.get(name) == digest for name, digest in self.expected_there.items())
 
 
-def kill(child: int) -> None:
+def strike(child: int, after: float | None, once: Path | None, ended: threading.Event) -> None:
+    """Kill the process at its moment, unless it has ended."""
+    while once is not None and not once.exists():
+        if ended.wait(0.01):
+            return
+    if after is None or ended.wait(after):
+        return
     with contextlib.suppress(ProcessLookupError):  # it has just ended
         os.kill(child, signal.SIGKILL)
 

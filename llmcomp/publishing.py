@@ -97,7 +97,7 @@ def ready(repo: str, private: bool = False) -> None:
     Raises:
         UserError, RunError: as `push`, of name, token, rights, connection and what is there.
     """
-    Remote(repo, "Nothing was done yet.", Silent()).require_free(private)
+    Remote(repo, "Nothing was done yet.", Silent(), patient=False).require_free(private)
 
 
 def require_verified(directory: Path) -> Report:

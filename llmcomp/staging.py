@@ -30,7 +30,7 @@ def stage(remote: Remote, parcel: Parcel, changes: Changes) -> Committed:
     """Bring a large parcel to main, or to a pull request where it asks for one; nothing half is visible at any time.
 
     Raises:
-        UserError, RunError: see `uploading.explain`; main has changed meanwhile, or what arrived is not what was sent.
+        UserError, RunError: see `hub_failures.explain`; main has changed meanwhile; other bytes arrived than were sent.
     """
     before = changes.before
     title = f"{parcel.message[: _LONGEST_TITLE - 40]} {mark(parcel, before)}"

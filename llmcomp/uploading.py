@@ -10,7 +10,6 @@ huggingface_hub, kept in memory, and in no message.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,16 +19,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llmcomp.errors import LlmcompError, RunError, UserError
+from llmcomp.hub_failures import asked, chance, explain, reason_of
 from llmcomp.network import Unreachable, ask, endpoint
 from llmcomp.progress import Progress
 
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds between tries, where the Hub does not say how long
 _LONGEST_WAIT = 60.0
 _TOGETHER = 4  # files that are on their way at once
-_CHANCE = (408, 429, 500, 502, 503, 504)
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_QUOTA = re.compile(r"quota|storage|limit|payment", re.IGNORECASE)
-_OURS, _START = {"llmcomp_report.json", "llmcomp_export.json"}, {".gitattributes", "README.md"}  # made by hand, too
+_OURS = {"llmcomp_report.json", "llmcomp_export.json"}
+_START = {".gitattributes", "README.md"}  # what a repository that was made by hand may have
 # Of an earlier push, where the new one does not write them: weights of another number of shards, plots, an adapter.
 _STALE = re.compile(
     r"[^/]+\.safetensors|[^/]+\.index\.json|llmcomp_plots/[^/]+|adapter/[^/]+|llmcomp_(report|export)\.\w+"
@@ -132,17 +131,18 @@ class Remote:
 
     Args:
         repo: 'user/name'. kept: what is said behind each error, of what is safe and what resumes.
+        patient: also where there is no connection it is tried again; not where the user waits for an answer.
 
     Raises:
         UserError: no such name, offline mode, no token, one that is not accepted or may not write there.
         RunError: no connection.
     """
 
-    def __init__(self, repo: str, kept: str, progress: Progress) -> None:
+    def __init__(self, repo: str, kept: str, progress: Progress, *, patient: bool = True) -> None:
         from huggingface_hub import HfApi, get_token
 
         require_name(repo)
-        self.repo, self.kept, self.progress = repo, kept, progress
+        self.repo, self.kept, self.progress, self._patient = repo, kept, progress, patient
         self._token = get_token() or ""
         if not self._token:
             raise UserError(
@@ -309,81 +309,13 @@ class Remote:
             except LlmcompError:
                 raise
             except Exception as error:  # huggingface_hub, httpx and hf_xet have no common base
-                if wait is None or not _chance(error):
+                hasty = isinstance(error, Unreachable) and not self._patient
+                if wait is None or hasty or not chance(error):
                     raise explain(error, what, self.repo, self.kept, self._token) from error
-                pause = min(_LONGEST_WAIT, _asked(error) or wait)
-                self.progress.note(f"{_reason(error, self._token)} while {what}; trying again in {pause:.0f} s.")
+                pause = min(_LONGEST_WAIT, asked(error) or wait)
+                self.progress.note(f"{reason_of(error, self._token)} while {what}; trying again in {pause:.0f} s.")
                 time.sleep(pause)
         raise AssertionError("unreachable: the last try returns or raises")
-
-
-def explain(error: Exception, what: str, repo: str, kept: str, token: str) -> LlmcompError:
-    """One sentence for what a request ended with, and one on what is safe."""
-    status = _status(error)
-    reason = _reason(error, token)
-    space = repo.split("/")[0]
-    if isinstance(error, ValueError) and "README.md" in str(error):
-        return UserError(f"The Hub does not accept the card: {reason}. {kept}")
-    if isinstance(error, Unreachable):
-        return RunError(f"The Hub cannot be reached ({reason}). {kept}")
-    if status == 401:
-        return UserError(f"The Hub does not accept the token ({reason}); run `hf auth login` again. {kept}")
-    if status == 402 or (status in (403, 413) and _QUOTA.search(reason)):
-        return UserError(f"The Hub has no room for it ({reason}); make some, or ask for more. {kept}")
-    if status == 403:
-        return UserError(f"The token has no right to write to {space} ({reason}); use one that has. {kept}")
-    if status in (409, 412):
-        return RunError(f"{repo} was changed by somebody else meanwhile ({reason}). {kept}")
-    if status == 429:
-        return RunError(f"The Hub takes no more requests for now ({reason}). {kept}")
-    return RunError(f"The push to {repo} broke off while {what} ({reason}). {kept}")
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def _status(error: Exception) -> int | None:
-    for one in _chain(error):
-        response = getattr(one, "response", None)
-        if response is not None:
-            return int(response.status_code)
-    return None
-
-
-def _chance(error: Exception) -> bool:
-    """Whether the same request may succeed later."""
-    import httpx2
-
-    if isinstance(error, Unreachable):
-        return False  # asked once, at the start: the user is still there
-    status = _status(error)
-    if status is not None:
-        return status in _CHANCE
-    kinds = (httpx2.TransportError, json.JSONDecodeError, ConnectionError, TimeoutError)
-    return any(isinstance(one, kinds) for one in _chain(error))
-
-
-def _asked(error: Exception) -> float | None:
-    """Seconds that the Hub asks to wait."""
-    for one in _chain(error):
-        headers = getattr(getattr(one, "response", None), "headers", None)
-        if headers is not None and str(headers.get("Retry-After", "")).isdigit():
-            return float(headers["Retry-After"])
-    return None
-
-
-def _reason(error: Exception, token: str) -> str:
-    """What the Hub said, else the last cause, as one line without the token."""
-    chain = list(_chain(error))
-    said = next((text for one in chain if (text := getattr(one, "server_message", None))), None)
-    said = str(said or chain[-1]) or type(chain[-1]).__name__
-    status = _status(error)
-    line = " ".join(said.split())[:300].rstrip(".")
-    line = line if status is None or str(status) in line else f"{status}: {line}"
-    return line.replace(token, "the token") if token else line
 
 
 @contextmanager

@@ -234,7 +234,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content if self.fault is None else hub_writing.spoilt(content, self.fault))
+            spoils = self.fault is not None and self.command == "GET"
+            self.wfile.write(hub_writing.spoilt(content, self.fault) if spoils else content)
         if self.fault is not None and self.fault.cut is not None:
             hub_writing.hang_up(self)
 

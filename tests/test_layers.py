@@ -23,7 +23,7 @@ ROWS = [
     "session publishing",
     "staging",
     "report hub uploading",
-    "downloading",
+    "downloading hub_failures",
     "training",
     "pipeline exports generation",
     "loading",

@@ -23,8 +23,10 @@ from hub_inside import TOKEN
 from hub_server import HubServer
 from hub_writing import Fault, User, card_errors
 
+from llmcomp import uploading
 from llmcomp.digests import file_sha256
 from llmcomp.errors import BadCheckpoint, LlmcompError, RunError, UserError
+from llmcomp.network import Unreachable
 from llmcomp.publishing import about_licence, push, ready
 from llmcomp.report.schema import Origin, Verification
 
@@ -204,6 +206,34 @@ def test_no_network(artefact: Path, hub: HubServer) -> None:
     hub.close()
     with pytest.raises(RunError, match=r"The Hub cannot be reached \(.*refused\)\. .*mine is whole and as it was; "):
         push(artefact, "me/mine")
+
+
+def test_a_network_that_comes_back_is_waited_for(
+    hub: HubServer, artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After hours of work; before them (`ready`) the user is still there."""
+    real, failed = uploading.ask, []
+
+    def asked(url: str) -> object:
+        if len(failed) % 3 < 2:
+            failed.append(url)
+            raise Unreachable("no connection within 1 s")
+        return real(url)
+
+    monkeypatch.setattr(uploading, "ask", asked)
+    with pytest.raises(RunError, match="cannot be reached"):
+        ready("me/mine")
+    assert len(failed) == 1
+    push(artefact, "me/mine")
+    assert len(failed) == 2 and SHARDS[0] in contents(hub.root / "me/mine")
+
+
+def test_offline_mode_is_not_waited_for(hub: HubServer, artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    heard = Heard()
+    with pytest.raises(RunError, match=r"cannot be reached \(HF_HUB_OFFLINE is set\)"):
+        push(artefact, "me/mine", progress=heard)
+    assert heard.notes == []
 
 
 def test_a_licence_that_forbids_derivatives_warns(hub: HubServer, artefact: Path) -> None:
