@@ -21,6 +21,7 @@ def recover(
     data: str,
     *,
     method: str = "lora",
+    learn_scales: bool = False,
     samples: int | None = None,
     sequence_length: int = 256,
     lora: Lora | None = None,
@@ -32,14 +33,15 @@ def recover(
 ) -> CompressResult:
     """Train what llmcomp has compressed, in the form that it has, verify the checkpoint, and measure what was won back.
 
-    Removed weights stay removed, two factors stay two, and integers stay as they are: an adapter is kept beside those.
+    Removed weights stay removed, two factors stay two. Integers stay as they are, with an adapter beside them, or are
+    trained on their grid (quantization-aware training) and packed again.
     In a process that torchrun or `accelerate launch --multi_gpu` started, all ranks call this and train together.
 
     Args:
         directory: a checkpoint that llmcomp has written.
         data: 'default', 'sample', a file of text or of rows with labels, or a Hub dataset; `text_column` and
             `label_column` of the options are its columns, too.
-        method: 'lora' or 'full'.
+        method: 'lora', 'full' or, of integers, 'qat'. learn_scales: of 'qat', whether scales are trained as well.
         samples: how many of the data at most. sequence_length: tokens of one.
         lora, teaching, optimization: see there; None is their defaults.
         options: how to run, None is the defaults; `run` overrides single fields, as in
@@ -57,7 +59,7 @@ def recover(
     with joined() as world:
         resolved = hub.resolve(str(directory), progress=progress if world.first else Silent())
         parts = lora or Lora(), teaching or Teaching(), optimization or Optimization()
-        plan = Plan(data, samples, sequence_length, method, *parts)
+        plan = Plan(data, samples, sequence_length, method, learn_scales, *parts)
         plan.check()
         from llmcomp.recovery import Recovering
 

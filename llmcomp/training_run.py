@@ -336,8 +336,10 @@ def regresses(subject: Subject, task: str) -> bool:
 
 
 def without_saving(optimization: Optimization) -> Optimization:
-    """The same training, however often its states are saved."""
-    return replace(optimization, save_every=None)
+    """The same training, however often its states are saved and whoever hears of it; where gradients are compressed,
+    what is kept of them between steps is dropped with each state, so that says something."""
+    saved = optimization.save_every if optimization.powersgd is not None else None
+    return replace(optimization, save_every=saved, track=None)
 
 
 def _first_tokens(windows: Any) -> Tensor:

@@ -9,7 +9,7 @@ import typer
 
 from llmcomp.cli import options as o
 from llmcomp.cli import training as t
-from llmcomp.cli.running import show
+from llmcomp.cli.running import Publishing, show
 
 _LAYERS, _LOSSES = "Layers", "Losses"
 
@@ -149,6 +149,9 @@ def distill(
     evaluate_every: t.EvaluateEvery = None,
     patience: t.Patience = None,
     save_every: t.SaveEvery = None,
+    gradient_checkpointing: t.GradientCheckpointing = False,
+    powersgd: t.PowerSgd = None,
+    track: t.Track = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory.", show_default="./TEACHER-METHOD-STUDENT")
     ] = None,
@@ -159,6 +162,8 @@ def distill(
     eval_data: o.EvalData = None,
     text_column: t.TextColumn = None,
     label_column: t.LabelColumn = None,
+    push_to_hub: o.PushToHub = None,
+    private: o.Private = False,
     json: o.Json = False,
 ) -> None:  # fmt: skip
     """Train a smaller model by a larger one; verify the checkpoint, measure both side by side.
@@ -178,6 +183,8 @@ def distill(
     if data is None:
         raise BadData("llmcomp distill needs something to train on; give --data a file, a Hub dataset or 'default'.")
     given = dict(locals())
+    publishing = Publishing(push_to_hub, private)
+    publishing.check(verify)
     from dataclasses import fields
 
     from llmcomp.cli.progress import listener
@@ -190,3 +197,4 @@ def distill(
     with listener(json) as progress:
         result = distill(plan, progress)
     show(result, json)
+    publishing.publish(result.output, json)

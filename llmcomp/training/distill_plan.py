@@ -88,6 +88,9 @@ class DistillPlan:
     evaluate_every: int | None = None
     patience: int | None = None
     save_every: int | None = None
+    gradient_checkpointing: bool = False
+    powersgd: int | None = None
+    track: str | None = None
     device: str = "auto"
     evaluate: bool = True
     verify: bool = True

@@ -204,8 +204,8 @@ def test_a_classifiers_teacher_reads_its_own_tokens(rows: str, tmp_path: Path) -
     student = tiny("bert-classifier", tmp_path / "student", tokenizer=True, num_labels=8)
     names = AutoModelForSequenceClassification.from_pretrained(hub.resolve("sample:classifier").path).config.id2label
     config = json.loads((student / "config.json").read_text())
-    named = {"id2label": names, "label2id": {name: int(number) for number, name in names.items()}}
-    (student / "config.json").write_text(json.dumps({**config, **named}))
+    labels = {name: int(number) for number, name in names.items()}
+    (student / "config.json").write_text(json.dumps({**config, "id2label": names, "label2id": labels}))
     given = {"student": str(student), "data": rows, "label_column": "label", "steps": 2}
     report = run(tmp_path / "out", vocabulary="shared", ensemble=(str(student),), **given)
     assert report.distillation is not None and len(report.distillation.teachers) == 2
