@@ -13,6 +13,7 @@ teach a student that nothing else can come next.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,11 +47,10 @@ def keep(logits: Tensor, count: int, temperature: float) -> Kept:
     >>> keep(torch.tensor([[0.0, 2.0, 1.0]]), 1, 1.0).indices
     tensor([[1]])
     """
-    scaled = logits.float() / temperature
     if logits.shape[-1] <= count:
-        return Kept(scaled.log_softmax(-1), None, logits.shape[-1])
-    indices = scaled.topk(count, dim=-1).indices
-    return Kept(over(scaled, indices).clamp_min(_LEAST), indices, logits.shape[-1])
+        return Kept((logits.float() / temperature).log_softmax(-1), None, logits.shape[-1])
+    indices = logits.topk(count, dim=-1).indices
+    return Kept(over(logits, indices, temperature).clamp_min(_LEAST), indices, logits.shape[-1])
 
 
 def fewer(kept: Kept, count: int) -> Kept:
@@ -70,29 +70,57 @@ def fewer(kept: Kept, count: int) -> Kept:
     return Kept(logs, kept.indices.expand(len(logs), -1).gather(-1, places), kept.classes)
 
 
-def over(scaled: Tensor, indices: Tensor) -> Tensor:
-    """Logarithms of softmax(z) over some classes, and of the mass of the others, [n, k + 1].
+def over(logits: Tensor, indices: Tensor, temperature: float = 1.0) -> Tensor:
+    """Logarithms of softmax(z/T) over some classes, and of the mass of the others, [n, k + 1].
 
     The others' mass is summed up by itself: 1 - Σ_S would cancel where it is small, and so would its gradient.
 
     Args:
-        scaled: z [n, classes]. indices: [n, k] or [k], not all classes.
+        logits: z [n, classes]. indices: [n, k] or [k], not all classes.
     """
-    indices = indices.expand(len(scaled), -1)
-    inside = scaled.gather(-1, indices)
-    outside = scaled.scatter(-1, indices, -torch.inf).logsumexp(-1, keepdim=True)
-    both = torch.cat([inside, outside], dim=-1)
-    return both.log_softmax(-1)
+    found: Tensor = _Outcomes.apply(logits, indices.expand(len(logits), -1), temperature)  # type: ignore[no-untyped-call]
+    return found.log_softmax(-1)
 
 
-def alike(logits: Tensor, kept: Kept, temperature: float) -> Tensor:
-    """log q of softmax(z/T) over the outcomes that `kept` has.
+class _Outcomes(torch.autograd.Function):
+    """z_S/T, and log Σ exp(z/T) over the others. By itself, so that the thousands of classes are passed over a few
+    times and not a dozen: beside a small model that is what a teacher on disk costs."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, indices: Tensor, temperature: float) -> Tensor:
+        rest = logits.to(torch.float32, copy=True).scatter_(-1, indices, -torch.inf)
+        high = rest.amax(-1, keepdim=True).clamp_min(_LEAST)
+        rest.sub_(high)
+        if temperature != 1:
+            rest.div_(temperature)
+        mass = rest.exp_().sum(-1, keepdim=True)
+        ctx.save_for_backward(rest, mass, indices)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        return torch.cat([logits.gather(-1, indices).float() / temperature, high / temperature + mass.log()], dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        rest, mass, indices = ctx.saved_tensors
+        scaled = gradients[0] / ctx.temperature
+        found = rest * (scaled[:, -1:] / mass.clamp_min(torch.finfo(mass.dtype).tiny))
+        return found.scatter_(-1, indices, scaled[:, :-1]).to(ctx.dtype), None, None
+
+
+def alike(logits: Tensor, kept: Kept, temperature: float, scored: Tensor) -> Tensor:
+    """log q of softmax(z/T) at the scored positions, over the outcomes that `kept` has there.
 
     Args:
-        logits: z [n, classes or more], of which the further ones are left out.
+        logits: z [..., classes or more], of which the further ones are left out. scored: bool [...].
     """
-    scaled = logits[..., : kept.classes].float() / temperature
-    return scaled.log_softmax(-1) if kept.indices is None else over(scaled, kept.indices)
+    rows, indices = scored.flatten().nonzero()[:, 0], kept.indices
+    flat = logits.flatten(0, -2)[:, : kept.classes]
+    if indices is None:
+        return (flat.index_select(0, rows).float() / temperature).log_softmax(-1)
+    if 2 * len(rows) < len(flat):
+        return over(flat.index_select(0, rows), indices, temperature)
+    if indices.dim() == 2:  # all positions, whose further ones are cheaper to compute than to leave out
+        indices = indices.new_zeros(len(flat), indices.shape[1]).index_copy(0, rows, indices)
+    return over(flat, indices, temperature).index_select(0, rows)
 
 
 def encode(kept: Kept, bits: int) -> Arrays:

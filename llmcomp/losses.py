@@ -137,7 +137,7 @@ def _softened(
 ) -> tuple[Tensor, Tensor]:
     """log q of the student and log p of the teacher at the scored positions, over the outcomes that both have."""
     if isinstance(targets, Kept):
-        return alike(logits[scored], targets, temperature), targets.logs
+        return alike(logits, targets, temperature, scored), targets.logs
     classes = min(logits.shape[-1], targets.shape[-1])
     log_q = (logits[scored][:, :classes].float() / temperature).log_softmax(-1)
     log_p = (targets[scored][:, :classes].detach().float() / temperature).log_softmax(-1)

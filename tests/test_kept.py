@@ -70,10 +70,33 @@ def test_the_tail_has_a_gradient() -> None:
     assert torch.allclose(logits.grad[0, :2], 0.25 - targets.softmax(-1)[0, :2], atol=1e-6)
 
 
+@settings(max_examples=25, deadline=None)
+@given(shapes, st.integers(0, 1000), st.floats(0.5, 5), st.floats(0, 1), st.data())
+def test_gradients_are_those_of_sums_written_out(
+    shape: tuple[int, int], seed: int, temperature: float, share: float, data: st.DataObject
+) -> None:
+    """In float64 by autograd; of some of the positions or of nearly all, of classes that a student has alone, too."""
+    logits, targets = drawn((shape[0], shape[1] + 2), seed), drawn(shape, seed + 1)
+    scored = torch.rand(shape[0], generator=torch.Generator().manual_seed(seed)) < share
+    count = data.draw(st.integers(1, shape[1] - 1))
+    kept = keep(targets[scored], count, temperature)
+    one, other = logits.clone().requires_grad_(True), logits.double().requires_grad_(True)
+    losses.soft_targets(one[None], kept, scored[None], temperature).backward()
+    q, p = ((value[:, : shape[1]] / temperature).softmax(-1)[scored] for value in (other, targets.double()))
+    mask = torch.zeros_like(q, dtype=torch.bool)
+    mask[torch.arange(len(q))[:, None], kept.indices] = True
+    tail = [value.masked_fill(mask, 0).sum(-1) for value in (p, q)]
+    inside = torch.where(mask, p * (p / q).log(), 0).sum()
+    total = (inside + (tail[0] * (tail[0] / tail[1]).log()).sum()) * temperature**2 / max(1, int(scored.sum()))
+    (total + 0 * other.sum()).backward()
+    assert one.grad is not None and other.grad is not None
+    assert torch.allclose(one.grad.double(), other.grad, atol=1e-5, rtol=1e-4)
+
+
 def test_a_small_tail_is_not_lost() -> None:
     """1 - Σ in float32 would be 0 here, and its logarithm infinite."""
     logits = torch.tensor([[30.0, 0.0, 0.0]], requires_grad=True)
-    logs = alike(logits, Kept(torch.zeros(1, 2), torch.tensor([[0]]), 3), 1.0)
+    logs = alike(logits, Kept(torch.zeros(1, 2), torch.tensor([[0]]), 3), 1.0, torch.tensor([True]))
     assert float(logs[0, 1].detach()) == pytest.approx(math.log(2) - 30, rel=1e-6)
     logs[0, 1].backward()
     assert logits.grad is not None and logits.grad.isfinite().all()

@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from llmcomp.report import plots, summary, words
+from llmcomp.report.curves import COLOURS, curves, losses
 from llmcomp.report.schema import Report
 from llmcomp.report.trained import trained_lines
 
@@ -37,7 +38,8 @@ def render(report: Report) -> str:
 
     Drawing takes about a second; nothing is read but the template.
     """
-    drawn = {"sizes": plots.sizes(report), "errors": plots.errors(report), "places": plots.places(report)}
+    drawn = {"sizes": plots.sizes(report), "errors": plots.errors(report), "places": plots.places(report),
+             "losses": losses(report)}  # fmt: skip
     before, after = summary.sizes(report)
     return _template().render(
         report=report,
@@ -46,6 +48,7 @@ def render(report: Report) -> str:
         recovery=summary.recovery_rows(report),
         recovery_lines=summary.recovery_lines(report),
         trained_lines=trained_lines(report),
+        curves={name: COLOURS[name] for name in curves(report)},
         roles=summary.roles(report),
         fallbacks=summary.fallbacks(report),
         left=summary.left(report),

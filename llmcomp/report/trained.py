@@ -24,7 +24,8 @@ def distillation_lines(report: Report) -> list[str]:
     lines = [
         f"A student of {parameters(found.parameters)} parameters, {share} of its teacher's; it started from "
         f"{found.student}.",
-        f"Learned from {' and '.join(found.teachers)} by {found.method} ({counted}) for {found.steps:,} steps.",
+        f"Learned from {' and '.join(found.teachers) or 'labels alone'} by {found.method} ({counted}) for "
+        f"{found.steps:,} steps.",
         f"Trained on {found.data}.",
     ]
     losses = [one["loss"] for one in found.history if "loss" in one]

@@ -216,6 +216,7 @@ def _recalling(files: Sequence[_File], asked: Asked, device: torch.device | str)
     handles = [safe_open(file.path, "np") for file in files]
     names = [name for name in handles[0].keys() if name != _COUNTS]  # noqa: SIM118
     ends = [handle.get_tensor(_COUNTS).cumsum() for handle in handles]
+    empty = {name: handles[0].get_tensor(name)[:0].copy() for name in names}  # of samples in which nothing was masked
     where = {key: (number, place) for number, file in enumerate(files) for place, key in enumerate(file.keys)}
 
     def recall(inputs: Mapping[str, Tensor]) -> Targets:
@@ -226,8 +227,8 @@ def _recalling(files: Sequence[_File], asked: Asked, device: torch.device | str)
                 raise RunError("A sample is in training that the teacher was never asked about; this is a bug.")
             number, place = known
             start, end = int(ends[number][place - 1]) if place else 0, int(ends[number][place])
-            for name in names:
-                found[name].append(handles[number].get_slice(name)[start:end])
+            for name in names:  # a slice of nothing behind the last position is an error to safetensors
+                found[name].append(handles[number].get_slice(name)[start:end] if start < end else empty[name])
         arrays = {name: torch.from_numpy(np.concatenate(parts)).to(device) for name, parts in found.items()}
         return Targets(asked.said(arrays))
 

@@ -216,7 +216,7 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         (["--temperature", "0"], "--temperature 0.0 cannot be"),
         (["--divergence", "l2"], "choose one of forward, reverse, jsd"),
         (["--hidden-weight", "-1"], "--hidden-weight -1.0 cannot be"),
-        (["--data", "TEXT", "--baseline"], "A baseline without a teacher needs labels"),
+        (["--data", "TEXT", "--baseline"], "Training without a teacher needs labels"),
         (["--data", "EMPTY"], "EMPTY"),
         (["--data", "nothing-there.txt"], "does not exist"),
         (["--ensemble", "sample:lm"], "is for causal-lm"),

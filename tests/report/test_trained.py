@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from llmcomp.report.curves import curves
 from llmcomp.report.html import render
-from llmcomp.report.schema import Pruning, Report
+from llmcomp.report.schema import Distillation, Pruning, Report
 from llmcomp.report.summary import reproduce
 from llmcomp.report.table import table
 from llmcomp.report.trained import pruning_lines
@@ -43,3 +44,15 @@ def test_views_show_it(pruned: Report, report: Report) -> None:
     assert "How it was trained" in page and "&lt;train&gt;.jsonl" in page and "prune_in_training.yaml" in page
     assert "How it was trained" not in render(report)
     assert reproduce(pruned) == "accelerate launch scripts/prune_in_training.py --config prune_in_training.yaml"
+
+
+def test_losses_are_drawn(pruned: Report, report: Report) -> None:
+    """A line for each that was noted more than once; rounds one after the other."""
+    assert curves(pruned) == {"in training": [(1, 0.9), (9 + 2 * 9, 0.4)]} and curves(report) == {}
+    history = [{"step": 1, "loss": 2.0}, {"step": 5, "loss": 1.0, "eval_loss": 1.5}, {"step": 9, "eval_loss": 1.25}]
+    found = Distillation("logits", {"soft": 1.0}, "all", ["t"], "rows", 1, 2, 9, 0, history, baseline_history=history)
+    distilled = replace(report, command="distill", distillation=found)
+    assert list(curves(distilled)) == ["in training", "held out", "without a teacher", "of that, held out"]
+    page = render(distilled)
+    assert "Loss by step" in page and "in training 2.000 to 1.000; held out 1.500 to 1.250" in page
+    assert page.count("<svg") == render(report).count("<svg") + 1 and "Loss by step" not in render(report)

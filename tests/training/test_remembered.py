@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,32 @@ def test_masks_are_a_samples_own() -> None:
     assert 0.12 < share < 0.18
     assert not torch.equal(alone["scored"], collator("masked-lm", Pretended(), masks=2)([data[1]])["scored"])
     assert not among["scored"][1][30:].any()
+
+
+def test_samples_in_which_nothing_is_asked(tmp_path: Path) -> None:
+    """As where no token was masked, at the end of a file or in all of it."""
+    data = Samples([torch.arange(5, 5 + length) for length in (3, 4, 5)])
+
+    def collate(rows: Sequence[Batch]) -> Batch:
+        batch = collator("causal-lm", Pretended())(rows)
+        return {**batch, "scored": batch["scored"] & (batch["input_ids"][:, :1] * 0 + asking > 0)}
+
+    for asking in (0, 1):
+        guide = remembered(Teacher("llama"), data, collate, asked(tmp_path / str(asking)), Silent())
+        found = recall(guide, collate([data[2], data[0]]))
+        assert isinstance(found, Kept) and len(found.logs) == asking * 6
+    partly = {0: 2, 1: 3, 2: 0}
+
+    def some(rows: Sequence[Batch]) -> Batch:
+        batch = collator("causal-lm", Pretended())(rows)
+        for number, row in enumerate(rows):
+            batch["scored"][number, partly[len(row["input_ids"]) - 3] :] = False
+        return batch
+
+    guide = remembered(Teacher("llama"), data, some, asked(tmp_path / "some"), Silent())
+    for numbers, count in (([2], 0), ([0, 2], 2), ([1, 0], 5)):
+        found = recall(guide, some([data[number] for number in numbers]))
+        assert isinstance(found, Kept) and len(found.logs) == count
 
 
 def test_it_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
