@@ -1,9 +1,9 @@
 """What mkdocs does here beyond its own: files from outside of docs/ that pages link to, and equations.
 
-* A page links to `../evals/RESULTS.md` as it lies in the repository, so the link works where the repository is read. On the
-  site that file is `evals/RESULTS.md`, beside the pages, and the link is rewritten.
-* A fence ```math holds LaTeX, which GitHub shows as an equation. Here it becomes MathML when the site is built: browsers
-  draw that by themselves, without a script or a network.
+* A page links to `../evals/RESULTS.md` as it lies in the repository, so the link works where the repository is read. On
+  the site that file is `evals/RESULTS.md`, beside the pages, and the link is rewritten.
+* A fence ```math holds LaTeX, which GitHub shows as an equation. Here it becomes MathML when the site is built:
+  browsers draw that by themselves, without a script or a network.
 """
 
 import posixpath
@@ -53,5 +53,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def equation(source: str, language: str, css_class: str, options: Any, md: Any, **rest: Any) -> str:
     """LaTeX as MathML, its source as the text for readers that show none."""
-    drawn = convert(source.strip(), display="block")
-    return f'<div class="{css_class}">{drawn.replace("<math ", f"""<math alttext="{escape(source.strip())}" """, 1)}</div>'
+    latex = source.strip()
+    drawn = convert(latex, display="block").replace("<math ", f'<math alttext="{escape(latex)}" ', 1)
+    return f'<div class="{css_class}">{drawn}</div>'

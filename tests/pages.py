@@ -69,6 +69,14 @@ def blocks(page: str) -> list[Block]:
     return found
 
 
+def headings(page: str) -> set[str]:
+    """Anchors of a page's headings, as GitHub and the site name them."""
+    tokens = MarkdownIt().parse(page)
+    titles = [tokens[number + 1] for number, token in enumerate(tokens) if token.type == "heading_open"]
+    words = ["".join(child.content for child in title.children or []) for title in titles]
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in words}
+
+
 def run(page: str, name: str, where: Path) -> None:
     """Run what is marked, in `where`, which is the working directory, too.
 
