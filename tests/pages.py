@@ -114,11 +114,12 @@ def _status(command: list[str]) -> int:
     if command[0] == "llmcomp":
         return main(command[1:])
     if command[:2] == ["accelerate", "launch"] and command[2].startswith("scripts/"):
-        return int(_script(command[2]).main(command[3:]))
+        return int(module_at(command[2]).main(command[3:]))
     raise AssertionError(f"The tests cannot run {' '.join(command)}; mark its block as not run.")
 
 
-def _script(path: str) -> ModuleType:
+def module_at(path: str) -> ModuleType:
+    """The module in a file of the repository that no package holds."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, REPOSITORY / path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

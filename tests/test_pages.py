@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from pages import CODE, REPOSITORY, SHOWN, blocks, headings, run
+from pages import CODE, REPOSITORY, SHOWN, blocks, headings, module_at, run
 
 import llmcomp
 from llmcomp import samples, session, training_run
@@ -29,6 +29,7 @@ TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
 RUNNING = [name for name, text in TEXTS.items() if any(block.run for block in blocks(text))]
 # Characters and rows of the shipped text that a page's commands read: six windows to calibrate on, three to measure.
 CHARACTERS = {"calibration_text": 4_000, "validation_text": 2_500}
+WIDEST = 640  # of an equation, in the units of a page, whose column is about that wide
 ROWS = {"classifier_calibration": 24, "classifier_validation": 12}
 
 
@@ -44,6 +45,10 @@ def test_every_block_is_run_or_says_why_not(name: str) -> None:
             assert not block.run and block.reason is None, f"{place}: what is shown has no mark"
         else:
             assert block.run != bool(block.reason), f"{place}: needs '<!-- run -->' or '*Not run by the tests: ….*'"
+
+
+def test_results_say_that_nobody_runs_them() -> None:
+    assert "*Not run by the tests: " in RESULTS.read_text(encoding="utf-8").split("```")[0]
 
 
 def test_most_blocks_run() -> None:
@@ -92,7 +97,7 @@ def test_marked_blocks_run(name: str, quick: Path) -> None:
 OF_METHODS = [name for name in TEXTS if name.startswith("methods/") and name != "methods/index.md"]
 # Figures with a point or thousands; not those of flags, links, sizes of models or sections of papers.
 _FIGURE = re.compile(r"\d[\d,]*\.\d+|\d{1,3}(?:,\d{3})+")
-_NO_FIGURE = re.compile(r"`[^`]*`|\]\([^)]*\)|\[arXiv:[^]]*\]|section \d\.\d|ratio \d\.\d|low rank \d\.\d|1\.1B")
+_NO_FIGURE = re.compile(r"`[^`]*`|\[arXiv:[^]]*|\]\([^)]*\)|section \d\.\d|ratio \d\.\d|low rank \d\.\d|1\.1B")
 
 
 @pytest.mark.parametrize("name", OF_METHODS)
@@ -102,6 +107,20 @@ def test_a_page_of_a_method_has_an_equation_a_command_and_a_cost(name: str) -> N
     if name != "methods/auto.md":  # a table of others
         assert any(block.language == "math" for block in found)
     assert "## What it costs" in text and "evals/RESULTS.md" in text
+
+
+@pytest.mark.parametrize("name", [name for name in TEXTS if "```math" in TEXTS[name]])
+def test_equations_can_be_drawn(name: str) -> None:
+    for block in blocks(TEXTS[name]):
+        if block.language == "math":
+            drawn = hooks().equation(block.text, "math", "math", {}, None)
+            box = re.search(r'viewBox="\S+ \S+ (\S+) (\S+)"', drawn)
+            assert box and 60 < float(box[1]) < WIDEST and 10 < float(box[2]) < 80, f"{name}:{block.line}"
+
+
+def hooks() -> Any:
+    """docs/mkdocs_hooks.py, which needs no mkdocs to draw."""
+    return module_at("docs/mkdocs_hooks.py")
 
 
 def test_every_method_has_a_page() -> None:
@@ -184,6 +203,8 @@ def test_the_site_builds(tmp_path: Path) -> None:
         command, cwd=REPOSITORY, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    page = (tmp_path / "site" / "methods" / "gptq.html").read_text(encoding="utf-8")
-    assert "<math" in page and "evals/RESULTS.html#" in page
-    assert "llmcomp.api.quantize" in (tmp_path / "site" / "api.html").read_text(encoding="utf-8")
+    pages = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "site").rglob("*.html")}
+    assert "aria-label=" in pages["gptq.html"] and "evals/RESULTS.html#" in pages["gptq.html"]
+    assert all(f'id="llmcomp.{name}"' in pages["api.html"] for name in ("api.quantize", "training_api.recover"))
+    for name, page in pages.items():
+        assert not re.search(r"<(script|link|img)[^>]*(src|href)=.?https?:", page), f"{name} loads from a network"
