@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from command_line import commands, parse
 from pages import CODE, REPOSITORY, SHOWN, blocks, headings, module_at, run
 
 import llmcomp
@@ -45,6 +46,20 @@ def test_every_block_is_run_or_says_why_not(name: str) -> None:
             assert not block.run and block.reason is None, f"{place}: what is shown has no mark"
         else:
             assert block.run != bool(block.reason), f"{place}: needs '<!-- run -->' or '*Not run by the tests: ….*'"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_command_parses(name: str) -> None:
+    """Those that are not run, too."""
+    for block in blocks(TEXTS[name]):
+        for line in commands(block.text) if block.language == "bash" else ():
+            parse(line)
+
+
+def test_what_is_shown_is_what_readme_shows() -> None:
+    shown = [block.text for block in blocks(TEXTS["index.md"]) if block.language == "text"]
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert shown and all(text in readme for text in shown)
 
 
 def test_results_say_that_nobody_runs_them() -> None:
@@ -198,7 +213,7 @@ def test_the_api_page_has_every_public_name() -> None:
 
 @pytest.mark.skipif(find_spec("mkdocs") is None, reason="mkdocs is not installed (pip install -e '.[docs]')")
 def test_the_site_builds(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(
         command, cwd=REPOSITORY, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=300
     )
