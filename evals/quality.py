@@ -95,6 +95,7 @@ TOOLS = {
     for tool in (
         Tool("llmcomp", OURS, "gptq"),
         Tool(AUTO, OURS, "auto"),
+        Tool("llmcomp gptaq", OURS, "gptaq"),
         Tool("llmcomp awq", OURS, "awq"),
         Tool("llmcomp awq-gptq", OURS, "awq-gptq"),
         Tool(LEARNED, OURS, "gptq-signround"),

@@ -48,7 +48,8 @@ SHARED = {
     "cli": {"options", "progress", "running", "scripting", "training"},
     "formats": {"base", "loading", "reading", "opening", "save", "witness"},
     "methods": {
-        "_grid", "_masks", "_project", "_scale", "_solve", "_swept", "rank_budget", "solution", "rtn", "gptq", "wanda",
+        "_grid", "_masks", "_project", "_scale", "_solve", "_swept", "rank_budget", "solution", "retarget", "rtn",
+        "gptq", "wanda",
     },
 }
 COLLECTORS = {"cli.main", "exports", "formats", "kernels", "methods"}  # the five that name every file of their package

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from llmcomp import matmul
-from llmcomp.matmul import WideProducts, fast_matmul
+from llmcomp.matmul import WideProducts, fast_matmul, narrow_products
 
 SHAPES = [(1, 1, 1), (3, 5, 7), (32, 32, 300), (129, 513, 65), (512, 2048, 512), (256, 128, 1024)]
 
@@ -48,6 +48,23 @@ def test_rank_one_updates_and_triangular_views_are_as_accurate() -> None:
     upper = matrix.double().triu().t()
     size = upper.abs() @ matrix[:, 10:150].double().abs()
     assert relative(product, upper @ matrix[:, 10:150].double(), size) < 2e-6
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_narrow_products_round_factors_where_that_is_faster(units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "multiplies", lambda dtype: units)
+    generator = torch.Generator().manual_seed(3)
+    x, weight = torch.randn(40, 64, generator=generator), torch.randn(30, 64, generator=generator, requires_grad=True)
+    with narrow_products(torch.device("cpu")):
+        found = F.linear(x, weight)
+        found.float().square().sum().backward()
+    assert found.dtype == (torch.bfloat16 if units else torch.float32)
+    assert weight.grad is not None and weight.grad.dtype == torch.float32
+    wide = weight.detach().double()
+    exact = x.double() @ wide.t()
+    assert relative(found.detach(), exact, x.double().abs() @ wide.t().abs()) < (1e-2 if units else 2e-6)
+    gradient = 2 * exact.t() @ x.double()
+    assert torch.nn.functional.cosine_similarity(weight.grad.double(), gradient).min() > (0.999 if units else 1 - 1e-6)
 
 
 def test_the_setting_is_scoped_also_when_an_error_leaves() -> None:

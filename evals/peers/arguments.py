@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-METHODS = ("gptq", "gptq-mse", "awq", "awq-gptq", "rtn", "rtn-mse", "signround", "gptq-signround", "auto")
+METHODS = ("gptq", "gptaq", "gptq-mse", "awq", "awq-gptq", "rtn", "rtn-mse", "signround", "gptq-signround", "auto")
 # What llmcomp's `--update` does stands behind a method's name.
 PRUNING = ("sparsegpt", "alps", "wanda", "magnitude", "sparsegpt-update", "alps-update")
 # Methods of low rank: their own, and how llmcomp's command line asks for them.

@@ -24,7 +24,8 @@ LATE += ("transformers.models.auto.modeling_auto", "transformers.models.auto.tok
 LATE += ("transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama")
 # What our names for a method are called on its command line; its default is left for it to choose.
 METHOD_WORDS = {
-    "gptq": [], "awq": ["--method", "awq"], "awq-gptq": ["--method", "awq-gptq"], "rtn": ["--method", "rtn"],
+    "gptq": [], "gptaq": ["--method", "gptaq"], "awq": ["--method", "awq"], "awq-gptq": ["--method", "awq-gptq"],
+    "rtn": ["--method", "rtn"],
     "rtn-mse": ["--method", "rtn-clip"], "auto": ["--method", "auto"], "signround": ["--method", "signround"],
     "gptq-signround": ["--method", "gptq-signround"],
 }  # fmt: skip

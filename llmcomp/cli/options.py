@@ -32,8 +32,8 @@ Method = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help="gptq, awq, awq-gptq, signround, gptq-signround, rtn-clip or rtn; auto takes what was measured best at "
-        "the width, which may take long.",
+        help="gptq, gptaq, awq, awq-gptq, signround, gptq-signround, rtn-clip or rtn; auto takes what was measured "
+        "best at the width, which may take long.",
         show_default="gptq",
     ),
 ]

@@ -22,7 +22,9 @@ from llmcomp.methods._project import solve_damped, times
 DAMPING = 0.1
 
 
-def retarget(weight: Tensor, gram: Tensor, cross: Tensor, damping: float = DAMPING) -> Tensor:
+def retarget(
+    weight: Tensor, gram: Tensor, cross: Tensor, damping: float = DAMPING, alpha: float = 1.0
+) -> Tensor:
     """W* [out, in] for a weight [out, in], in its dtype.
 
     Args:
@@ -30,6 +32,7 @@ def retarget(weight: Tensor, gram: Tensor, cross: Tensor, damping: float = DAMPI
         gram: floating [in, in], X'' X'; only read.
         cross: floating [in, in], cross[i, j] = sum over tokens of x_i x'_j, the source's inputs first.
         damping: d as a share of the mean diagonal of G. With inputs that are equal nothing moves, whatever d.
+        alpha: share of the way from W to W*.
 
     Raises:
         NumericalError: a matrix with NaN or Inf.
@@ -37,4 +40,4 @@ def retarget(weight: Tensor, gram: Tensor, cross: Tensor, damping: float = DAMPI
     wide = weight.double()
     square = gram.to(torch.float64, copy=True)
     difference = times(wide, cross) - wide @ square
-    return (wide + solve_damped(square, difference, damping)).to(weight.dtype)
+    return wide.add(solve_damped(square, difference, damping), alpha=alpha).to(weight.dtype)

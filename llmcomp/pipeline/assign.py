@@ -115,14 +115,13 @@ class Task:
     @property
     def source(self) -> bool:
         """Whether its inputs in the source model are wanted."""
-        pruned = self.pruning is not None and self.pruning.update
-        return pruned or (self.factoring is not None and self.factoring.source)
+        return self.crossed or (self.factoring is not None and self.factoring.source)
 
     @property
     def crossed(self) -> bool:
         """Whether they are wanted token by token beside the inputs of now."""
         pruned = self.pruning is not None and self.pruning.update
-        return pruned or (self.factoring is not None and self.factoring.update)
+        return pruned or (self.factoring is not None and self.factoring.update) or self.aim is not None
 
     @property
     def one_sweep(self) -> bool:
@@ -154,6 +153,11 @@ class Task:
     def tune(self) -> Callable[..., Any] | None:
         """As `Method.tune`."""
         return None if self.scheme is None else METHODS[self.method].tune
+
+    @property
+    def aim(self) -> Callable[..., Tensor] | None:
+        """As `Method.aim`."""
+        return None if self.scheme is None else METHODS[self.method].aim
 
     @property
     def scale(self) -> Callable[..., Tensor] | None:
@@ -219,7 +223,7 @@ def assign(adapter: Adapter, step: QuantizeStep) -> Assignment:
             left[ref.name] = why
         elif (task := _task(ref, step, misfits, problems, repeated)) is not None:
             tasks[ref.name] = task
-    problems += _untunable(adapter, tasks)
+    problems += _untunable(adapter, tasks) + _aimless(tasks)
     if not tasks and not problems:
         problems.append("the recipe's targets and overrides leave nothing to quantize")
     made = Assignment(tasks, left)
@@ -269,14 +273,20 @@ def _task(
         return None
     if method == "auto":
         method = AUTO[scheme.bits]
-        if scheme.activations is not None or ref.block in repeated:
+        unaimed = METHODS[method].aim is not None and (ref.share < 1 or ref.block is None)
+        if scheme.activations is not None or ref.block in repeated or unaimed:
             method = AUTO_ALONE
     if ref.role == "embeddings":
         scheme, method = replace(scheme, activations=None), "rtn"  # a lookup reads indices, which have no statistics
     task = _placed(ref, scheme, method, step, misfits)
-    if ref.block is not None or METHODS[method].tune is None:
+    if METHODS[method].aim is not None:
+        why = why_not_updated(ref, ref.block in repeated)
+    elif METHODS[method].tune is not None and ref.block is None:
+        why = f"no block whose output {method} could learn from: {AUTO_ALONE}"
+    else:
+        why = None
+    if why is None:
         return task
-    why = f"no block whose output {method} could learn from: {AUTO_ALONE}"
     return replace(task, method=AUTO_ALONE, fallback="; ".join(filter(None, (task.fallback, why))))
 
 
@@ -314,6 +324,20 @@ def _untunable(adapter: Adapter, tasks: dict[str, Task]) -> list[str]:
     scaled = next((task.method for task in tasks.values() if task.scale is not None), None)
     if scaled is not None:
         problems.append(f"{scaled} scales inputs while {methods} keeps the block as it is; take one of them for all")
+    return problems
+
+
+def _aimless(tasks: dict[str, Task]) -> list[str]:
+    """Why weights cannot aim at the source's outputs, where a method wants that."""
+    aiming = next((task.method for task in tasks.values() if task.aim is not None), None)
+    if aiming is None:
+        return []
+    problems = []
+    if any(task.activations for task in tasks.values()):
+        problems.append(f"{aiming} reads inputs that nothing has rounded; take {AUTO_ALONE}")
+    scaled = next((task.method for task in tasks.values() if task.scale is not None), None)
+    if scaled is not None:
+        problems.append(f"{aiming} has to find inputs as they are while {scaled} scales them; take one of them for all")
     return problems
 
 

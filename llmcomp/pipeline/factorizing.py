@@ -179,9 +179,10 @@ def _check_quantizer(quantized: Task, beside: str) -> None:
     Raises:
         BadRecipe: naming those that do neither.
     """
-    if quantized.tune is not None or quantized.scale is not None:
+    if quantized.tune is not None or quantized.scale is not None or quantized.aim is not None:
+        does = "learns from" if quantized.tune else "scales" if quantized.scale else "aims by"
         raise BadRecipe(
-            f"{quantized.method} {'learns from' if quantized.tune else 'scales'} what whole weights read, which "
+            f"{quantized.method} {does} what whole weights read, which "
             f"{beside} would change; take {AUTO_ALONE}, rtn-clip or rtn."
         )
     if quantized.activations is not None:

@@ -35,7 +35,9 @@ from llmcomp.ranks import ALONE, World
 from llmcomp.recipe import FIXED, QuantizeStep, Recipe
 from llmcomp.report.schema import LayerReport
 
-TOKENS_PER_BATCH = 1024  # of one forward; more gains little speed and costs memory
+# Tokens of one forward: more gains little speed and costs memory. A step of learned rounding takes whole batches, and
+# fewer serve it as well: a trained decoder at 2 bits is no better with 1024, nor at 4 bits.
+TOKENS_PER_BATCH, _LEARNING_TOKENS = 1024, 512
 _WITNESSES, _WITNESS_TOKENS = 2, 64
 # A format that rounds by itself reads no text, and its own grid fits every width: so assignment sees it.
 _AS_ROUNDING: dict[str, Any] = {"method": "rtn", "group_size": "channel"}
@@ -83,6 +85,12 @@ class Plan:
     def calibrated(self) -> bool:
         """Whether anything reads calibration data."""
         return self.assignment.calibrated or (self.reduction is not None and self.reduction.calibrated)
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Of calibration that pass through the model at a time, where windows are not longer."""
+        learning = any(task.tune is not None for task in self.assignment.tasks.values())
+        return _LEARNING_TOKENS if learning else TOKENS_PER_BATCH
 
     @property
     def shared(self) -> str | None:
@@ -250,7 +258,7 @@ def gather(
         gathered = feeding.gather(recipe, source.checkpoint, adapter, progress)
         witness = feeding.witness(gathered.samples, adapter.model, _WITNESSES, _WITNESS_TOKENS)
         _require_enough(len(gathered.samples), world)
-        made = feeding.batches(world.share(gathered.samples), adapter, TOKENS_PER_BATCH)
+        made = feeding.batches(world.share(gathered.samples), adapter, plan.tokens_per_batch)
         return Data(made, witness, feeding.fingerprint(gathered.samples), gathered.facts)
     name = model if model.startswith("sample:") and settings.source == "default" else settings.source
     texts = read_texts(name, text_column=settings.text_column, progress=progress)
@@ -269,7 +277,7 @@ def gather(
         progress.note(warning)
     pad = None if tokenizer is None else tokenizer.pad_token_id
     _require_enough(len(found), world)
-    made = batches(world.share(found), tokens_per_batch=TOKENS_PER_BATCH, pad_id=pad)
+    made = batches(world.share(found), tokens_per_batch=plan.tokens_per_batch, pad_id=pad)
     facts = {
         "source": name, "description": described, "samples": len(found),
         "tokens": sum(len(window) for window in found), "warnings": warnings,

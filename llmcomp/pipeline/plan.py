@@ -170,7 +170,7 @@ def row(
         BadRecipe: it does not fit the model.
     """
     plan, step = plan_recipe(recipe, adapter), recipe.quantizing
-    lanes = Lanes.of(calibration.samples, calibration.sequence_length, ranks)
+    lanes = Lanes.of(calibration.samples, calibration.sequence_length, ranks, tokens=plan.tokens_per_batch)
     if encoder_decoder(adapter.model) and adapter.sample_tokens is None:
         lanes = replace(lanes, length=-(-lanes.length // 2))  # a window is read by two chains, half by each
     budget, tokens, pruning, smaller = activation_memory, calibration.samples * lanes.length, 0.0, 0

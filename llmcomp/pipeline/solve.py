@@ -49,8 +49,7 @@ def solve_stage(
     if beside is not None and beside.cross is not None and stats is not None and stats.gram is not None:
         cross, gram = beside.cross, stats.gram
         weights = [
-            retarget(weight, gram, cross) if task.pruning is not None and task.pruning.update else weight
-            for task, weight in zip(tasks, weights, strict=True)
+            _aimed(task, weight, gram, cross, options) for task, weight in zip(tasks, weights, strict=True)
         ]
     low = [position for position, task in enumerate(tasks) if task.factoring is not None]
     if low:  # before a method may factorize the Gram matrix in place
@@ -75,6 +74,15 @@ def solve_stage(
             results[member] = Solved(tasks[member], solution.rows(start, stop), share)
             start = stop
     return [result for result in results if result is not None]
+
+
+def _aimed(task: Task, weight: Tensor, gram: Tensor, cross: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """What is solved for in the place of a weight behind compressed blocks."""
+    if task.pruning is not None and task.pruning.update:
+        return retarget(weight, gram, cross)
+    if task.aim is not None:
+        return task.aim(weight, gram, cross, _config(task, options))
+    return weight
 
 
 def _competes(task: Task) -> bool:
@@ -115,8 +123,12 @@ def _solution(
 def _quantized(
     task: Task, weight: Tensor, stats: InputStats | None, options: Mapping[str, Any], **mask: Any
 ) -> Solution:
-    config = method_config(task.method, options if method_has(task.method, options) else {})
+    config = _config(task, options)
     return METHODS[task.method].function(weight, stats, task.scheme, weight.dtype, config, **mask)
+
+
+def _config(task: Task, options: Mapping[str, Any]) -> Any:
+    return method_config(task.method, options if method_has(task.method, options) else {})
 
 
 def _stack(weights: Sequence[Tensor], wanted: slice) -> Tensor:

@@ -73,10 +73,14 @@ class Lanes:
     ranks: int = 1
 
     @classmethod
-    def of(cls, samples: int, length: int, ranks: int = 1) -> Lanes:
-        """As `calibration.data.batches` groups a rank's share of `samples` windows of one length."""
+    def of(cls, samples: int, length: int, ranks: int = 1, *, tokens: int = TOKENS_PER_BATCH) -> Lanes:
+        """As `calibration.data.batches` groups a rank's share of `samples` windows of one length.
+
+        Args:
+            tokens: of one batch at most, `Plan.tokens_per_batch`.
+        """
         share = -(-samples // ranks)
-        rows = min(share, max(1, TOKENS_PER_BATCH // length))
+        rows = min(share, max(1, tokens // length))
         return cls(-(-share // rows), rows, length, ranks)
 
     @property

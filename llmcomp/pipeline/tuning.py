@@ -2,7 +2,7 @@
 
     lanes reach the block        → its calls are kept, its outputs with the source's weights computed (`remember`)
     stages are solved as ever    → each solution of a method that tunes is a start (`start`)
-    lanes come out of the block  → mini-batches of calls, the block in float32, gradients of its weights (`finish`)
+    lanes come out of the block  → mini-batches of calls, gradients of the block's weights (`finish`)
     lanes go on                  → they compute the block anew, with the tuned weights (`capture.stopping`)
 
 A call is one batch of calibration windows with the masks and tables that the model's own code made for it; what is
@@ -31,7 +31,7 @@ from llmcomp.calibration.capture import Lane, Stop, first_tensor
 from llmcomp.calibration.parking import Parking
 from llmcomp.devices import repeatable_attention
 from llmcomp.errors import RunError
-from llmcomp.matmul import fast_matmul
+from llmcomp.matmul import fast_matmul, narrow_products
 from llmcomp.methods import METHODS
 from llmcomp.methods.solution import quadratics
 from llmcomp.pipeline.assign import Task
@@ -155,6 +155,7 @@ class Tuning:
         compared = _compared(calls)
         energy = self._total(float(self._target(call).square().sum(dtype=torch.float64)) for call in compared) or 1.0
         refs = {name: solved.task.ref for name, (solved, _) in starts.items()}
+        device = self._params.device
 
         def errors(call: Call, dense: Mapping[str, Tensor]) -> Tensor:
             """(output - target)² of one call, [real tokens, features]."""
@@ -167,7 +168,7 @@ class Tuning:
 
         def descend(dense: Mapping[str, Tensor], batch: Sequence[int]) -> dict[str, Tensor]:
             leaves = {name: one.requires_grad_() for name, one in dense.items()}
-            with torch.enable_grad(), fast_matmul(), repeatable_attention(self._params.device):
+            with torch.enable_grad(), narrow_products(device), repeatable_attention(device):
                 for number in batch:
                     (errors(calls[number], leaves).sum() / energy).backward()  # type: ignore[no-untyped-call]
             # Experts that no token of the batch has reached have no gradient.

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import BEYOND_TEXT, DECODERS, TINY, TWO_CHAINS, VISION_LANGUAGE, tiny
 from tiny_media import write_data
 
-from llmcomp.errors import VerificationFailed
+from llmcomp.errors import BadRecipe, VerificationFailed
 from llmcomp.formats.verify import check
 
 # Linears of a block: q k v o and gate up down; q, k and v fused, o and two; else q k v o and two.
@@ -193,3 +193,21 @@ def test_the_whole_run_with_its_own_verification(name: str, tmp_path: Path, text
     verification = run.report.verification
     assert verification is not None and verification.passed and not verification.streamed
     assert verification.modules_compressed == len(run.report.layers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+def test_blocks_of_every_architecture_learn(name: str, tmp_path: Path, text: Path) -> None:
+    """Gradients flow through the model's own code, with factors in bf16 where the CPU multiplies those faster."""
+    source = tiny(name, tmp_path / name, tokenizer=True)
+    options = {"iterations": 4, "learning_rate": 0.02}
+    recipe = recipe_of(data_for(name, tmp_path, text), method="signround", options=options)
+    if name.startswith("albert"):
+        with pytest.raises(BadRecipe, match="runs one block 2 times in a row; take gptq"):
+            quantize(source, tmp_path / "q", recipe)
+        return
+    run = quantize(source, tmp_path / "q", recipe)
+    learned = [layer for layer in run.report.layers if layer.method == "signround"]
+    assert learned and all(layer.block_error is not None for layer in learned)
+    assert all(layer.block_error <= layer.block_error_start for layer in learned)  # type: ignore[operator]
+    assert any(layer.block_error < layer.block_error_start for layer in learned)  # type: ignore[operator]

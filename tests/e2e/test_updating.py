@@ -20,7 +20,7 @@ from llmcomp.methods.retarget import DAMPING
 from llmcomp.methods.sparsegpt import sparsegpt
 from llmcomp.patterns import Pattern
 from llmcomp.pipeline.sparsifying import assign_steps
-from llmcomp.recipe import Calibration, QuantizeStep, Recipe, SparsifyStep, check
+from llmcomp.recipe import Calibration, FactorizeStep, Override, QuantizeStep, Recipe, SparsifyStep, check
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,77 @@ def test_what_cannot_be_updated_says_so(name: str) -> None:
     tasks = assign_steps(discover(model), (SparsifyStep(update=True),)).tasks.values()
     humble = [task for task in tasks if task.pruning is not None and not task.pruning.update]
     assert humble and all("not updated" in (task.fallback or "") for task in humble)
+
+
+# --- integers that aim at the source's outputs ---
+
+
+@pytest.fixture(scope="module")
+def aimed(windows: Path, runs: dict[bool, Run], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    root, source = tmp_path_factory.mktemp("aimed"), runs[True].source
+    recipes = {
+        "gptq": quantizing(windows, "gptq"), "gptaq": quantizing(windows, "gptaq", alpha=1.0),
+        "none": quantizing(windows, "gptaq", alpha=0.0),
+    }  # fmt: skip
+    return {name: quantize(source, root / name, recipe) for name, recipe in recipes.items()}
+
+
+def quantizing(windows: Path, method: str, **options: float) -> Recipe:
+    step = QuantizeStep(method=method, bits=3, group_size=32, options=options)
+    return Recipe((step,), Calibration(str(windows), 24, 64))
+
+
+def test_integers_give_what_is_nearer_to_the_source(aimed: dict[str, Run], windows: Path) -> None:
+    ids = load_file(windows)["input_ids"]
+    with torch.no_grad():
+        source = AutoModelForCausalLM.from_pretrained(aimed["gptq"].source, dtype=torch.float32)
+        wanted = source(input_ids=ids).logits
+        apart = {
+            name: float((AutoModelForCausalLM.from_pretrained(run.output)(input_ids=ids).logits - wanted).norm())
+            for name, run in aimed.items()
+        }
+    assert apart["gptaq"] < 0.97 * apart["gptq"]
+    assert {layer.method for layer in aimed["gptaq"].report.layers} == {"gptaq"}
+
+
+def test_an_aim_of_no_length_is_gptq(aimed: dict[str, Run]) -> None:
+    assert weights_of(aimed["none"]) == weights_of(aimed["gptq"]) != weights_of(aimed["gptaq"])
+
+
+def weights_of(run: Run) -> dict[str, str]:
+    return {name: digest for name, digest in hashes(run.output).items() if name.endswith(".safetensors")}
+
+
+def test_a_broken_run_of_integers_ends_bit_identical(aimed: dict[str, Run], windows: Path, tmp_path: Path) -> None:
+    made = quantizing(windows, "gptaq", alpha=1.0)
+    broken_run(aimed["gptaq"].source, tmp_path / "again", made, 1)
+    again = quantize(aimed["gptaq"].source, tmp_path / "again", made)
+    assert again.report.resumed_blocks == 1 and weights_of(again) == weights_of(aimed["gptaq"])
+
+
+@pytest.mark.parametrize("name", ["mixtral", "albert"])
+def test_what_cannot_aim_takes_gptq_and_says_so(name: str) -> None:
+    model = build(name)
+    split_experts(model)
+    tasks = assign_steps(discover(model), (QuantizeStep(method="gptaq"),)).tasks.values()
+    humble = [task for task in tasks if task.method == "gptq"]
+    assert humble and all("not updated" in (task.fallback or "") for task in humble)
+    assert all(task.crossed == (task.method == "gptaq") for task in tasks)
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ((QuantizeStep(method="gptaq", bits=8, activations="int8-dynamic"),), "nothing has rounded; take gptq"),
+        ((QuantizeStep(method="gptaq", overrides=(Override("mlp", method="awq"),)),), "take one of them for all"),
+        ((SparsifyStep(), QuantizeStep(method="gptaq")), "after sparsifying take gptq"),
+        ((FactorizeStep(), QuantizeStep(method="gptaq")), "take gptq, rtn-clip or rtn"),
+    ],
+    ids=["activations", "awq", "sparse", "factors"],
+)
+def test_refused_beside_others(steps: tuple[QuantizeStep, ...], said: str) -> None:
+    with pytest.raises(BadRecipe, match=said):
+        assign_steps(discover(build("llama")), steps)
 
 
 def test_refused() -> None:

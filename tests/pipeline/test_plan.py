@@ -116,7 +116,7 @@ def test_terms_add_up_and_every_method_has_a_row(tmp_path: Path) -> None:
 
 def test_static_ranges_have_a_row_for_each_method_that_finds_them(tmp_path: Path) -> None:
     found = seen(adapter_of(tiny("llama", tmp_path)), bits=8, activations="int8-static")
-    able = {name for name, one in METHODS.items() if one.calibrated and one.tune is None}
+    able = {name for name, one in METHODS.items() if one.calibrated and one.tune is None and one.aim is None}
     assert {row.method for row in found.rows} == able
     assert any(note.startswith("No row for signround: ") for note in found.notes)
 
@@ -142,12 +142,17 @@ def test_time_grows_with_depth_tokens_and_candidates(tmp_path: Path) -> None:
 
 def test_lanes_are_those_that_the_run_makes() -> None:
     from llmcomp.calibration.data import batches
-    from llmcomp.pipeline.job import TOKENS_PER_BATCH
 
-    for samples, length in ((32, 512), (3, 512), (5, 5000), (128, 100)):
-        found = batches([torch.zeros(length, dtype=torch.int64)] * samples, tokens_per_batch=TOKENS_PER_BATCH, pad_id=0)
-        lanes = Lanes.of(samples, length)
+    for samples, length, tokens in ((32, 512, 1024), (3, 512, 1024), (5, 5000, 1024), (128, 100, 1024), (64, 256, 512)):
+        found = batches([torch.zeros(length, dtype=torch.int64)] * samples, tokens_per_batch=tokens, pad_id=0)
+        lanes = Lanes.of(samples, length, tokens=tokens)
         assert (lanes.count, lanes.tokens) == (len(found), found[0].input_ids.numel())
+
+
+def test_learned_rounding_takes_smaller_batches(tmp_path: Path) -> None:
+    adapter = adapter_of(tiny("llama", tmp_path))
+    plans = {method: plan_recipe(Recipe((QuantizeStep(method=method),)), adapter) for method in ("gptq", "signround")}
+    assert plans["signround"].tokens_per_batch < plans["gptq"].tokens_per_batch
 
 
 def moments(adapter: Adapter, monkeypatch: pytest.MonkeyPatch, **step: object) -> dict[str, MemoryTerms]:
