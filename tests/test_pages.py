@@ -21,7 +21,7 @@ from llmcomp import samples, session, training_run
 from llmcomp.formats.verify import check
 from llmcomp.measure import cost
 from llmcomp.measure.resident import resident_peak
-from llmcomp.methods import LOW_RANK, METHODS, SPARSE
+from llmcomp.methods import AUTO, LOW_RANK, METHODS, SPARSE
 
 DOCS = REPOSITORY / "docs"
 RESULTS = REPOSITORY / "evals" / "RESULTS.md"
@@ -144,6 +144,11 @@ def test_every_method_has_a_page() -> None:
         assert f"`{method}`" in listed, method
     for name in OF_METHODS:
         assert f"]({Path(name).name})" in listed, name
+
+
+def test_the_table_of_auto_is_the_table() -> None:
+    rows = re.findall(r"^\| (\d) \| \[`([\w-]+)`\]", TEXTS["methods/auto.md"], re.MULTILINE)
+    assert {int(bits): method for bits, method in rows} == AUTO
 
 
 @pytest.mark.parametrize("name", [*OF_METHODS, "choosing.md"])
