@@ -94,6 +94,8 @@ def quick(short: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(where, "verify", check)
         monkeypatch.setattr(where, "render", lambda report: "<!doctype html>")  # tests/report draws them
     monkeypatch.setattr(cost, "peak_memory", lambda *given, **settings: resident_peak())
+    timed = cost.latency
+    monkeypatch.setattr(cost, "latency", lambda models, batch, sequence, repeats: timed(models, batch, sequence, 1))
     shutil.copytree(REPOSITORY / "examples", tmp_path / "examples")
     monkeypatch.chdir(tmp_path)
     known = dict(METHODS)
