@@ -78,10 +78,10 @@ def calibration_windows(
     return torch.tensor([ids[s : s + length] for s in starts], dtype=torch.int64)
 
 
-def calibration_sentences(rows: Path, seed: int, sentences: int = 256) -> list[str]:
-    """Sentences evenly spaced over a JSONL file, by `window_starts` of single rows."""
-    texts = [json.loads(line)["sentence"] for line in rows.read_text(encoding="utf-8").splitlines()]
-    return [texts[i] for i in window_starts(len(texts), sentences, 1, seed)]
+def calibration_rows(rows: Path, seed: int, count: int = 256) -> list[dict[str, Any]]:
+    """Rows with `sentence` and `label`, evenly spaced over a JSONL file, by `window_starts` of single rows."""
+    found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    return [found[i] for i in window_starts(len(found), count, 1, seed)]
 
 
 def padded_tokens(model: Path, sentences: list[str]) -> dict[str, torch.Tensor]:

@@ -31,8 +31,6 @@ from llmcomp import DistillPlan, distill
 from llmcomp.measure.bootstrap import interval
 
 ALONE = "no teacher"
-# Without a teacher: labels alone. A weight of 1e-30 is none in float32, and a plan wants something of its teacher.
-_NOTHING = {"method": "logits", "hard_weight": 1.0, "soft_weight": 1e-30}
 
 
 def plan_of(args: argparse.Namespace, method: str, seed: int) -> DistillPlan:
@@ -43,7 +41,7 @@ def plan_of(args: argparse.Namespace, method: str, seed: int) -> DistillPlan:
         label_column="label", sequence_length=48, learning_rate=args.learning_rate, steps=args.steps,
         batch_size=args.batch_size, seed=seed, device=args.device, evaluate=False, verify=False,
     )  # fmt: skip
-    return replace(plan, **_NOTHING) if method == ALONE else replace(plan, method=method)
+    return replace(plan, method="labels" if method == ALONE else method)  # in labels no teacher runs at all
 
 
 def trained(plan: DistillPlan, name: str, rows: Path) -> np.ndarray:

@@ -29,14 +29,17 @@ import yaml
 import llmcomp
 import llmcomp.hf  # its layout becomes known to transformers
 from evals.common import assets_root, cache_root, evaluation_windows, markdown, window_losses
+from evals.parts import PARTS
 from evals.process import machine
-from evals.quality import PARTS, windows_file
+from evals.quality import windows_file
 from llmcomp.formats.opening import open_checkpoint
 from llmcomp.formats.reading import model_config
 from llmcomp.recipe import Recipe
 from llmcomp.shards import read_shard
 
 Step = dict[str, Any]
+_SHARES = (0.08, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)  # of bytes, marked on the chart's axis
+_LETTER, _MARK = 7, 4  # size of the chart's letters, half of that of its marks, in points of print
 FAMILIES = {"quantized": "o", "sparse": "s", "low rank": "^", "pruned": "v", "combined": "D"}
 
 
@@ -53,6 +56,27 @@ def sparsify(pattern: str = "2:4", **more: Any) -> Step:
 def factorize(**more: Any) -> Step:
     """A step of SVD-LLM."""
     return {"kind": "factorize", "method": "svd-llm", **more}
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of the chart."""
+
+    left: float
+    low: float
+    right: float
+    high: float
+
+    def within(self, other: Box) -> bool:
+        """Whether nothing of it lies outside of `other`."""
+        inside = self.left >= other.left and self.low >= other.low
+        return inside and self.right <= other.right and self.high <= other.high
+
+    def covers(self, other: Box) -> float:
+        """The area that both share."""
+        across = min(self.right, other.right) - max(self.left, other.left)
+        up = min(self.high, other.high) - max(self.low, other.low)
+        return max(0.0, across) * max(0.0, up)
 
 
 @dataclass(frozen=True)
@@ -160,26 +184,75 @@ def loses(name: str, found: dict[str, dict[str, Any]]) -> str:
     return min(better, key=lambda other: mean(other, texts[0]), default="")
 
 
+def free_places(points: np.ndarray, widths: Sequence[float], height: float, limits: Box) -> list[tuple[float, float]]:
+    """Where labels go so that none covers another or a point: the lower left corner of each, as points are ordered.
+
+    The label of the point with most neighbours is put first, each at the nearest free place of several directions and
+    distances; where none is free, at the one that covers least.
+
+    Args:
+        points: [points, 2], in points of print. widths: of the labels. height: of each. limits: what they stay inside.
+    """
+    marks = [Box(x - _MARK, y - _MARK, x + _MARK, y + _MARK) for x, y in points]
+    near = np.linalg.norm(points[:, None] - points[None], axis=2)
+    found: dict[int, Box] = {}
+    for index in np.argsort(-np.exp(-near / 40).sum(1), kind="stable").tolist():
+        (x, y), width = points[index], widths[index]
+        choices = [
+            Box(left, low, left + width, low + height)
+            for distance in (_MARK + 2, 14, 22, 32, 44, 58, 74, 92)
+            for angle in np.linspace(0, 2 * np.pi, 24, endpoint=False).tolist()
+            for left in [x + distance * np.cos(angle) - width * (0.5 - 0.5 * np.cos(angle))]
+            for low in [y + distance * np.sin(angle) - height / 2]
+        ]
+        inside = [one for one in choices if one.within(limits)] or choices
+        taken = [*marks, *found.values()]
+        found[index] = min(inside, key=lambda one: sum(one.covers(other) for other in taken))
+    return [(found[index].left, found[index].low) for index in range(len(points))]
+
+
 def chart(rows: Sequence[Row], found: dict[str, dict[str, Any]], source: dict[str, Any], path: Path) -> None:
-    """Perplexity over bytes, both logarithmic, one panel a text."""
+    """Perplexity over bytes, both logarithmic, one panel a text; a thin line leads from a point to its name."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
     texts = tuple(PARTS["lm"].texts)
-    figure = Figure(figsize=(7.2, 4.2 * len(texts)), layout="constrained")
-    for axes, text in zip(figure.subplots(len(texts), 1), texts, strict=True):
-        for family, marker in FAMILIES.items():
-            some = [row for row in rows if row.family == family]
-            x = [found[row.name]["bytes"] / source["bytes"] for row in some]
-            y = [float(np.exp(np.mean(found[row.name]["losses"][text]))) for row in some]
-            axes.scatter(x, y, marker=marker, label=family)
-            for row, left, height in zip(some, x, y, strict=True):
-                axes.annotate(row.name, (left, height), fontsize=6, xytext=(4, 3), textcoords="offset points")
+    figure = Figure(figsize=(9.5, 5.8 * len(texts)), dpi=130)
+    shown = FuncFormatter(lambda value, _: f"{value:g}")
+    panels = figure.subplots(len(texts), 1)
+    figure.subplots_adjust(left=0.07, right=0.98, top=0.97, bottom=0.05, hspace=0.16)
+    for axes, text in zip(np.atleast_1d(panels), texts, strict=True):
         dense = float(np.exp(np.mean(source["losses"][text])))
+        x = np.array([found[row.name]["bytes"] / source["bytes"] for row in rows])
+        y = np.array([float(np.exp(np.mean(found[row.name]["losses"][text]))) for row in rows])
         axes.axhline(dense, linewidth=0.8, color="grey")
-        axes.set(xscale="log", yscale="log", title=text)
+        axes.set(xscale="log", yscale="log", title=text, xlim=(x.min() / 1.12, 1.25))
+        axes.set(ylim=(min(y.min(), dense) / 1.1, y.max() * 1.06))
         axes.set(xlabel="bytes of the blocks, of the source's", ylabel="perplexity")
-        axes.legend(fontsize=7)
-    figure.savefig(path, dpi=130)
+        axes.xaxis.set(major_locator=FixedLocator(_SHARES), major_formatter=shown, minor_formatter=NullFormatter())
+        axes.yaxis.set(major_locator=MaxNLocator(9), major_formatter=shown, minor_formatter=NullFormatter())
+        colours = {}
+        for family, marker in FAMILIES.items():
+            some = np.array([row.family == family for row in rows])
+            colours[family] = axes.scatter(x[some], y[some], marker=marker, label=family, s=28).get_facecolor()[0]
+        axes.legend(fontsize=8, loc="upper right")
+        _name_points(axes, rows, x, y, colours)
+    figure.savefig(path)
+
+
+def _name_points(axes: Any, rows: Sequence[Row], x: np.ndarray, y: np.ndarray, colours: dict[str, Any]) -> None:
+    scale = 72 / axes.figure.dpi  # places are worked out in points of print, as sizes of letters are
+    points = axes.transData.transform(np.stack([x, y], axis=1)) * scale
+    bounds = axes.get_window_extent()
+    limits = Box(*(value * scale for value in (bounds.x0 + 3, bounds.y0 + 3, bounds.x1 - 3, bounds.y1 - 3)))
+    widths = [0.64 * _LETTER * len(row.name) for row in rows]
+    corners = free_places(points, widths, 1.25 * _LETTER, limits)
+    for row, point, corner in zip(rows, points, corners, strict=True):
+        axes.annotate(
+            row.name, axes.transData.inverted().transform(point / scale), fontsize=_LETTER, color=colours[row.family],
+            xytext=(corner[0] - point[0], corner[1] - point[1]), textcoords="offset points", va="bottom",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": colours[row.family], "shrinkA": 0, "shrinkB": 2},
+        )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

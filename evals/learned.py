@@ -17,8 +17,9 @@ import tempfile
 from pathlib import Path
 
 from evals.common import assets_root, markdown
+from evals.parts import PARTS
 from evals.process import Measured, machine, run, versions
-from evals.quality import PARTS, windows_file
+from evals.quality import windows_file
 from evals.setup_peers import peer_python
 
 # name → (package, method)

@@ -1,6 +1,6 @@
 """Quality side by side: every tool on the same model, windows and text; markdown tables on stdout.
 
-    python -m evals.quality [--part lm|sst2|lm-sparse|lm-lowrank|lm-pruned|sst2-pruned]
+    python -m evals.quality [--part lm|lm-sparse|lm-together|lm-lowrank|lm-pruned|sst2|sst2-sparse|sst2-lowrank|…]
                              [--tools NAME …] [--settings NAME …] [--threads 1] [--seeds 0 1 2] [--kept]
 
 For each setting, calibration seed and tool: quantize in the tool's own environment, open the checkpoint as
@@ -20,8 +20,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ from evals.common import (
     SEEDS,
     assets_root,
     cache_root,
-    calibration_sentences,
+    calibration_rows,
     calibration_windows,
     markdown,
     padded_tokens,
@@ -39,150 +38,8 @@ from evals.common import (
     sentence_kl,
     sentence_labels,
 )
-from evals.peers.arguments import CUTTING, FACTORS, PRUNING
+from evals.parts import AUTO, OURS, PARTS, TOOLS, Part, Setting, Tool
 from evals.process import RunFailed, environment, machine, run, versions
-from evals.setup_peers import peer_python
-
-OURS = "llmcomp"
-AUTO = "llmcomp auto"  # where it was measured, it is what stands against the peers
-LEARNED = "llmcomp gptq-signround"  # slow; asked for by name
-
-
-@dataclass(frozen=True)
-class Tool:
-    """A tool and one of its methods, and how its checkpoint is opened."""
-
-    name: str
-    package: str
-    method: str
-    loader: str = "transformers"
-
-    @property
-    def python(self) -> Path:
-        """The interpreter that has the tool."""
-        return Path(sys.executable) if self.package == OURS else peer_python(self.package)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Bits and group size of the linear layers (None: one scale per output channel), or the pattern by which weights
-    are removed: '2:4', or a share."""
-
-    name: str
-    bits: int = 16
-    group_size: int | None = None
-    pattern: str | None = None
-    ratio: float | None = None  # of bytes that factors keep
-    cut: str | None = None  # what is pruned, as llmcomp's flags say it
-
-
-@dataclass(frozen=True)
-class Part:
-    """A model, the texts or sentences it is measured on, and the settings compared; `ours`: the tool that stands
-    against the best of the others, where all are llmcomp's."""
-
-    name: str
-    task: str
-    model: str
-    texts: dict[str, str]
-    settings: tuple[Setting, ...]
-    tools: tuple[str, ...]
-    ours: str | None = None
-
-
-TOOLS = {
-    tool.name: tool
-    for tool in (
-        Tool("llmcomp", OURS, "gptq"),
-        Tool(AUTO, OURS, "auto"),
-        Tool("llmcomp gptaq", OURS, "gptaq"),
-        Tool("llmcomp awq", OURS, "awq"),
-        Tool("llmcomp awq-gptq", OURS, "awq-gptq"),
-        Tool(LEARNED, OURS, "gptq-signround"),
-        *(Tool(f"llmcomp {method}", OURS, method) for method in PRUNING),
-        *(Tool(f"llmcompressor {method}", "llmcompressor", method) for method in ("sparsegpt", "wanda")),
-        *(Tool(f"llmcomp {method}", OURS, method) for method in (*FACTORS, *CUTTING)),
-        Tool("llmcompressor gptq", "llmcompressor", "gptq"),
-        Tool("llmcompressor gptq-mse", "llmcompressor", "gptq-mse"),
-        Tool("llmcompressor awq", "llmcompressor", "awq"),
-        Tool("llmcompressor awq-gptq", "llmcompressor", "awq-gptq"),
-        Tool("llmcompressor rtn-mse", "llmcompressor", "rtn-mse"),
-        Tool("auto-round", "auto_round", "signround", "auto_round"),
-        Tool("gptqmodel gptq", "gptqmodel", "gptq", "gptqmodel"),
-        Tool("gptqmodel gptq-mse", "gptqmodel", "gptq-mse", "gptqmodel"),
-    )
-}
-PARTS = {
-    "lm": Part(
-        "lm",
-        "causal-lm",
-        "models/lm",
-        {"books": "data/books/validation.txt", "wikitext": "data/wikitext-2-raw/test.txt"},
-        (
-            Setting("4-bit g128", 4, 128),
-            Setting("4-bit channel", 4, None),
-            Setting("3-bit g128", 3, 128),
-            Setting("2-bit g64", 2, 64),
-        ),
-        tuple(
-            name for name, tool in TOOLS.items()
-            if "rtn" not in name and name != LEARNED and tool.method not in (*PRUNING, *FACTORS, *CUTTING)
-        ),
-    ),
-    "lm-sparse": Part(
-        "lm-sparse",
-        "causal-lm",
-        "models/lm",
-        {"books": "data/books/validation.txt", "wikitext": "data/wikitext-2-raw/test.txt"},
-        (
-            Setting("2:4", pattern="2:4"),
-            Setting("4:8", pattern="4:8"),
-            Setting("50%", pattern="0.5"),
-            Setting("70%", pattern="0.7"),
-        ),
-        tuple(name for name, tool in TOOLS.items() if tool.method in PRUNING),
-    ),
-    "lm-lowrank": Part(
-        "lm-lowrank",
-        "causal-lm",
-        "models/lm",
-        {"books": "data/books/validation.txt", "wikitext": "data/wikitext-2-raw/test.txt"},
-        tuple(Setting(f"ratio {ratio}", ratio=ratio) for ratio in (0.8, 0.6, 0.4)),
-        tuple(f"llmcomp {method}" for method in FACTORS),
-        "llmcomp svd-llm-update",
-    ),
-    "lm-pruned": Part(
-        "lm-pruned",
-        "causal-lm",
-        "models/lm",
-        {"books": "data/books/validation.txt", "wikitext": "data/wikitext-2-raw/test.txt"},
-        tuple(
-            Setting(what.strip("-"), cut=what)
-            for what in ("--mlp 0.125", "--mlp 0.25", "--mlp 0.5", "--heads 0.5", "--layers 1", "--layers 2")
-        ),
-        tuple(f"llmcomp {method}" for method in CUTTING),
-        "llmcomp cut",
-    ),
-    "sst2-pruned": Part(
-        "sst2-pruned",
-        "classification",
-        "models/minilm-sst2",
-        {"sst2": "data/sst2/test.jsonl"},
-        tuple(Setting(what.strip("-"), cut=what) for what in ("--mlp 0.25", "--mlp 0.5", "--layers 1")),
-        tuple(f"llmcomp {method}" for method in CUTTING),
-        "llmcomp cut",
-    ),
-    "sst2": Part(
-        "sst2",
-        "classification",
-        "models/minilm-sst2",
-        {"sst2": "data/sst2/test.jsonl"},
-        (Setting("4-bit g128", 4, 128), Setting("8-bit channel", 8, None)),
-        # gptqmodel has no definition of BERT: it refuses the model.
-        ("llmcomp", "llmcompressor gptq", "llmcompressor gptq-mse"),
-    ),
-}
-
 
 # ---------------------------------------------------------------- one cell
 
@@ -200,9 +57,9 @@ def windows_file(part: Part, seed: int, folder: Path) -> Path:
     if part.task == "causal-lm":
         save_file({"input_ids": calibration_windows(model, data / "books" / "calibration.txt", seed)}, path)
         return path
-    sentences = calibration_sentences(data / "sst2" / "train.jsonl", seed)
-    save_file(padded_tokens(model, sentences), path)
-    lines = [json.dumps({"sentence": sentence}) for sentence in sentences]
+    rows = calibration_rows(data / "sst2" / "train.jsonl", seed)
+    save_file(padded_tokens(model, [row["sentence"] for row in rows]), path)
+    lines = [json.dumps(row) for row in rows]
     path.with_suffix(".jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -281,11 +138,16 @@ def stacked(rows: list[dict], text: str) -> np.ndarray | None:
     return np.array([row["scores"][text] for row in rows])
 
 
+def standing(names: Iterable[str], own: str | None) -> str:
+    """The tool that stands against the peers: `own`, else of those that ran the first of ours that is meant to."""
+    known = (AUTO, OURS, "llmcomp alps", "llmcomp sparsegpt")
+    return own or next((name for name in known if name in names), OURS)
+
+
 def compared(values: dict[str, np.ndarray], relative: bool, own: str | None = None) -> str:
     """llmcomp (`auto` or ALPS, if it ran) minus the peer with the lowest mean, with its paired interval, as a cell; or
     the method `own` minus the best of all others."""
-    known = (AUTO, OURS, "llmcomp alps", "llmcomp sparsegpt")
-    ours = own or next((name for name in known if name in values), OURS)
+    ours = standing(values, own)
     peers = {
         name: value for name, value in values.items()
         if "rtn" not in name and (name != own if own else TOOLS[name].package != OURS)
@@ -342,7 +204,7 @@ def sst2_table(part: Part, tools: list[str], results: dict, dense: dict[str, lis
                 f"{kl.mean():.2e}", f"{np.percentile(kl, 99):.2e}", f"{agree:.2%}",
             ]  # fmt: skip
         for name in tools:
-            note = compared(divergences, False, part.ours) if name == (part.ours or OURS) else ""
+            note = compared(divergences, False, part.ours) if name == standing(divergences, part.ours) else ""
             rows.append([setting.name, name, *cells[name], note])
     head = ["setting", "tool", "accuracy", "points − original (95%)", "KL mean", "KL p99", "agreement"]
     against = "llmcomp − best peer" if part.ours is None else f"{part.ours} − best other"

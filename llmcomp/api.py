@@ -83,7 +83,8 @@ def prune(
         model: a local directory, a Hub id, an alias or a 'sample:' name.
         heads: share of the attention heads that go, in groups that share keys and values.
         mlp: share of the MLPs' neurons that go. layers: how many blocks go.
-        method: 'activation', what costs least of what calibration reads, made up for by what stays; or 'magnitude'.
+        method: 'activation', what costs least of what calibration reads, made up for by what stays; 'taylor', what
+            changes the loss least, of a classifier by the labels of `calibration`; or 'magnitude'.
         calibration, options, progress, run: as `quantize`.
 
     Raises:

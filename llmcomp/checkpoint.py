@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llmcomp.errors import BadCheckpoint, UnknownArchitecture
 from llmcomp.experts import expert_shares, file_renaming
+from llmcomp.export_record import RECORD_NAME
 from llmcomp.sentences import sentence_modules
 from llmcomp.shards import (
     AGAIN,
@@ -151,7 +152,7 @@ class Checkpoint:
 
     def _travels(self, file: Path) -> bool:
         name = file.name
-        if not file.is_file() or name.startswith(".") or name in ("config.json", "README.md"):
+        if not file.is_file() or name.startswith(".") or name in ("config.json", "README.md", RECORD_NAME):
             return False
         if name.endswith(".py"):
             return self.trust_remote_code

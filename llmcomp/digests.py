@@ -6,7 +6,8 @@ import hashlib
 from pathlib import Path
 
 # They are written after the checkpoint has been verified, about it, or by its owner.
-BESIDE = ("llmcomp_report.json", "llmcomp_report.html", "README.md", "prune_in_training.yaml")
+BESIDE = ("llmcomp_report.json", "llmcomp_report.html", "llmcomp_export.json", "README.md", "prune_in_training.yaml",
+          "distill.yaml")  # fmt: skip
 
 
 def file_sha256(path: Path) -> str:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -24,31 +22,31 @@ from torch import Tensor
 
 from llmcomp import hub
 from llmcomp.adapters.discover import discover, skeleton
+from llmcomp.calibration.data import Texts
 from llmcomp.checkpoint import Checkpoint
 from llmcomp.devices import describe as describe_device
-from llmcomp.errors import BadData, BadRecipe, LlmcompError
+from llmcomp.errors import BadCheckpoint, BadData, BadRecipe, LlmcompError
 from llmcomp.experts import split_experts
 from llmcomp.formats.opening import open_checkpoint
 from llmcomp.formats.save import ShardWriter
 from llmcomp.inner_losses import head_map, layer_map
 from llmcomp.loading import load_opened
 from llmcomp.measure.cost import size_of
-from llmcomp.measure.load import load, quiet, task_of
+from llmcomp.measure.load import load, load_tokenizer, task_of
 from llmcomp.measure.machine import this_machine
 from llmcomp.progress import Progress
 from llmcomp.ranks import ALONE, World
-from llmcomp.report.html import FILE_NAME as PAGE_NAME
 from llmcomp.report.schema import FILE_NAME, Distillation, Report
 from llmcomp.report.summary import DISTILL_NAME
 from llmcomp.session import default_output
-from llmcomp.training import distilling
 from llmcomp.training.data import Samples, collator
-from llmcomp.training.distill_plan import DistillPlan
-from llmcomp.training.distilling import Guide, Layers, Weights, ensemble, mean_scores, project, watched
-from llmcomp.training.students import configured_student, cut_student, headed_student, parse_cut
+from llmcomp.training.distill_plan import SHARED, DistillPlan
+from llmcomp.training.distilling import Guide, Layers, Weights
+from llmcomp.training.remembered import Asked, content, remembered, vocabulary_sha256
+from llmcomp.training.students import configured_student, cut_student, headed_student, parse_cut, written
 from llmcomp.training.subject import Subject
-from llmcomp.training.taps import Taps
-from llmcomp.training.trainer import Objective, Trained, held_state, put_back, slow_products, train
+from llmcomp.training.teachers import Room, read_own_tokens, taught
+from llmcomp.training.trainer import Objective, Rules, Trained, held_state, put_back, slow_products, train
 from llmcomp.training_run import TrainingRun, options_of, regresses
 
 _BODIES = ("masked-lm", "encoder")  # tasks whose models are, without their heads, a start for others
@@ -61,19 +59,25 @@ class Distilling(TrainingRun):
 
     Args:
         teacher: the directory of the plan's teacher.
+        whole: the plan that was given, where this one is a stage of it: its teacher is what the last stage's student is
+            held against.
     """
 
     def __init__(
-        self, plan: DistillPlan, teacher: Path, progress: Progress, world: World = ALONE
-    ) -> None:
+        self, plan: DistillPlan, teacher: Path, progress: Progress, world: World = ALONE,
+        whole: DistillPlan | None = None,
+    ) -> None:  # fmt: skip
         options = options_of(plan)
         output = Path(options.output or default_output(plan.teacher, plan.summary))
         super().__init__(
-            plan.teacher, teacher, plan, options, progress, original=plan.teacher, output=output, world=world
+            plan.teacher, teacher, plan, options, progress, original=(whole or plan).teacher, output=output, world=world
         )
         self.plan, self.teacher = plan, teacher
+        self.whole = whole if whole is not None and whole.output == plan.output else plan
+        self.against = hub.resolve(self.whole.teacher).path
         self.bare: dict[str, Tensor] | None = None  # weights of the student that was trained without a teacher
         self.without: Trained | None = None
+        self.foreign: dict[str, Any] = {}  # tokenizers of teachers that read other tokens
 
     def run(self) -> tuple[Path, Report]:
         """Do it all; raises as `TrainingRun.run`."""
@@ -91,7 +95,9 @@ class Distilling(TrainingRun):
         """
         self.adapter = discover(skeleton(self.teacher))
         task = task_of(self.teacher)
-        self.path = self._student(task)
+        self.path, self.described, self.model = self._made(
+            self.plan.student, task, self.plan.seed, self.scratch / "student"
+        )
         own = discover(skeleton(self.path))
         self.blocks = [block.name for block in own.blocks], [block.name for block in self.adapter.blocks]
         opened = open_checkpoint(self.path)
@@ -102,42 +108,46 @@ class Distilling(TrainingRun):
         roles = {ref.name: ref.role for ref in own.refs}
         return Subject(Checkpoint.open(self.path), opened, self._blank(task), model, {}, roles)
 
-    def _student(self, task: str) -> Path:
-        """Its directory."""
-        said, cut = Path(self.plan.student), parse_cut(self.plan.student)
+    def _made(self, name: str, task: str, seed: int, folder: Path) -> tuple[Path, str, str]:
+        """A student's directory, what it started from, and how it is called."""
+        said, cut = Path(name), parse_cut(name)
         if cut is None and not said.is_file():
-            self.model = self.plan.student
-            self.described = f"the checkpoint {self.plan.student}"
-            path = hub.resolve(self.plan.student, progress=self.progress).path
+            described = f"the checkpoint {name}"
+            path = hub.resolve(name, progress=self.progress).path
             if task_of(path) not in _BODIES or task in _BODIES:
-                return path
-            self.described += " under a fresh head"
-            return self._written(headed_student(load(self.teacher, task), path, self.plan.seed), path)
+                return path, described, name
+            made = headed_student(load(self.teacher, task), path, seed)
+            return written(made, path, folder), f"{described} under a fresh head", name
         teacher = load(self.teacher, task)
         if cut is not None:
-            made = cut_student(teacher, self.adapter, cut, self.plan.seed)
+            found = cut_student(teacher, self.adapter, cut, seed)
         else:
-            made = configured_student(teacher, self.adapter, said, self.plan.seed)
-        self.described = made.described
-        return self._written(made.model, self.teacher)
+            found = configured_student(teacher, self.adapter, said, seed)
+        return written(found.model, self.teacher, folder), found.described, self.plan.teacher
 
-    def _written(self, model: Any, beside: Path) -> Path:
-        folder = self.scratch / "student"
-        model.should_save_on_this_rank = lambda main: True  # each rank has a folder of its own, maybe on another host
-        with quiet():
-            model.save_pretrained(folder)
-        _copy_beside(beside, folder)
-        return folder
+    def _peer(self, subject: Subject, task: str, tokenizer: Any) -> Any:
+        """The second student, in float32; None where there is none.
+
+        Raises:
+            BadRecipe: one that is compressed.
+        """
+        if self.plan.peer is None or not self.plan.weights.taught:
+            return None
+        path, described, _ = self._made(self.plan.peer, task, self.plan.seed + 1, self.scratch / "peer")
+        if open_checkpoint(path).kinds:
+            raise BadRecipe(f"--peer {self.plan.peer} is compressed already; give a dense one, which can be trained.")
+        self._note(f"The second student started from {described}; it is not kept.")
+        return self._teacher_model(str(path), subject, task, tokenizer).float().requires_grad_(True)
 
     def _identity(self, subject: Subject) -> str:
         """Of the teachers and, where it is no part of this run, of the student."""
         found = [Checkpoint.open(self.teacher).fingerprint(), subject.checkpoint.fingerprint(times=False)]
         found += [Checkpoint.open(hub.resolve(name).path).fingerprint() for name in self.plan.ensemble]
-        said = Path(self.plan.student)
-        if said.is_file():
-            found.append(said.read_text(encoding="utf-8"))
-        elif parse_cut(self.plan.student) is None:
-            found.append(Checkpoint.open(hub.resolve(self.plan.student).path).fingerprint())
+        for student in (self.plan.student, self.plan.peer or self.plan.student):
+            if Path(student).is_file():
+                found.append(Path(student).read_text(encoding="utf-8"))
+            elif parse_cut(student) is None:
+                found.append(Checkpoint.open(hub.resolve(student).path).fingerprint())
         return " ".join(found)
 
     def _room(self, subject: Subject) -> int:
@@ -148,25 +158,44 @@ class Distilling(TrainingRun):
     # --- the teacher ---
 
     def _teacher(self, subject: Subject, task: str, tokenizer: Any) -> Any:
-        """The teachers' models, of which the first one is listened to; raises as `TrainingRun`'s."""
-        models = [self._teacher_model(name, subject, task, tokenizer)
-                  for name in (self.plan.teacher, *self.plan.ensemble)]  # fmt: skip
+        """The student and who teaches it; raises as `TrainingRun`'s."""
+        models = [self._teacher_model(name, subject, task, tokenizer) for name in self.plan.asked]
         for model in models:
             if not getattr(model, "is_quantized", False) and slow_products(model):
                 model.float()
-        own, its = (sum(value.numel() for value in model.parameters()) for model in (subject.model, models[0]))
+        whole = self.adapter.model if self.against == self.teacher else skeleton(self.against)
+        own, its = (sum(value.numel() for value in model.parameters()) for model in (subject.model, whole))
         if own > its:
             self._note(f"The student has {own:,} parameters and its teacher {its:,}: it is no smaller.")
         self.parameters = own, its
-        return models
+        return Room(subject.model, self.blocks[0], models, self.blocks[1], self._peer(subject, task, tokenizer))
 
-    def _layers(self, student: Any, teacher: Any, weights: Weights) -> Layers:
+    def _of_other_tokens(self, name: str, task: str) -> None:
+        if self.plan.vocabulary != SHARED:
+            raise BadCheckpoint(
+                f"The teacher {name} has another vocabulary than {self.model}, so its logits are of other tokens; give "
+                "one with the same tokenizer, or --vocabulary shared."
+            )
+        if task not in ("causal-lm", "sequence-classification") or (task == "causal-lm" and len(self.plan.asked) > 1):
+            what = "an ensemble" if task == "causal-lm" else f"models for {task}"
+            raise BadRecipe(f"--vocabulary shared is for classifiers, or one teacher of a decoder, not for {what}.")
+        self.foreign[name] = load_tokenizer(hub.resolve(name).path)
+
+    def _texts(self) -> Texts:
+        self.texts = super()._texts()
+        return self.texts
+
+    def _layers(self, room: Room, weights: Weights) -> Layers:
         """Which layers are compared.
 
         Raises:
             BadRecipe: maps that do not fit both models, widths that a loss cannot compare.
         """
-        plan, (own, its) = self.plan, (len(names) for names in self.blocks)
+        plan, own = self.plan, len(room.blocks)
+        if not weights.taught or room.peer is not None:
+            return Layers((), (0, 0))
+        student, teacher = room.student, room.student if plan.past is not None else room.teachers[0]
+        its = own if plan.past is not None else len(room.teacher_blocks)
         inside = weights.hidden or weights.attention or weights.transfer
         pairs = layer_map(plan.layer_map, own, its) if inside or plan.layer_map != "uniform" else ()
         one, other = student.config, teacher.config
@@ -183,70 +212,86 @@ class Distilling(TrainingRun):
     # --- the work ---
 
     def _train(self, subject: Subject, samples: Samples, tokenizer: Any, task: str, teacher: Any) -> Trained:
-        plan, model = self.plan, subject.model
+        plan, model, room = self.plan, subject.model, teacher
         regression = regresses(subject, task)
         labelled = task != "sequence-classification" or samples.labels is not None
-        if plan.baseline and not labelled:
-            raise BadData("A baseline without a teacher needs labels; name their column with --label-column.")
+        if not labelled and (plan.baseline or not plan.weights.taught):
+            raise BadData("Training without a teacher needs labels; name their column with --label-column.")
         weights = plan.weights if labelled else replace(plan.weights, hard=0.0)
-        layers = self._layers(model, teacher[0], weights)
+        layers = self._layers(room, weights)
         told = {name: value for name, value in plan.said().items() if name != "eval_data"}
         self._own_partial(subject, samples, told)
         subject.widen()
         model.requires_grad_(True)
         model.to(self.device)
-        collate = collator(task, tokenizer, regression)
+        collate = collator(task, tokenizer, regression, None if plan.teacher_cache is None else plan.seed)
+        collate = read_own_tokens(plan, room, self.foreign, self.texts, samples, tokenizer, task, collate, self._note)
 
-        def one(objective: Objective, states: str) -> Trained:
+        def one(objective: Objective, states: str, rules: Rules) -> Trained:
+            alone = states == "baseline" or not weights.taught  # by labels, which some samples may not have
+            read = samples.labelled() if alone else samples
             return train(
-                model, samples, collate, objective, plan.optimization, self.partial / states, self.progress,
-                learning_rate=_RATE, device=self.device.type,
+                model, read, collate, objective, plan.optimization, self.partial / states, self.progress,
+                learning_rate=_RATE, device=self.device.type, rules=rules,
             )  # fmt: skip
 
         if plan.baseline:
             with self._timed("train the baseline"):
                 start = held_state(model)
-                self.without = one(Objective(regression=regression), "baseline")
+                self.without = one(Objective(regression=regression), "baseline", Rules())
                 self.bare = held_state(model)
                 put_back(model, start)
         torch.manual_seed(plan.seed)
-        leave = project(model, weights, (model.config.hidden_size, teacher[0].config.hidden_size))
-        model.to(self.device)
-        taps = Taps(model, self.blocks[0], layers.hidden(weights, 0), layers.attention(weights, 0))
-        above = Taps(teacher[0], self.blocks[1], layers.hidden(weights, 1), layers.attention(weights, 1))
-        objective = distilling.Distillation(
-            temperature=plan.temperature, regression=regression, labelled=labelled,
-            guide=self._guide(teacher, above, regression), student=taps, weights=weights, layers=layers,
-            divergence=plan.divergence,
-        )  # fmt: skip
-        try:
+
+        def cached(guide: Guide) -> Guide:
+            asked = self._asked(room, task, regression)
+            with self._timed("ask the teacher"), torch.autocast(self.device.type, torch.bfloat16, plan.bf16):
+                return remembered(guide, samples, collate, asked, self.progress, device=self.device, world=self.world)
+
+        with taught(plan, room, weights, layers, regression, cached if plan.teacher_cache else None) as (by, rules):
+            model.to(self.device)
             with self._timed("train"):
-                trained = one(objective, "training")
-        finally:
-            taps.close()
-            above.close()
-            leave()
+                trained = one(by, "training", rules)
         if trained.resumed:
             self._note(f"Resumed at step {trained.resumed} of an unfinished run.")
         self.weights = weights
         return trained
 
-    def _guide(self, teachers: Sequence[Any], taps: Taps, regression: bool) -> Guide:
-        """All teachers as one."""
-        guides = [watched(teachers[0], taps), *(watched(model, Taps(model, ())) for model in teachers[1:])]
-        if len(guides) == 1:
-            return guides[0]
-        return mean_scores(guides) if regression else ensemble(guides, self.plan.temperature)
+    def _asked(self, room: Room, task: str, regression: bool) -> Asked:
+        """What of the teachers' answers is kept, and all that they depend on."""
+        plan = self.plan
+        size = "num_labels" if task == "sequence-classification" else "vocab_size"
+        identity: dict[str, Any] = {"teachers": [content(hub.resolve(name).path) for name in plan.asked], "task": task}
+        if task == "masked-lm":
+            identity["masks"] = plan.seed
+        if plan.bf16:
+            identity["dtype"] = "bfloat16"
+        if self.foreign:
+            tokenizers = (load_tokenizer(self.path), *self.foreign.values())
+            identity["tokens"] = [vocabulary_sha256(one.get_vocab()) for one in tokenizers]
+            identity["length"] = plan.sequence_length
+        compared = [room.student, *([] if self.foreign and task == "causal-lm" else room.teachers)]
+        classes = min(getattr(model.config, size) for model in compared)
+        return Asked(
+            Path(str(plan.teacher_cache)), identity, classes,
+            plan.cached_classes, plan.cached_bits, plan.temperature, regression,
+        )  # fmt: skip
 
     # --- what comes out ---
 
     def _blank(self, task: str) -> Report:
         """A report of what is known before anything is done."""
         return Report(
-            command="distill", model=self.plan.teacher, source=str(self.teacher), output=str(self.output), created="",
+            command="distill", model=self.whole.teacher, source=str(self.against), output=str(self.output), created="",
             machine=this_machine("cpu"), architecture=self.adapter.architecture, task=task,
-            recipe=self.plan.said(), format="dense", calibration={}, llmcomp_version=version("llmcomp"),
+            recipe=self.whole.said(), format="dense", calibration={}, llmcomp_version=version("llmcomp"),
         )  # fmt: skip
+
+    def _teachers(self) -> list[str]:
+        """In words."""
+        plan = self.plan
+        first = [] if plan.past is None else [f"the student's own past ({plan.past:g})"]
+        return [*first, *([] if plan.peer is None else [f"a second student ({plan.peer})"]), *plan.asked]
 
     def _report(self, subject: Subject, trained: Trained, task: str, data: str, peak: int) -> Report:
         counted = {name: value for name, value in dataclasses.asdict(self.weights).items() if value}
@@ -255,12 +300,12 @@ class Distilling(TrainingRun):
             subject.report,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             machine=this_machine(describe_device(self.device)),
-            size_before=size_of(self.teacher, subject.role),
+            size_before=size_of(self.against, subject.role),
             peak_memory=peak,
             labels=[_LABEL],
             distillation=Distillation(
                 method=self.plan.method, losses=counted, student=self.described,
-                teachers=[self.plan.teacher, *self.plan.ensemble], data=data, parameters=self.parameters[0],
+                teachers=self._teachers(), data=data, parameters=self.parameters[0],
                 teacher_parameters=self.parameters[1], steps=trained.steps, resumed=trained.resumed,
                 history=trained.history, baseline_history=[] if self.without is None else self.without.history,
             ),
@@ -270,16 +315,22 @@ class Distilling(TrainingRun):
         """Teacher and student, and the student that had no teacher, with the same code on the same data."""
         found = report.distillation
         assert found is not None
+        apart = load_tokenizer(self.against).get_vocab() != load_tokenizer(self.path).get_vocab()
+        against = None if apart else self.against  # what reads other tokens is measured on its own
         with self._timed("evaluate"):
             try:
-                both = self._evaluate(checkpoint, self.teacher, texts, cost=True)
+                both = self._evaluate(checkpoint, against, texts, cost=True)
                 report.before, report.after, report.divergence = both.before, both.after, both.divergence
+                if apart:
+                    report.before = self._evaluate(self.against, None, texts, cost=True).after
                 if self.bare is not None:
-                    bare = self._evaluate(self._bare_checkpoint(), self.teacher, texts, cost=False)
+                    bare = self._evaluate(self._bare_checkpoint(), against, texts, cost=False)
                     found.baseline, found.baseline_divergence = bare.after, bare.divergence
             except LlmcompError as error:
                 self._note(f"Not evaluated: {error}")
                 return
+        if apart and report.task == "causal-lm":
+            self._note("Perplexity is per token, and teacher and student read other tokens: they cannot be compared.")
         for note in both.notes:
             self._note(note)
 
@@ -294,18 +345,20 @@ class Distilling(TrainingRun):
 
     def _beside(self) -> dict[str, str]:
         """The plan, so that the run can be done again."""
-        said = self.plan.said()
+        said = {**self.whole.said(), "method": self.whole.method}  # scripts have defaults of their own
         return {DISTILL_NAME: yaml.safe_dump(said, sort_keys=False, default_flow_style=None, width=100)}
 
 
-def _copy_beside(source: Path, target: Path) -> None:
-    """Tokenizer and the like, which a student has from its teacher."""
-    for file in Checkpoint.open(source).copied_files():
-        copy = target / file.relative_to(source)
-        if file.name in (FILE_NAME, PAGE_NAME) or copy.exists() or file.is_dir():
-            continue
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, copy)
+def made_before(plan: DistillPlan, world: World) -> tuple[Path, Report] | None:
+    """What an earlier run of a plan has finished, by its report; rank 0 looks for all."""
+    if plan.overwrite or plan.output is None:
+        return None
+    path, found = Path(plan.output), b""
+    if world.first and (path / FILE_NAME).is_file():
+        report = Report.read(path)
+        found = report.to_json().encode() if report.recipe == plan.said() else b""
+    text = world.message(found if world.first else None)
+    return (path, Report.from_json(text.decode())) if text else None
 
 
 def _relation_heads(one: Any, other: Any) -> int:

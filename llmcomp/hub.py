@@ -9,16 +9,15 @@ and tokenizer files are ever downloaded: no pickles, no code.
 from __future__ import annotations
 
 import difflib
-import glob
 import json
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmcomp.aliases import ALIASES
-from llmcomp.errors import BadCheckpoint, ModelNotFound, RunError
+from llmcomp.downloading import Entry, fetch, require_as_verified
+from llmcomp.errors import BadCheckpoint, ModelNotFound
 from llmcomp.network import Unreachable, ask, endpoint
 from llmcomp.progress import Progress, Silent
 from llmcomp.samples import PREFIX, SAMPLES, sample_path
@@ -183,6 +182,8 @@ def _no_safetensors(what: str, names: list[str], otherwise: str = "") -> str:
 
 
 def _from_hub(model: str, repo: str, revision: str | None, config_only: bool, progress: Progress) -> Resolved:
+    from huggingface_hub import errors
+
     what = model if model == repo else f"{model} ({repo})"
     name = repo.split("/")[-1]
     try:
@@ -195,8 +196,12 @@ def _from_hub(model: str, repo: str, revision: str | None, config_only: bool, pr
         return Resolved(path, name, path.name, "cache", repo)
     files = [entry["rfilename"] for entry in info["siblings"]]
     wanted = _wanted(what, files, config_only)
-    sizes = {entry["rfilename"]: entry.get("size") or 0 for entry in info["siblings"]}
-    path = _download(what, repo, revision, {name: sizes[name] for name in wanted}, progress)
+    entries = {entry["rfilename"]: Entry.of(entry) for entry in info["siblings"]}
+    try:
+        path = fetch(what, repo, revision, info["sha"], {name: entries[name] for name in wanted}, progress)
+    except errors.GatedRepoError as error:
+        raise ModelNotFound(_gated(what, repo)) from error
+    require_as_verified(what, path, entries, progress)
     _require_files(path, what, config_only)
     return Resolved(path, name, path.name, "hub", repo)
 
@@ -278,72 +283,3 @@ def _wanted(what: str, files: list[str], config_only: bool) -> list[str]:
         )
     modules = [name for name in files if _MODULE.fullmatch(name)] if "modules.json" in files else []
     return small + weights + modules + [name for name in files if name in _ADAPTER]
-
-
-def _download(what: str, repo: str, revision: str | None, sizes: dict[str, int], progress: Progress) -> Path:
-    """Fetch the files of `sizes` (name → bytes) into the cache; returns the snapshot's directory."""
-    from huggingface_hub import errors, snapshot_download, try_to_load_from_cache
-
-    missing = [n for n in sizes if not isinstance(try_to_load_from_cache(repo, n, revision=revision), str)]
-    if missing:
-        _require_room(what, sum(sizes[name] for name in missing))
-        megabytes = sum(sizes[name] for name in missing) / 1e6
-        progress.note(f"Downloading {what}: {len(missing)} files, {megabytes:,.1f} MB.")
-        progress.phase("download", total=max(1, round(megabytes)))
-    try:
-        path = snapshot_download(
-            repo, revision=revision, allow_patterns=[glob.escape(name) for name in sizes],
-            tqdm_class=_megabytes(progress) if missing else _megabytes(Silent()),
-        )  # fmt: skip
-    except errors.GatedRepoError as error:
-        raise ModelNotFound(_gated(what, repo)) from error
-    except (errors.HfHubHTTPError, OSError) as error:  # LocalEntryNotFoundError and a full disk are OSErrors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RunError(
-            f"Downloading {what} broke off ({reason}); run the command again to continue."
-        ) from error
-    return Path(path)
-
-
-def _require_room(what: str, nbytes: int) -> None:
-    """Refuse a download for which the disk of the Hub's cache has no room.
-
-    Raises:
-        RunError: it has not.
-    """
-    from huggingface_hub import constants
-
-    folder = Path(constants.HF_HUB_CACHE).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < nbytes:
-        raise RunError(
-            f"Downloading {what} takes {nbytes / 1e9:.2f} GB, and the disk of {constants.HF_HUB_CACHE} has "
-            f"{free / 1e9:.2f} GB free; make room, or set HF_HOME to a place that has it."
-        )
-
-
-def _megabytes(progress: Progress) -> Any:
-    """A bar class for huggingface_hub that draws nothing and tells `progress` of every megabyte."""
-    from tqdm.auto import tqdm
-
-    class Megabytes(tqdm):  # type: ignore[type-arg]
-        told = 0  # shared by the two bars of one download (received, written): the further one counts
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self.bytes = 0
-            self.counts = kwargs.get("unit") == "B"
-            super().__init__(*args, **{**kwargs, "disable": True})
-
-        def update(self, n: float | None = 1) -> None:
-            if not self.counts:
-                return
-            with self.get_lock():
-                self.bytes += int(n or 0)
-                new = self.bytes // 1_000_000 - Megabytes.told
-                Megabytes.told += max(0, new)
-            if new > 0:
-                progress.step(new)
-
-    return Megabytes

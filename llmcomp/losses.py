@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmcomp.kept import Kept, alike
+
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) = Σ p (log p - log q), nats.
@@ -54,7 +56,7 @@ def hard_targets(logits: Tensor, labels: Tensor, count: Tensor | int | None = No
 
 
 def soft_targets(
-    logits: Tensor, targets: Tensor, scored: Tensor, temperature: float = 1.0, count: Tensor | int | None = None
+    logits: Tensor, targets: Tensor | Kept, scored: Tensor, temperature: float = 1.0, count: Tensor | int | None = None
 ) -> Tensor:
     """A teacher's softened distribution, L = T²/n Σ KL(softmax(t/T) || softmax(z/T)), nats (Hinton et al.,
     arXiv:1503.02531). T² keeps the size of its gradients, which fall with 1/T², beside those of labels.
@@ -63,7 +65,8 @@ def soft_targets(
 
     Args:
         logits: z [..., classes]. targets: t, likewise, of which no gradient is asked. Where one has more classes, as
-            vocabularies that are padded, the further ones are left out.
+            vocabularies that are padded, the further ones are left out. Or what is `kept` of softmax(t/T) at the
+            scored positions, one after the other.
         scored: bool [...], the positions that count.
         temperature: T.
         count: n, as in `hard_targets`, by default the number of scored positions.
@@ -81,7 +84,7 @@ def soft_targets(
 
 
 def reverse_targets(
-    logits: Tensor, targets: Tensor, scored: Tensor, temperature: float = 1.0, count: Tensor | int | None = None
+    logits: Tensor, targets: Tensor | Kept, scored: Tensor, temperature: float = 1.0, count: Tensor | int | None = None
 ) -> Tensor:
     """The divergence the other way, L = T²/n Σ KL(softmax(z/T) || softmax(t/T)), nats: the student stays where its
     teacher has mass instead of covering all of it (MiniLLM, arXiv:2306.08543).
@@ -98,7 +101,7 @@ def reverse_targets(
 
 
 def jensen_shannon(
-    logits: Tensor, targets: Tensor, scored: Tensor, temperature: float = 1.0, count: Tensor | int | None = None
+    logits: Tensor, targets: Tensor | Kept, scored: Tensor, temperature: float = 1.0, count: Tensor | int | None = None
 ) -> Tensor:
     """L = T²/n Σ [KL(p || m) + KL(q || m)] / 2 with m = (p + q) / 2, p the teacher's softened distribution and q the
     student's, nats: bounded by T² log 2 (generalized JSD with β = 1/2 of GKD, arXiv:2306.13649).
@@ -129,8 +132,12 @@ def scores(logits: Tensor, labels: Tensor, count: Tensor | int | None = None) ->
     return total / _at_least_one(known.sum() if count is None else count)
 
 
-def _softened(logits: Tensor, targets: Tensor, scored: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """log q of the student and log p of the teacher at the scored positions, over the classes that both have."""
+def _softened(
+    logits: Tensor, targets: Tensor | Kept, scored: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """log q of the student and log p of the teacher at the scored positions, over the outcomes that both have."""
+    if isinstance(targets, Kept):
+        return alike(logits[scored], targets, temperature), targets.logs
     classes = min(logits.shape[-1], targets.shape[-1])
     log_q = (logits[scored][:, :classes].float() / temperature).log_softmax(-1)
     log_p = (targets[scored][:, :classes].detach().float() / temperature).log_softmax(-1)

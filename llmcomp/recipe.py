@@ -217,8 +217,8 @@ def _check_pruning(recipe: Recipe, step: PruneStep) -> None:
     Raises:
         BadRecipe: naming it.
     """
-    if step.method not in ("activation", "magnitude"):
-        raise BadRecipe(f"--method {step.method} cannot prune: choose activation or magnitude.")
+    if step.method not in ("activation", "taylor", "magnitude"):
+        raise BadRecipe(f"--method {step.method} cannot prune: choose activation, taylor or magnitude.")
     if step.heads is None and step.mlp is None and step.layers is None:
         raise BadRecipe("Nothing is to be pruned: give --heads 0.25, --mlp 0.3, --layers 2 or several of them.")
     for name in ("heads", "mlp"):

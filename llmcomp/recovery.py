@@ -23,12 +23,12 @@ from llmcomp.report.summary import won_back
 from llmcomp.run_options import RunOptions
 from llmcomp.session import default_output
 from llmcomp.training.data import Samples, collator
-from llmcomp.training.settings import FULL, LORA, Plan
+from llmcomp.training.settings import FULL, LORA, QAT, Plan
 from llmcomp.training.subject import Subject, open_subject
 from llmcomp.training.trainer import Teacher, Trained, train
 from llmcomp.training_run import TrainingRun, regresses, without_saving
 
-_RATES = {FULL: 5e-5, LORA: 2e-4}  # the highest rate, where none is given
+_RATES = {FULL: 5e-5, LORA: 2e-4, QAT: 1e-4}  # the highest rate, where none is given
 _PEFT_TASKS = {"causal-lm": "CAUSAL_LM"}
 _BESIDE_LABEL = (
     "The adapter stays beside the packed weights: `llmcomp.load` puts it on, as does peft (docs/methods/recovery.md). "
@@ -61,7 +61,7 @@ class Recovering(TrainingRun):
 
     def _room(self, subject: Subject) -> int:
         """With the states on the way: three of weights and two moments in float32."""
-        weights = sum(value.numel() for value in subject.model.parameters()) if self.plan.method == FULL else 0
+        weights = sum(value.numel() for value in subject.model.parameters()) if self.plan.method != LORA else 0
         return 2 * subject.checkpoint.nbytes + 3 * 3 * 4 * weights
 
     def _train(
@@ -69,6 +69,8 @@ class Recovering(TrainingRun):
     ) -> Trained:
         plan = self.plan
         self._own_partial(subject, samples, replace(plan, optimization=without_saving(plan.optimization)))
+        if plan.method == QAT:
+            self._put_on_grids(subject)
         if not (plan.method == LORA and subject.beside):
             subject.widen()
         torch.manual_seed(plan.optimization.seed)
@@ -85,7 +87,7 @@ class Recovering(TrainingRun):
             trained = train(
                 model, samples, collator(task, tokenizer, regresses(subject, task)), objective, plan.optimization,
                 self.partial / "training", self.progress, learning_rate=_RATES[plan.method],
-                masks=subject.parameters_under_masks() if plan.method == FULL else None, device=self.device.type,
+                masks=None if plan.method == LORA else subject.parameters_under_masks(), device=self.device.type,
             )  # fmt: skip
         if trained.resumed:
             self._note(f"Resumed at step {trained.resumed} of an unfinished run.")
@@ -94,9 +96,6 @@ class Recovering(TrainingRun):
     def _report(self, subject: Subject, trained: Trained, task: str, data: str, peak: int) -> Report:
         before, plan = subject.report, self.plan
         beside = plan.method == LORA and subject.beside
-        kept = "All weights" if plan.method == FULL else f"LoRA of rank {plan.lora.rank}"
-        under = " under the mask" if subject.masks else ""
-        kept += ", kept beside the packed weights" if beside else f", merged{under}" if plan.method == LORA else under
         original = default_against(self.path)
         return Report(
             command="recover",
@@ -118,12 +117,29 @@ class Recovering(TrainingRun):
             peak_memory=peak,
             labels=[*before.labels, *([_BESIDE_LABEL] if beside else [])],
             recovery=Recovery(
-                method=plan.method, kept=kept, model=original_model(self.path), source=original, data=data,
-                teacher=plan.teaching.teacher, parameters=trained.parameters, steps=trained.steps,
+                method=plan.method, kept=self._kept(subject), model=original_model(self.path), source=original,
+                data=data, teacher=plan.teaching.teacher, parameters=trained.parameters, steps=trained.steps,
                 resumed=trained.resumed, history=trained.history,
             ),
             llmcomp_version=version("llmcomp"),
         )  # fmt: skip
+
+    def _put_on_grids(self, subject: Subject) -> None:
+        source = default_against(self.path)
+        found = subject.put_on_grids(None if source is None else hub.resolve(source).path, self.plan.learn_scales)
+        if not found:
+            self._note("The dense model's weights are not there, so training starts from the integers alone.")
+
+    def _kept(self, subject: Subject) -> str:
+        """In words what became of what was trained."""
+        plan, under = self.plan, " under the mask" if subject.masks else ""
+        if plan.method == QAT:
+            scales = "with scales that were trained, too" if plan.learn_scales else "on the grid that it had"
+            return f"All weights{under}, integers {scales}"
+        if plan.method == FULL:
+            return f"All weights{under}"
+        kept = "kept beside the packed weights" if subject.beside else f"merged{under}"
+        return f"LoRA of rank {plan.lora.rank}, {kept}"
 
     def _measure(self, report: Report, checkpoint: Path, texts: Any) -> None:
         """Original, compressed and recovered, with the same code on the same data."""

@@ -7,6 +7,7 @@ and asymmetric schemes alike, so a zero_point is an int8 in the same range and d
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from llmcomp.errors import BadRecipe
@@ -16,6 +17,7 @@ INT8_DYNAMIC, INT8_STATIC = "int8-dynamic", "int8-static"
 # Ways to round inputs (`llmcomp.activations`), and what tables call them.
 ACTIVATIONS = {INT8_DYNAMIC: "a8", INT8_STATIC: "a8 static"}
 GROUP_SIZES = (32, 64, 128)
+_LABEL = re.compile(r"\bint(\d) (?:g(\d+)|channel)( asym)?(?: (a8(?: static)?))?$")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,20 @@ class Scheme:
     def label(self) -> str:
         """Short text for tables, such as 'int4 g128 asym' or 'int8 channel a8 static'."""
         return self._stored + ("" if self.activations is None else f" {ACTIVATIONS[self.activations]}")
+
+    @classmethod
+    def of_label(cls, label: str) -> Scheme | None:
+        """The scheme of integers that a label says, be it with a mask before it; None where it says no single one.
+
+        >>> Scheme.of_label("2:4 + int3 g64 asym") == Scheme(3, 64, symmetric=False), Scheme.of_label("rank 8")
+        (True, None)
+        """
+        found = _LABEL.search(label)
+        if found is None or "rank" in label.split():
+            return None
+        bits, group, asymmetric, activations = found.groups()
+        rounded = next((way for way, said in ACTIVATIONS.items() if said == activations), None)
+        return cls(int(bits), None if group is None else int(group), asymmetric is None, rounded)
 
     @property
     def _stored(self) -> str:

@@ -177,7 +177,7 @@ class Session:
         if plan.reduction is not None:
             narrowed = self._cut(source, plan.reduction, cutting.Setting(
                 batches, data.witness, partial / "pruned", fingerprint(*parts), self.options.activation_memory,
-                self.device, self.options.trust_remote_code,
+                self.device, self.options.trust_remote_code, data.labels,
             ))  # fmt: skip
             source = narrowed.source
             plan = replace(plan_rest(self.recipe, source.adapter), reduction=plan.reduction)

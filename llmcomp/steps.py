@@ -155,11 +155,12 @@ class PruneStep:
     and neurons from every block, so it has no targets. Further steps are done to what is left.
 
     Attributes:
-        method: 'activation', what costs least of what calibration reads, made up for by what stays; or 'magnitude', the
-            smallest weights, without calibration.
+        method: 'activation', what costs least of what calibration reads, made up for by what stays; 'taylor', what
+            changes the loss least to first order, made up for likewise; or 'magnitude', the smallest weights, without
+            calibration.
         heads: share of the attention heads that go, in whole groups that share keys and values.
         mlp: share of the neurons that go. layers: how many blocks go.
-        options: of the method 'activation', those of `llmcomp.methods.structured.PruneConfig`.
+        options: of methods that calibrate, those of `llmcomp.methods.structured.PruneConfig`.
     """
 
     method: str = "activation"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcomp.progress import Progress, Silent
-from llmcomp.ranks import joined
+from llmcomp.ranks import connected, joined
 from llmcomp.run_options import CompressResult, RunOptions
 from llmcomp.training.settings import Lora, Optimization, Plan, Teaching
 
@@ -21,6 +21,7 @@ def recover(
     data: str,
     *,
     method: str = "lora",
+    learn_scales: bool = False,
     samples: int | None = None,
     sequence_length: int = 256,
     lora: Lora | None = None,
@@ -32,14 +33,15 @@ def recover(
 ) -> CompressResult:
     """Train what llmcomp has compressed, in the form that it has, verify the checkpoint, and measure what was won back.
 
-    Removed weights stay removed, two factors stay two, and integers stay as they are: an adapter is kept beside those.
+    Removed weights stay removed, two factors stay two. Integers stay as they are, with an adapter beside them, or are
+    trained on their grid (quantization-aware training) and packed again.
     In a process that torchrun or `accelerate launch --multi_gpu` started, all ranks call this and train together.
 
     Args:
         directory: a checkpoint that llmcomp has written.
         data: 'default', 'sample', a file of text or of rows with labels, or a Hub dataset; `text_column` and
             `label_column` of the options are its columns, too.
-        method: 'lora' or 'full'.
+        method: 'lora', 'full' or, of integers, 'qat'. learn_scales: of 'qat', whether scales are trained as well.
         samples: how many of the data at most. sequence_length: tokens of one.
         lora, teaching, optimization: see there; None is their defaults.
         options: how to run, None is the defaults; `run` overrides single fields, as in
@@ -57,7 +59,7 @@ def recover(
     with joined() as world:
         resolved = hub.resolve(str(directory), progress=progress if world.first else Silent())
         parts = lora or Lora(), teaching or Teaching(), optimization or Optimization()
-        plan = Plan(data, samples, sequence_length, method, *parts)
+        plan = Plan(data, samples, sequence_length, method, learn_scales, *parts)
         plan.check()
         from llmcomp.recovery import Recovering
 
@@ -69,6 +71,7 @@ def distill(plan: DistillPlan, progress: Progress | None = None) -> CompressResu
 
         llmcomp.distill(llmcomp.DistillPlan("./my-classifier", "layers=3", data="train.jsonl", label_column="label"))
 
+    With assistants it is several runs, one after the other; those that an earlier call has finished are not run again.
     In a process that torchrun or `accelerate launch --multi_gpu` started, all ranks call this and train together.
 
     Args:
@@ -79,15 +82,28 @@ def distill(plan: DistillPlan, progress: Progress | None = None) -> CompressResu
         UserError: what was asked cannot be (exit status 2).
         RunError: something failed on the way; no output appears (exit status 1). Of several ranks, all fail.
     """
-    from llmcomp import hub
-
     plan.check()
     progress = progress or Silent()
-    with joined() as world:
-        resolved = hub.resolve(plan.teacher, progress=progress if world.first else Silent())
-        from llmcomp.distillation import Distilling
+    *assistants, last = plan.chain()
+    for stage in assistants:
+        _stage(stage, plan, progress, again=False)
+    return _stage(last, plan, progress, again=True)
 
-        return CompressResult(*Distilling(plan, resolved.path, progress, world).run())
+
+def _stage(plan: DistillPlan, whole: DistillPlan, progress: Progress, again: bool) -> CompressResult:
+    """One run of a chain; with `again` also where its output is there, which is then refused or overwritten."""
+    from llmcomp import hub
+
+    with connected() as world:
+        resolved = hub.resolve(plan.teacher, progress=progress if world.first else Silent())
+        from llmcomp.distillation import Distilling, made_before
+
+        found = None if again else made_before(plan, world)
+        if found is None:
+            found = Distilling(plan, resolved.path, progress, world, whole).run()
+        elif world.first:
+            progress.note(f"{plan.output} is there already, made by the same plan.")
+        return CompressResult(*found)
 
 
 def prune_in_training(plan: PruningPlan, progress: Progress | None = None) -> CompressResult:

@@ -181,8 +181,9 @@ class TrainingRun(ABC):
         if name == "default" and self.original.startswith("sample:"):
             name = self.original
         return read_texts(
-            name, text_column=self.options.text_column, label_column=self.options.label_column, progress=self.progress
-        )
+            name, text_column=self.options.text_column, label_column=self.options.label_column,
+            gaps=self.learning.teaching.teacher is not None, progress=self.progress,
+        )  # fmt: skip
 
     def _evaluation_data(self, task: str) -> Any:
         if not self.options.evaluate or not self.world.first:
@@ -215,11 +216,15 @@ class TrainingRun(ABC):
                 f"{', '.join(map(str, own.id2label.values()))}; give one that was trained for the same."
             )
         if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
-            raise BadCheckpoint(
-                f"The teacher {name} has another vocabulary than {self.model}, so its logits are of other tokens; give "
-                "one with the same tokenizer."
-            )
+            self._of_other_tokens(name, task)
         return model.to(self.device)
+
+    def _of_other_tokens(self, name: str, task: str) -> None:
+        """What is done with a teacher of another vocabulary; raises as `_teacher`."""
+        raise BadCheckpoint(
+            f"The teacher {name} has another vocabulary than {self.model}, so its logits are of other tokens; give "
+            "one with the same tokenizer."
+        )
 
     # --- the work ---
 
@@ -297,7 +302,7 @@ class TrainingRun(ABC):
         named = ("eval_data", "text_column", "label_column")
         return {name: value for name in named if (value := getattr(self.options, name)) is not None}
 
-    def _evaluate(self, directory: Path, against: Path, texts: Any, *, cost: bool) -> Any:
+    def _evaluate(self, directory: Path, against: Path | None, texts: Any, *, cost: bool) -> Any:
         return evaluate_model(
             directory, against=against, data=texts, settings=Settings(cost=cost), progress=self.progress,
             streamer=open_streamed,
@@ -331,8 +336,10 @@ def regresses(subject: Subject, task: str) -> bool:
 
 
 def without_saving(optimization: Optimization) -> Optimization:
-    """The same training, however often its states are saved."""
-    return replace(optimization, save_every=None)
+    """The same training, however often its states are saved and whoever hears of it; where gradients are compressed,
+    what is kept of them between steps is dropped with each state, so that says something."""
+    saved = optimization.save_every if optimization.powersgd is not None else None
+    return replace(optimization, save_every=saved, track=None)
 
 
 def _first_tokens(windows: Any) -> Tensor:

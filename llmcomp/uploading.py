@@ -1,9 +1,10 @@
 """A repository on the Hub that is written to: who may, what is there, one commit, and a look at what has arrived.
 
-Weights are uploaded before the commit that names them, a few files at a time, and what the Hub has already is not sent
-again: a push that broke off is resumed by the same command, and nobody ever sees half a model. What may be chance
-(connections that drop, 429, 5xx) is tried again with longer and longer waits; what cannot be is one sentence. The token
-is asked of huggingface_hub, kept in memory, and in no message.
+Weights are uploaded before the commit that names them, a few files at a time, and what the Hub has already is not
+sent again: a push that broke off is resumed by the same command, and nobody ever sees half a model. What is too large
+for one commit goes by several, on a pull request (`llmcomp.staging`). What may be chance (connections that drop, 429,
+5xx) is tried again with longer and longer waits; what cannot be is one sentence. The token is asked of
+huggingface_hub, kept in memory, and in no message.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ _TOGETHER = 4  # files that are on their way at once
 _CHANCE = (408, 429, 500, 502, 503, 504)
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _QUOTA = re.compile(r"quota|storage|limit|payment", re.IGNORECASE)
-_REPORT = "llmcomp_report.json"
-_START = {".gitattributes", "README.md"}  # what a repository that was made by hand may have
+_OURS, _START = {"llmcomp_report.json", "llmcomp_export.json"}, {".gitattributes", "README.md"}  # made by hand, too
 # Of an earlier push, where the new one does not write them: weights of another number of shards, plots, an adapter.
-_STALE = re.compile(r"[^/]+\.safetensors|[^/]+\.index\.json|llmcomp_plots/[^/]+|adapter/[^/]+")
+_STALE = re.compile(
+    r"[^/]+\.safetensors|[^/]+\.index\.json|llmcomp_plots/[^/]+|adapter/[^/]+|llmcomp_(report|export)\.\w+"
+    r"|model\.(gguf|onnx|onnx\.data)|openvino_model\.\w+"
+)
 
 Content = Path | bytes
 T = TypeVar("T")
@@ -62,6 +65,7 @@ class Parcel:
     create_pr: bool = False
 
     def size(self, name: str) -> int:
+        """In bytes."""
         content = self.files[name]
         return len(content) if isinstance(content, bytes) else content.stat().st_size
 
@@ -89,6 +93,15 @@ class Parcel:
                 one.upload_info.sha256 = bytes.fromhex(self.hashes[name])
             made.append(one)
         return made
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a parcel changes: paths with new content, paths that go, and what is there before."""
+
+    sent: tuple[str, ...]
+    stale: tuple[str, ...]
+    before: State | None
 
 
 @dataclass(frozen=True)
@@ -135,11 +148,11 @@ class Remote:
             raise UserError(
                 "There is no token for the Hub; run `hf auth login`, or set HF_TOKEN, with one that may write."
             )
-        self._api = HfApi(endpoint=endpoint(), token=self._token, library_name="llmcomp")
-        self._require_right()
+        self.api = HfApi(endpoint=endpoint(), token=self._token, library_name="llmcomp")
+        self.user = self._require_right()
 
-    def _require_right(self) -> None:
-        """Ask who the token is of, and compare with the name."""
+    def _require_right(self) -> str:
+        """Ask who the token is of, and compare with the name; returns who."""
         from huggingface_hub.utils import hf_raise_for_status
 
         def who() -> dict[str, Any]:
@@ -147,7 +160,7 @@ class Remote:
             hf_raise_for_status(answer)
             return dict(answer.json())
 
-        found = self._persist("asking whose the token is", who)
+        found = self.persist("asking whose the token is", who)
         space, user = self.repo.split("/")[0], str(found.get("name"))
         role = ((found.get("auth") or {}).get("accessToken") or {}).get("role")
         spaces = [user, *(str(one.get("name")) for one in found.get("orgs") or [])]
@@ -158,6 +171,7 @@ class Remote:
                 f"The token is of {user}, who has no rights to write to {space}; push to {' or '.join(spaces)}, or log "
                 "in as someone who has."
             )
+        return user
 
     def state(self, revision: str | None = None) -> State | None:
         """What is there; None where there is no such repository, or revision."""
@@ -166,15 +180,15 @@ class Remote:
 
         def look() -> State | None:
             try:
-                info = self._api.model_info(self.repo, revision=revision)
-                tree = list(self._api.list_repo_tree(self.repo, revision=info.sha, recursive=True))
+                info = self.api.model_info(self.repo, revision=revision)
+                tree = list(self.api.list_repo_tree(self.repo, revision=info.sha, recursive=True))
             except (RepositoryNotFoundError, RevisionNotFoundError):
                 return None
             files = [entry for entry in tree if isinstance(entry, RepoFile)]
             hashes = {one.path: one.lfs.sha256 if one.lfs else one.blob_id for one in files}
             return State(str(info.sha), bool(info.private), hashes)
 
-        return self._persist("looking at what is there", look)
+        return self.persist("looking at what is there", look)
 
     def require_free(self, private: bool) -> State | None:
         """What is there, if a checkpoint of llmcomp may go there.
@@ -185,7 +199,7 @@ class Remote:
         there = self.state()
         if there is None:
             return None
-        if _REPORT not in there.files and set(there.files) - _START:
+        if not _OURS & set(there.files) and set(there.files) - _START:
             raise UserError(
                 f"{self.repo} is taken: {len(there.files)} files are there that no llmcomp has written; choose another "
                 "name."
@@ -201,34 +215,43 @@ class Remote:
             UserError, RunError: see `explain`.
         """
         if self.require_free(private) is None:
-            self._persist("making the repository",
-                          lambda: self._api.create_repo(self.repo, private=private, exist_ok=True))  # fmt: skip
+            self.persist("making the repository",
+                          lambda: self.api.create_repo(self.repo, private=private, exist_ok=True))  # fmt: skip
         if revision is not None and self.state(revision) is None:
-            self._persist("making the branch",
-                          lambda: self._api.create_branch(self.repo, branch=revision, exist_ok=True))  # fmt: skip
+            self.persist("making the branch",
+                          lambda: self.api.create_branch(self.repo, branch=revision, exist_ok=True))  # fmt: skip
 
-    def commit(self, parcel: Parcel) -> Committed:
-        """Bring the parcel there as one commit; what was there under other names of weights is deleted by it.
+    def changes(self, parcel: Parcel) -> Changes:
+        """What the parcel changes; what is there under other names of weights goes."""
+        before = self.state(parcel.revision)
+        known = before.files if before else {}
+        sent = tuple(name for name in parcel.files if not parcel.matches(name, known.get(name)))
+        stale = tuple(name for name in known if name not in parcel.files and _STALE.fullmatch(name))
+        return Changes(sent, stale, before)
+
+    def commit(self, parcel: Parcel, changes: Changes) -> Committed:
+        """Bring the parcel there as one commit.
 
         Raises:
             UserError, RunError: see `explain`; or what has arrived is not what was sent.
         """
-        before = self.state(parcel.revision)
-        known = before.files if before else {}
-        sent = tuple(name for name in parcel.files if not parcel.matches(name, known.get(name)))
-        stale = [name for name in known if name not in parcel.files and _STALE.fullmatch(name)]
-        if before is not None and not sent and not stale:
-            return Committed(before.commit, self._url(before.commit), ())
-        with _quiet():
-            self._upload(parcel, sent)
-            done = self._persist("making the commit", lambda: self._commit(parcel, sent, stale, before))
-        self._require_arrived(done.commit, parcel)
+        if changes.before is not None and not changes.sent and not changes.stale:
+            return Committed(changes.before.commit, self.url(changes.before.commit), ())
+        with quiet():
+            self.upload(parcel, changes.sent, parcel.revision)
+            done = self.persist("making the commit", lambda: self._commit(parcel, changes))
+        self.require_arrived(done.commit, parcel)
         return done
 
-    def _url(self, commit: str) -> str:
+    def url(self, commit: str) -> str:
+        """Of a commit."""
         return f"{endpoint()}/{self.repo}/commit/{commit}"
 
-    def _upload(self, parcel: Parcel, names: Sequence[str]) -> None:
+    def pull_url(self, number: int) -> str:
+        """Of a pull request."""
+        return f"{endpoint()}/{self.repo}/discussions/{number}"
+
+    def upload(self, parcel: Parcel, names: Sequence[str], revision: str | None) -> None:
         """Send what goes to LFS, some files at a time; what the Hub has is skipped by the protocol."""
         nbytes = sum(map(parcel.size, names))
         self.progress.note(f"Uploading to {self.repo}: {len(names)} files, {nbytes / 1e6:,.1f} MB.")
@@ -237,28 +260,35 @@ class Remote:
             group = names[start : start + _TOGETHER]
 
             def send(group: Sequence[str] = group) -> None:
-                self._api.preupload_lfs_files(
-                    self.repo, parcel.additions(group), revision=parcel.revision, create_pr=parcel.create_pr,
-                    num_threads=_TOGETHER, free_memory=False,
+                self.api.preupload_lfs_files(
+                    self.repo, parcel.additions(group), revision=revision,
+                    create_pr=parcel.create_pr and revision is None, num_threads=_TOGETHER, free_memory=False,
                 )  # fmt: skip
 
-            self._persist(f"uploading {group[0]}", send)
+            self.persist(f"uploading {group[0]}", send)
             self.progress.step(len(group))
 
-    def _commit(self, parcel: Parcel, sent: Sequence[str], stale: Sequence[str], before: State | None) -> Committed:
+    def _commit(self, parcel: Parcel, changes: Changes) -> Committed:
         """One try. Where an earlier one arrived though its answer did not, that is taken."""
         from huggingface_hub import CommitOperationDelete
 
+        before, sent = changes.before, changes.sent
         now = None if parcel.create_pr else self.state(parcel.revision)
         if now is not None and now != before and all(parcel.matches(n, now.files.get(n)) for n in parcel.files):
-            return Committed(now.commit, self._url(now.commit), tuple(sent))
-        info = self._api.create_commit(
-            self.repo, [*parcel.additions(sent), *map(CommitOperationDelete, stale)], commit_message=parcel.message,
+            return Committed(now.commit, self.url(now.commit), sent)
+        deletions = map(CommitOperationDelete, changes.stale)
+        info = self.api.create_commit(
+            self.repo, [*parcel.additions(sent), *deletions], commit_message=parcel.message,
             revision=parcel.revision, create_pr=parcel.create_pr, parent_commit=before.commit if before else None,
         )  # fmt: skip
-        return Committed(str(info.oid), str(info.pr_url or info.commit_url), tuple(sent))
+        return Committed(str(info.oid), str(info.pr_url or info.commit_url), sent)
 
-    def _require_arrived(self, commit: str, parcel: Parcel) -> None:
+    def require_arrived(self, commit: str, parcel: Parcel) -> None:
+        """Refuse to believe a commit that does not hold what was sent.
+
+        Raises:
+            RunError: it does not.
+        """
         there = self.state(commit)
         for name in parcel.files:
             if there is None or not parcel.matches(name, there.files.get(name)):
@@ -267,8 +297,12 @@ class Remote:
                     f"anybody uses it, and push again. {self.kept}"
                 )
 
-    def _persist(self, what: str, call: Callable[[], T]) -> T:
-        """`call`, again and again where its failure may be chance."""
+    def persist(self, what: str, call: Callable[[], T]) -> T:
+        """`call`, again and again where its failure may be chance.
+
+        Raises:
+            UserError, RunError: see `explain`.
+        """
         for wait in (*WAITS, None):
             try:
                 return call()
@@ -353,7 +387,7 @@ def _reason(error: Exception, token: str) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without huggingface_hub's bars and its talk of empty commits: what there is to say goes to `progress`."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 

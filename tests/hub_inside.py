@@ -22,6 +22,7 @@ def inside(root: Path, patch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     with HubServer(root) as hub:
         hub.users[TOKEN] = User("me", ("team",))
         patch.setattr(constants, "ENDPOINT", hub.url)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.setenv("HF_TOKEN", TOKEN)
@@ -29,3 +30,17 @@ def inside(root: Path, patch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         close_session()
         yield hub
     close_session()
+
+
+def main_inside(url: str, token: str, arguments: list[str]) -> int:
+    """The command line in a process of its own that was forked from one that had read another environment."""
+    import os
+
+    from huggingface_hub import constants
+
+    from llmcomp.cli.main import main
+
+    constants.ENDPOINT, constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = url, False, True
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = url + "/{repo_id}/resolve/{revision}/{filename}"
+    os.environ |= {"HF_TOKEN": token, "NO_PROXY": "127.0.0.1"}
+    return main(arguments)

@@ -111,6 +111,12 @@ def _entry(folder: Path, path: Path) -> dict[str, Any]:
     return entry
 
 
+def _lfs(entry: dict[str, Any]) -> dict[str, Any] | None:
+    """Of a file, as descriptions of a repository have it."""
+    lfs = entry.get("lfs")
+    return lfs and {"sha256": lfs["oid"], "size": lfs["size"], "pointerSize": lfs["pointerSize"]}
+
+
 class _Handler(BaseHTTPRequestHandler):
     """One connection; what it may answer with lies in `hub`."""
 
@@ -148,8 +154,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(fault.status, "", fault.message, fault.retry_after)
         elif hub_writing.answer(self, path):
             return
-        elif match := MODEL_API.fullmatch(path):
-            self._describe(*match.groups())
+        elif match := MODEL_API.fullmatch(urlsplit(self.path).path):  # refs/pr/1 is one part only as it was quoted
+            self._describe(*(part and unquote(part) for part in match.groups()))
         elif match := RESOLVE.fullmatch(path):
             self._file("datasets" if match[1] else "models", *match.groups()[1:])
         else:
@@ -190,7 +196,8 @@ class _Handler(BaseHTTPRequestHandler):
                 inside + [{"type": "directory", "path": d, "oid": "0" * 40, "size": 0} for d in known]
             )
         else:
-            siblings = [{"rfilename": e["path"], "size": e["size"], "blobId": e["oid"]} for e in entries]
+            siblings = [{"rfilename": e["path"], "size": e["size"], "blobId": e["oid"], "lfs": _lfs(e)}
+                        for e in entries]  # fmt: skip
             private = repo in self.hub.store.private
             self._json({"id": repo, "modelId": repo, "sha": commit, "private": private, "gated": False,
                         "disabled": False, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings})  # fmt: skip
@@ -207,6 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             entry = _entry(folder, path)
             etag = entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]
+            etag = self.fault.etag if self.fault is not None and self.fault.etag else etag
             headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
             if "lfs" in entry:
                 headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(entry["size"])}
@@ -226,7 +234,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            self.wfile.write(content if self.fault is None else hub_writing.spoilt(content, self.fault))
+        if self.fault is not None and self.fault.cut is not None:
+            hub_writing.hang_up(self)
 
     def _json(self, data: object) -> None:
         self._send(json.dumps(data).encode(), "application/json", {})

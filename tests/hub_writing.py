@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
+import hub_pulls
 import yaml
+from hub_pulls import Pull
 
 if TYPE_CHECKING:
     from hub_server import HubServer, _Handler
@@ -51,7 +53,8 @@ class Fault:
         drop: bytes of the body after which the connection is closed.
         mute: the work is done, and the connection closed instead of an answer.
         wait: seconds before anything else.
-        lie: of a commit, files are stored with one byte changed.
+        lie: of a commit, files are stored with one byte changed; of a download, they are sent so.
+        cut: bytes of a download after which the connection is closed. etag: what is said instead of the right one.
     """
 
     match: str
@@ -63,15 +66,17 @@ class Fault:
     mute: bool = False
     wait: float = 0.0
     lie: bool = False
+    cut: int | None = None
+    etag: str = ""
 
 
 @dataclass
 class Store:
-    """LFS objects by SHA-256, names of private repositories, pull requests by repository."""
+    """LFS objects by SHA-256, names of private repositories, pull requests by repository, messages of commits."""
 
     objects: dict[str, bytes] = field(default_factory=dict)
     private: set[str] = field(default_factory=set)
-    pulls: dict[str, int] = field(default_factory=dict)
+    pulls: dict[str, list[Pull]] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
 
 
@@ -106,7 +111,7 @@ def hang_up(handler: _Handler) -> None:
 def answer(handler: _Handler, path: str) -> bool:
     """Answer a request of the write half; False where it is none."""
     query = parse_qs(urlsplit(handler.path).query)
-    for pattern, act in _ROUTES:
+    for pattern, act in (*_ROUTES, *hub_pulls.ROUTES):
         if match := re.fullmatch(pattern, f"{handler.command} {path}"):
             act(handler, *match.groups(), **({"pull": "create_pr" in query} if act is _commit else {}))
             return True
@@ -267,14 +272,9 @@ def _commit(handler: _Handler, repo: str, revision: str, pull: bool) -> None:
             _apply(handler, work, line["key"], line["value"])
         target, number = source, 0
         if pull:
-            number = hub.store.pulls[repo] = hub.store.pulls.get(repo, 0) + 1
+            number = hub_pulls.opened(hub, repo, lines[0]["value"]["summary"], "open", handler)
             target = ref_folder(hub, repo, f"refs/pr/{number}")
-            target.parent.mkdir(parents=True, exist_ok=True)
-        old = hub.root / ".old"
-        if target.exists():
-            target.rename(old)
-        work.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        hub_pulls.replace(target, work)
         hub.store.messages.append(lines[0]["value"]["summary"])
     commit = commit_of(target)
     said = {"success": True, "commitOid": commit, "commitUrl": f"{hub.url}/{repo}/commit/{commit}"}
@@ -296,6 +296,13 @@ def _apply(handler: _Handler, work: Path, key: str, value: dict[str, Any]) -> No
 def ref_folder(hub: HubServer, repo: str, revision: str) -> Path:
     """Where the files of a branch or pull request lie."""
     return hub.root / repo if revision == "main" else hub.root / ".refs" / repo / revision.replace("/", "~")
+
+
+def spoilt(content: bytes, fault: Fault) -> bytes:
+    """What is sent of an answer."""
+    if fault.lie and content:
+        content = content[:-1] + bytes([content[-1] ^ 1])
+    return content if fault.cut is None else content[: fault.cut]
 
 
 def pause(fault: Fault | None) -> None:

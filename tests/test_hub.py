@@ -15,7 +15,7 @@ from hub_inside import inside
 from hub_server import HubServer, hub_environment
 from tiny import tiny
 
-from llmcomp import hub, network
+from llmcomp import downloading, hub, network
 from llmcomp.aliases import ALIASES
 from llmcomp.errors import BadCheckpoint, ModelNotFound, RunError
 from llmcomp.provenance import origin_of
@@ -208,7 +208,7 @@ def test_a_download_that_does_not_fit_is_not_begun(repositories, monkeypatch, tm
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "not" / "there"))
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 1000))
+    monkeypatch.setattr(downloading.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 1000))
     with inside(repositories, monkeypatch) as running:
         with pytest.raises(RunError, match=r"takes 0\.00 GB, and the disk of .* set HF_HOME to a place that has it"):
             hub.resolve(BERT)

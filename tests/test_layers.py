@@ -18,10 +18,12 @@ ROWS = [
     "__main__",
     "cli",
     "api training_api",
-    "recovery pruned_training distillation",
+    "recovery pruned_training distillation augmentation",
     "training_run",
     "session publishing",
+    "staging",
     "report hub uploading",
+    "downloading",
     "training",
     "pipeline exports generation",
     "loading",
@@ -36,10 +38,10 @@ ROWS = [
     "native_kinds",
     "native",
     "progress run_options weights losses inner_losses kinds calibration.stats calibration.files calibration.hub_data "
-    "calibration.parking sentences provenance",
+    "calibration.parking sentences provenance export_record",
     "report.schema",
-    "report.words building packing bnb schemes patterns activations matmul network aliases samples shards experts "
-    "feeds ranks devices digests licences",
+    "report.words building kept packing bnb schemes patterns activations matmul network aliases samples shards experts "
+    "feeds ranks devices digests licences tokenizing",
     "errors",
 ]
 

@@ -17,8 +17,10 @@ FACTORS = {
 # Methods that prune: the words of llmcomp's command line.
 CUTTING = {
     "cut": ("--method", "activation"), "cut-unfitted": ("--method", "activation", "--option", "compensate=false"),
-    "cut-magnitude": ("--method", "magnitude"),
+    "cut-taylor": ("--method", "taylor"), "cut-magnitude": ("--method", "magnitude"),
 }  # fmt: skip
+# Removing and rounding: in one sweep; ALPS, then GPTQ on the same statistics; one tool after the other, the mask held.
+TOGETHER = ("one-sweep", "alps-gptq", "two-steps")
 TASKS = ("causal-lm", "classification")
 
 
@@ -61,7 +63,7 @@ def parse(argv: list[str] | None = None) -> Job:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--method", choices=(*METHODS, *PRUNING, *FACTORS, *CUTTING), default="gptq")
+    parser.add_argument("--method", choices=(*METHODS, *PRUNING, *FACTORS, *CUTTING, *TOGETHER), default="gptq")
     parser.add_argument("--task", choices=TASKS, default="causal-lm")
     parser.add_argument("--pattern", help="2:4, or a share")
     parser.add_argument("--ratio", type=float, help="share of bytes that factors keep")

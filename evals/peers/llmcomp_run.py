@@ -9,15 +9,19 @@ the IMPORTED mark, as the other tools' modules are.
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
 import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import llmcomp
 from evals.common import mark
-from evals.peers.arguments import CUTTING, FACTORS, Job, parse, rows
+from evals.peers.arguments import CUTTING, FACTORS, TOGETHER, Job, parse, rows
 
 LATE = ("compressed_tensors.quantization", "datasets", "matplotlib.figure", "rich.console", "rich.table")
 LATE += ("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
@@ -71,6 +75,32 @@ def command(job: Job) -> list[str]:
     return [*words, *job.extra]
 
 
+def together(job: Job, folder: Path) -> list[list[str]]:
+    """The words after `llmcomp`, one command after the other, where weights are removed and what is left is rounded.
+
+    Of two steps the second is given the sparse checkpoint; the weights of least size in it are those that the first has
+    removed, so `magnitude` says the mask that GPTQ holds.
+
+    Args:
+        folder: for the recipe and for what lies between two steps.
+    """
+    removing = {"one-sweep": "sparsegpt", "alps-gptq": "alps", "two-steps": "magnitude"}[job.method]
+    steps = [
+        {"kind": "sparsify", "method": removing, "pattern": job.pattern},
+        {"kind": "quantize", "method": "gptq", "bits": job.bits, "group_size": job.group_size or "channel"},
+    ]
+    windows = rows(job.windows)
+    calibration = {"source": str(job.windows), "samples": len(windows), "sequence_length": len(windows[0])}
+    recipe = folder / "recipe.yaml"  # JSON is YAML
+    recipe.write_text(json.dumps({"steps": steps, "calibration": calibration, "format": "compressed-tensors"}))
+    sparse = folder / "sparse"
+    model, first = job.model, list[list[str]]()
+    if job.method == "two-steps":
+        model, first = sparse, [command(replace(job, method="sparsegpt", output=sparse))]
+    last = ["compress", str(model), "--recipe", str(recipe), "--output", str(job.output), "--no-evaluate", *job.extra]
+    return [*first, last]
+
+
 def main() -> int:
     """Checkpoint in, checkpoint out."""
     import_everything()
@@ -79,10 +109,12 @@ def main() -> int:
     mark("IMPORTED")
     job = parse()
     torch.set_num_threads(job.threads)
-    status = llmcomp_command(command(job))
-    if status == 0:
-        mark("DONE")
-    return status
+    with tempfile.TemporaryDirectory() as folder:
+        for words in together(job, Path(folder)) if job.method in TOGETHER else [command(job)]:
+            if status := llmcomp_command(words):
+                return status
+    mark("DONE")
+    return 0
 
 
 if __name__ == "__main__":

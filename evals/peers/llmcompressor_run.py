@@ -4,17 +4,20 @@
 the weight observer to `mse`, the tool's own clip search, which is its best GPTQ on every text measured;
 `rtn-mse` is that observer without GPTQ; `awq` and `awq-gptq` put AWQModifier with `duo_scaling: both`, its most
 thorough search, before `rtn-mse` and `gptq-mse`. Symmetric, linear layers of the blocks only. `sparsegpt` and `wanda`
-are its modifiers as they come, with the pattern.
+are its modifiers as they come, with the pattern. `two-steps` is `sparsegpt` and then `gptq-mse`, each with a
+calibration of its own.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
-from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.gptq import GPTQModifier, gptq_quantize
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
@@ -28,16 +31,19 @@ from evals.peers.arguments import Job, parse, rows
 
 # llmcompressor matches by name or pattern; everything outside the blocks stays as it is.
 OUTSIDE_BLOCKS = ["lm_head", "classifier", "re:.*pooler.*"]
+INSIDE_BLOCKS = [r"re:.*_proj$", r"re:.*encoder\.layer\..*(query|key|value|dense)$"]  # of Llama, of BERT
 
 
 def recipe(job: Job) -> list[Modifier]:
     """The modifiers for a job, in order."""
+    if job.method == "two-steps":
+        return [*recipe(replace(job, method="sparsegpt")), *recipe(replace(job, method="gptq-mse", pattern=None))]
     if job.pattern is not None:
         kind = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[job.method]
         counts = job.pattern.split(":") if ":" in job.pattern else None
         share = 1 - int(counts[0]) / int(counts[1]) if counts else float(job.pattern)
         # These modifiers do not leave a head out by its name in `ignore`: the model was far worse (77.6 for 58.6).
-        return [kind(sparsity=share, mask_structure=job.pattern if counts else "0:0", targets=[r"re:.*_proj$"])]
+        return [kind(sparsity=share, mask_structure=job.pattern if counts else "0:0", targets=INSIDE_BLOCKS)]
     scaled = job.method.startswith("awq")
     method = {"awq": "rtn-mse", "awq-gptq": "gptq-mse"}.get(job.method, job.method)
     method, _, observer = method.partition("-")
@@ -61,11 +67,31 @@ def pin_only_where_there_is_an_accelerator() -> None:
         IntermediatesCache.pin_memory = lambda self, batch_index: None
 
 
+def hold_zeros() -> None:
+    """GPTQModifier of 0.14.0.1 no longer keeps at zero what an earlier modifier has removed, as releases before it did,
+    so what it leaves is no 2:4. Here a removed weight is set to zero in its turn, and that error made up for, too."""
+    ordering, rounded = gptq_quantize.apply_activation_ordering, gptq_quantize.fake_quantize
+    removed: list[torch.Tensor] = []  # of the weights that are being swept [batch, rows, columns], in their order
+
+    def remember(weights: torch.Tensor, *others: object) -> tuple:
+        found = ordering(weights, *others)
+        removed[:] = (found[0] == 0).unbind(-1)
+        return found
+
+    def round_column(column: torch.Tensor, *others: object) -> torch.Tensor:
+        return rounded(column, *others).masked_fill(removed.pop(0).transpose(0, 1), 0)
+
+    gptq_quantize.apply_activation_ordering = remember
+    gptq_quantize.fake_quantize = round_column
+
+
 def main() -> None:
     """Checkpoint in, checkpoint out."""
     mark("IMPORTED")
     job = parse()
     pin_only_where_there_is_an_accelerator()
+    if job.method == "two-steps":
+        hold_zeros()
     torch.set_num_threads(job.threads)
     auto = AutoModelForCausalLM if job.task == "causal-lm" else AutoModelForSequenceClassification
     model = auto.from_pretrained(job.model, dtype="auto")

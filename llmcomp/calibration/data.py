@@ -38,7 +38,7 @@ class Texts:
 
     Attributes:
         rows: texts; for running text its paragraphs, which "\\n\\n" joins to the original.
-        labels: one per row (numbers or names), or None.
+        labels: one per row (numbers or names; None of a row without one, where that was allowed), or None.
         description: what was read, in words.
         warnings: one sentence each.
         running: the rows follow each other.
@@ -80,6 +80,7 @@ def read_texts(
     label_column: str | None = None,
     split: str = "train",
     paired: bool = False,
+    gaps: bool = False,
     progress: Progress | None = None,
 ) -> Texts:
     """Read calibration data.
@@ -88,7 +89,7 @@ def read_texts(
         source: see the head of this module; 'sample:classifier' is the labelled text of that sample model.
         text_column, label_column: in tables; guessed from usual names where None. One text column each.
         split: of a Hub dataset that names none.
-        paired: `text_column` may name two, 'first,second'.
+        paired: `text_column` may name two, 'first,second'. gaps: rows may lack a label that others have.
         progress: hears which text 'default' meant.
 
     Raises:
@@ -99,7 +100,7 @@ def read_texts(
         raise BadData(
             f"Calibration never reads a held-out split ({named!r} of {source}); use its train split."
         )
-    texts = _read(source, text_column, label_column, split, progress or Silent(), held_out=False)
+    texts = _read(source, text_column, label_column, split, progress or Silent(), held_out=False, gaps=gaps)
     if texts.partners is not None and not paired:
         raise BadData(f"Calibration reads one text column, not two ({text_column}); name the one to read.")
     if _is_file(source) and _HELD_OUT.search(Path(source).stem):
@@ -300,6 +301,7 @@ def _read(
     progress: Progress,
     *,
     held_out: bool,
+    gaps: bool = False,
 ) -> Texts:
     if source == "default":
         return _default("test" if held_out else "train", held_out, progress)
@@ -308,14 +310,14 @@ def _read(
     if source == "sample" or source.startswith("sample:"):
         return _shipped_text(held_out)
     if _is_file(source):
-        return _file(Path(source).expanduser(), text_column, label_column)
+        return _file(Path(source).expanduser(), text_column, label_column, gaps)
     if not _DATASET.fullmatch(source):
         raise BadData(
             f"{source!r} is neither a file nor a Hub dataset; expected a path or org/name[:config[:split]]."
         )
     name, config, named = [*source.split(":"), None, None][:3]
     columns = dataset_columns(str(name), config, named or split)
-    return _table(columns, text_column, label_column, f"{source} ({named or split})")
+    return _table(columns, text_column, label_column, f"{source} ({named or split})", gaps)
 
 
 def _default(split: str, held_out: bool, progress: Progress) -> Texts:
@@ -350,7 +352,7 @@ def _shipped_rows(held_out: bool) -> Texts:
     return Texts(columns["text"], columns["label"], description)
 
 
-def _file(path: Path, text_column: str | None, label_column: str | None) -> Texts:
+def _file(path: Path, text_column: str | None, label_column: str | None, gaps: bool) -> Texts:
     files.require(path)
     suffix = path.suffix.lower()
     if suffix == ".safetensors":
@@ -360,15 +362,15 @@ def _file(path: Path, text_column: str | None, label_column: str | None) -> Text
         if text_column or label_column:
             raise BadData(f"{path} is plain text without columns; drop --text-column and --label-column.")
         return Texts(files.read_text(path).split("\n\n"), None, str(path), running=True)
-    return _table(files.read_columns(path), text_column, label_column, str(path))
+    return _table(files.read_columns(path), text_column, label_column, str(path), gaps)
 
 
-def _table(columns: dict[str, list[Any]], text: str | None, label: str | None, where: str) -> Texts:
+def _table(columns: dict[str, list[Any]], text: str | None, label: str | None, where: str, gaps: bool) -> Texts:
     """Rows of a table; `text` may name two columns, 'first,second'."""
     first, second = files.text_columns(columns, text)
     rows = files.text_column(columns, first, where)
     partners = None if second is None else files.text_column(columns, second, where)
-    labels = files.label_column(columns, label, where)
+    labels = files.label_column(columns, label, where, gaps)
     return Texts(rows, labels, f"{where}, {len(rows):,} rows", partners=partners)
 
 

@@ -120,8 +120,13 @@ def text_column(columns: Mapping[str, list[Any]], wanted: str | None, where: str
     return [value or "" for value in columns[wanted]]
 
 
-def label_column(columns: Mapping[str, list[Any]], wanted: str | None, where: str) -> list[Any] | None:
+def label_column(
+    columns: Mapping[str, list[Any]], wanted: str | None, where: str, gaps: bool = False
+) -> list[Any] | None:
     """The labels: column `wanted`, else one with a usual name, else None. Numbers in words become numbers.
+
+    Args:
+        gaps: rows may have none, where others have one; their label is None.
 
     Raises:
         BadData: no such column, or a row without a label.
@@ -132,6 +137,10 @@ def label_column(columns: Mapping[str, list[Any]], wanted: str | None, where: st
     if name is None:
         return None
     labels = columns[name]
+    known = [label for label in labels if label is not None]
+    if gaps and known and len(known) < len(labels):
+        numbers = iter(_numbers(known))
+        return [None if label is None else next(numbers) for label in labels]
     if None in labels:
         if wanted is None:
             return None

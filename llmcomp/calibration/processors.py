@@ -11,6 +11,7 @@ from typing import Any
 
 from llmcomp.errors import BadData
 from llmcomp.feeds import composite
+from llmcomp.tokenizing import forgetful
 
 _AUTO = {"images": "AutoImageProcessor", "sound": "AutoFeatureExtractor"}
 _VIDEO = "video_processor"
@@ -86,7 +87,7 @@ def _images_and_text(directory: Path, config: Any) -> Any:
 def _load(auto: str, directory: Path) -> Any:
     import transformers
 
-    return getattr(transformers, auto).from_pretrained(str(directory), local_files_only=True)
+    return forgetful(getattr(transformers, auto).from_pretrained(str(directory), local_files_only=True))
 
 
 def _reason(error: Exception) -> str:

@@ -9,7 +9,7 @@ import typer
 
 from llmcomp.cli import options as o
 from llmcomp.cli import training as t
-from llmcomp.cli.running import show
+from llmcomp.cli.running import Publishing, show
 
 _LAYERS, _LOSSES = "Layers", "Losses"
 
@@ -41,7 +41,7 @@ def distill(
             "--method",
             help="logits: soft targets and labels; distilbert: with the cosine of hidden states; tinybert: with "
             "embeddings, hidden states and attention scores; minilm: with relations of queries, keys and values; "
-            "fitnets: with hidden states; attention-transfer.",
+            "fitnets: with hidden states; attention-transfer; labels: no teacher.",
         ),
     ] = "logits",
     samples: t.Samples = None,
@@ -53,6 +53,48 @@ def distill(
             rich_help_panel=t.TEACHER,
         ),
     ] = None,
+    assistants: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--assistants", help="A student on the way, which teaches the next one; may be repeated.",
+            show_default="none", rich_help_panel=t.TEACHER,
+        ),
+    ] = None,
+    past: Annotated[
+        float | None,
+        typer.Option(
+            "--past", help="Learn from the moving average of the student's own weights instead, with this decay.",
+            show_default="from the teacher", rich_help_panel=t.TEACHER,
+        ),
+    ] = None,
+    peer: Annotated[
+        str | None,
+        typer.Option(
+            "--peer", help="Learn from this second student instead, while it learns from the first one.",
+            show_default="from the teacher", rich_help_panel=t.TEACHER,
+        ),
+    ] = None,
+    teacher_cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--teacher-cache", help="Keep the teacher's logits in this directory: it runs once for all epochs and "
+            "runs.", show_default="none", rich_help_panel=t.TEACHER,
+        ),
+    ] = None,
+    cached_classes: Annotated[
+        int, typer.Option("--cached-classes", help="Kept of a distribution, the others as one.",
+                          rich_help_panel=t.TEACHER)
+    ] = 64,
+    cached_bits: Annotated[
+        int, typer.Option("--cached-bits", help="Of a kept logarithm, 16 or 8.", rich_help_panel=t.TEACHER)
+    ] = 16,
+    vocabulary: Annotated[
+        str,
+        typer.Option(
+            "--vocabulary", help="same: of teacher and student; shared: the tokens that both have are compared.",
+            rich_help_panel=t.TEACHER,
+        ),
+    ] = "same",
     temperature: t.Temperature = 2.0,
     divergence: Annotated[
         str,
@@ -107,6 +149,9 @@ def distill(
     evaluate_every: t.EvaluateEvery = None,
     patience: t.Patience = None,
     save_every: t.SaveEvery = None,
+    gradient_checkpointing: t.GradientCheckpointing = False,
+    powersgd: t.PowerSgd = None,
+    track: t.Track = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory.", show_default="./TEACHER-METHOD-STUDENT")
     ] = None,
@@ -117,6 +162,8 @@ def distill(
     eval_data: o.EvalData = None,
     text_column: t.TextColumn = None,
     label_column: t.LabelColumn = None,
+    push_to_hub: o.PushToHub = None,
+    private: o.Private = False,
     json: o.Json = False,
 ) -> None:  # fmt: skip
     """Train a smaller model by a larger one; verify the checkpoint, measure both side by side.
@@ -136,15 +183,18 @@ def distill(
     if data is None:
         raise BadData("llmcomp distill needs something to train on; give --data a file, a Hub dataset or 'default'.")
     given = dict(locals())
+    publishing = Publishing(push_to_hub, private)
+    publishing.check(verify)
     from dataclasses import fields
 
     from llmcomp.cli.progress import listener
     from llmcomp.training.distill_plan import DistillPlan
     from llmcomp.training_api import distill
 
-    given |= {"output": None if output is None else str(output), "ensemble": tuple(ensemble or ())}
-    given |= {"head_map": tuple(head_map or ())}
+    given |= {name: tuple(given[name] or ()) for name in ("ensemble", "assistants", "head_map")}
+    given |= {name: None if (path := given[name]) is None else str(path) for name in ("output", "teacher_cache")}
     plan = DistillPlan(**{one.name: given[one.name] for one in fields(DistillPlan)})
     with listener(json) as progress:
         result = distill(plan, progress)
     show(result, json)
+    publishing.publish(result.output, json)

@@ -23,7 +23,8 @@ def prune(
         str | None,
         typer.Option(
             "--method",
-            help="activation: what costs least of what calibration reads, made up for by what stays; or magnitude.",
+            help="activation: what costs least of what calibration reads, made up for by what stays; taylor: what "
+            "changes the loss least (of a classifier by the labels of --calibration), made up for, too; or magnitude.",
             show_default="activation",
         ),
     ] = None,

@@ -22,9 +22,10 @@ def recover(
         typer.Option(
             "--method",
             help="lora: two thin factors beside each compressed linear, merged into it where it is floating; full: "
-            "all weights, for those that are floating.",
+            "all weights, for those that are floating; qat: all weights, integers as what is rounded to their grid.",
         ),
     ] = "lora",
+    learn_scales: Annotated[bool, typer.Option("--learn-scales", help="Of qat: train scales, too.")] = False,
     samples: t.Samples = None,
     sequence_length: t.SequenceLength = 256,
     rank: Annotated[int, typer.Option(help="Of the factors.", rich_help_panel=_LORA)] = 16,
@@ -53,7 +54,7 @@ def recover(
     learning_rate: Annotated[
         float | None,
         typer.Option(
-            "--learning-rate", help="The highest.", show_default="2e-4, full 5e-5", rich_help_panel=t.TRAINING
+            "--learning-rate", help="The highest.", show_default="2e-4, full 5e-5, qat 1e-4", rich_help_panel=t.TRAINING
         ),
     ] = None,
     epochs: t.Epochs = 1.0,
@@ -65,6 +66,9 @@ def recover(
     evaluate_every: t.EvaluateEvery = None,
     patience: t.Patience = None,
     save_every: t.SaveEvery = None,
+    gradient_checkpointing: t.GradientCheckpointing = False,
+    powersgd: t.PowerSgd = None,
+    track: t.Track = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory.", show_default="./DIRECTORY-recovered")
     ] = None,
@@ -87,6 +91,8 @@ def recover(
 
         llmcomp recover my-model-gptq-w2 --data text.txt --teacher ./my-model --epochs 2
 
+        llmcomp recover my-model-gptq-w2 --data text.txt --method qat --teacher ./my-model
+
         llmcomp recover classifier-2of4 --data train.jsonl --eval-data test.jsonl --label-column label
     """
     from llmcomp.errors import BadData
@@ -102,11 +108,12 @@ def recover(
 
     with listener(json) as progress:
         result = recover(
-            directory, data, method=method, samples=samples, sequence_length=sequence_length,
+            directory, data, method=method, learn_scales=learn_scales, samples=samples, sequence_length=sequence_length,
             lora=Lora(rank, alpha, dropout, tuple(target or ())),
             teaching=Teaching(teacher, temperature, soft_weight),
             optimization=Optimization(
-                learning_rate, epochs, steps, batch_size, accumulate, seed, bf16, evaluate_every, patience, save_every
+                learning_rate, epochs, steps, batch_size, accumulate, seed, bf16, evaluate_every, patience, save_every,
+                gradient_checkpointing=gradient_checkpointing, powersgd=powersgd, track=track,
             ),
             options=RunOptions(
                 output=output, overwrite=overwrite, evaluate=evaluate, verify=verify, device=device,

@@ -48,6 +48,27 @@ SaveEvery = Annotated[
         rich_help_panel=TRAINING,
     ),
 ]  # fmt: skip
+GradientCheckpointing = Annotated[
+    bool,
+    typer.Option(
+        "--gradient-checkpointing", help="Compute blocks again on the way back instead of holding what they computed.",
+        rich_help_panel=TRAINING,
+    ),
+]  # fmt: skip
+PowerSgd = Annotated[
+    int | None,
+    typer.Option(
+        "--powersgd", help="Rank of what processes exchange instead of gradients.", show_default="gradients",
+        rich_help_panel=TRAINING,
+    ),
+]  # fmt: skip
+Track = Annotated[
+    str | None,
+    typer.Option(
+        "--track", help="tensorboard (in runs/ beside the output) or wandb.", show_default="neither",
+        rich_help_panel=TRAINING,
+    ),
+]  # fmt: skip
 TextColumn = Annotated[str | None, typer.Option("--text-column", help=f"Column with the text, {_COLUMNS}.")]
 LabelColumn = Annotated[
     str | None, typer.Option("--label-column", help=f"Column with the label of a row, {_COLUMNS}.")

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 
 from llmcomp import lora
 from llmcomp.checkpoint import Checkpoint
+from llmcomp.digests import digests
 from llmcomp.errors import BadRecipe
+from llmcomp.export_record import RECORD_NAME, ExportRecord
 from llmcomp.exports import EXPORTS
-from llmcomp.formats.opening import open_checkpoint
+from llmcomp.formats.opening import Opened, open_checkpoint
 from llmcomp.formats.save import CHECKPOINT, partial_of, preflight, publish, writing
+from llmcomp.measure.load import task_of
 from llmcomp.progress import Progress
+from llmcomp.provenance import origin_of
+from llmcomp.report.schema import FILE_NAME, Report
 
 _OF_THE_SOURCE = "llmcomp_report."  # sizes and labels in it are those of the source
 
@@ -46,6 +53,7 @@ def export_to(directory: Path, output: Path, form: str, overwrite: bool, progres
         notes = EXPORTS[form](opened, target)
         with writing(target):
             _copy_beside(checkpoint, target)
+            (target / RECORD_NAME).write_text(_record(opened, form, notes, target).to_json(), encoding="utf-8")
         publish(partial, output, overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -53,6 +61,18 @@ def export_to(directory: Path, output: Path, form: str, overwrite: bool, progres
             with contextlib.suppress(OSError):  # not empty: the output lies in it
                 folder.rmdir()
     return notes
+
+
+def _record(opened: Opened, form: str, notes: list[str], target: Path) -> ExportRecord:
+    """What a card of the export will say, and a push compare with."""
+    directory = opened.directory
+    report = Report.read(directory) if (directory / FILE_NAME).is_file() else None
+    architecture = str((opened.config.get("architectures") or [type(opened.skeleton).__name__])[0])
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return ExportRecord(
+        form, str(directory), architecture, task_of(directory), created, version("llmcomp"), notes,
+        origin_of(directory), digests(target), report,
+    )  # fmt: skip
 
 
 def _copy_beside(checkpoint: Checkpoint, target: Path) -> None:

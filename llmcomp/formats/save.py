@@ -213,6 +213,11 @@ def partial_of(output: Path) -> Path:
     return output.with_name(f".{output.name}.partial")
 
 
+def output_of(partial: Path) -> Path:
+    """The output that a partial directory is for."""
+    return partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
+
+
 def scratch_of(partial: Path, rank: int) -> Path:
     """Where a rank that keeps nothing works meanwhile, on its own host."""
     return partial / f"rank-{rank}"

@@ -20,6 +20,7 @@ from llmcomp.errors import BadCheckpoint, BadData, LlmcompError
 from llmcomp.feeds import around, task_beyond_text
 from llmcomp.sentences import is_sentence_encoder
 from llmcomp.shards import read_json_object
+from llmcomp.tokenizing import forgetful
 
 AUTO = {
     "causal-lm": "AutoModelForCausalLM",
@@ -132,7 +133,8 @@ def load_tokenizer(directory: str | Path, config: Any = None) -> Any:
     """
     native.register(read_json_object(Path(directory) / "config.json"))
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(directory), config=config, local_files_only=True)
+        found = transformers.AutoTokenizer.from_pretrained(str(directory), config=config, local_files_only=True)
+        return forgetful(found)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise BadCheckpoint(

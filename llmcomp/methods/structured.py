@@ -71,17 +71,22 @@ class Pruned:
     error: float | None
 
 
-def prune(weight: Tensor, gram: Tensor, units: Tensor, keep: int, config: PruneConfig = PruneConfig()) -> Pruned:
+def prune(
+    weight: Tensor, gram: Tensor, units: Tensor, keep: int, config: PruneConfig = PruneConfig(),
+    scores: Tensor | None = None,
+) -> Pruned:
     """Choose the units that stay, and refit their columns to the outputs of all.
 
     Args:
         weight: floating [out, in]. gram: floating [in, in] of its input.
         units: int64 [units, size], the columns of each. keep: how many stay.
+        scores: [units], the highest of which stay; None: `choose` finds those that stay.
 
     Raises:
         NumericalError: a Gram matrix with NaN or Inf.
     """
-    kept = choose(weight, gram, units, keep, config.damping)
+    kept = choose(weight, gram, units, keep, config.damping) if scores is None else most_important(scores, keep)
+    kept = kept.to(weight.device)
     columns = units.to(weight.device)[kept].flatten()
     fitted = compensate(weight, gram, columns, config.damping) if config.compensate else weight[:, columns]
     wide, left = gram.double(), weight.to(torch.float64, copy=True)

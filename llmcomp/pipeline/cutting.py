@@ -34,19 +34,19 @@ from llmcomp.formats import witness
 from llmcomp.formats.save import ShardWriter, checkpoint_config, writing
 from llmcomp.matmul import WideProducts
 from llmcomp.methods.structured import most_important, prune, prune_by_size
-from llmcomp.pipeline.influence import influences
 from llmcomp.pipeline.job import Outcome, Source, open_source
 from llmcomp.pipeline.journal import Journal
 from llmcomp.pipeline.memory import keep_large_blocks_apart, return_freed_memory
 from llmcomp.pipeline.narrowed import Renumbered, gone, narrowed, with_cut
 from llmcomp.pipeline.pruning import Reduction, Smaller
 from llmcomp.pipeline.residency import Residency
+from llmcomp.pipeline.scoring import Scoring
 from llmcomp.pipeline.streaming import streamed
 from llmcomp.progress import Progress
 from llmcomp.report.schema import LayerReport, Removed
 
 _AGREEING = 0.05  # of the outputs' standard deviation: 16-bit products of other shapes are rounded differently
-_OUTSIDE, _BLOCKS, _WITNESS = "outside", "blocks.json", "witness.safetensors"
+_OUTSIDE, _WITNESS = "outside", "witness.safetensors"
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Cut:
 @dataclass(frozen=True)
 class Setting:
     """What a cut runs with, as in `pipeline.job.Job`; `partial` is its own directory, `fingerprint` of all that decides
-    the result, `allow_pickle` and `trust_remote_code` what the source was opened with."""
+    the result, `trust_remote_code` what the source was opened with, `labels` [rows] of each batch of a classifier."""
 
     batches: Sequence[Mapping[str, Tensor]]
     witness: Mapping[str, Tensor]
@@ -87,6 +87,7 @@ class Setting:
     activation_memory: int
     device: torch.device
     trust_remote_code: bool = False
+    labels: Sequence[Tensor] | None = None
 
 
 def cut(source: Source, reduction: Reduction, setting: Setting, progress: Progress) -> Cut:
@@ -115,6 +116,10 @@ class _Cutting:
         self._spill = setting.partial / "activations"
         self._spill.mkdir(parents=True, exist_ok=True)
         self._parking = Parking(self._spill, setting.activation_memory, setting.device)
+        self._scoring = Scoring(
+            source, reduction, setting.batches, setting.labels, setting.partial, setting.activation_memory,
+            setting.device,
+        )  # fmt: skip
         self._phases = dict.fromkeys(("read", "forward", "solve", "save"), 0.0)
         self._layers: list[LayerReport] = []
         self._removed: list[Removed] = []
@@ -137,37 +142,19 @@ class _Cutting:
     def _blocks(self) -> list[int]:
         """Those of the source that stay, in order."""
         names = [block.name for block in self._source.adapter.blocks]
-        if self._reduction.blocks == len(names):
+        all_stay = self._reduction.blocks == len(names)
+        if all_stay and not self._reduction.taylor:
             return list(range(len(names)))
-        known = self._setting.partial / _BLOCKS
-        if known.is_file():
-            scores = json.loads(known.read_text(encoding="utf-8"))
-        else:
-            with self._timed("forward"):
-                self._progress.phase("look at blocks")
-                scores = self._scores()
-            with writing(known):
-                known.with_suffix(".tmp").write_text(json.dumps(scores), encoding="utf-8")
-                known.with_suffix(".tmp").replace(known)
+        with self._timed("forward"):
+            self._progress.phase("look at blocks")
+            scores = self._scoring.of_blocks()
+        if all_stay:
+            return list(range(len(names)))
         kept = most_important(torch.tensor(scores, dtype=torch.float64), self._reduction.blocks).tolist()
         for index, score in enumerate(scores):
             if index not in kept:
                 self._removed.append(Removed(names[index], "block", 1, 1, [index], score))
         return kept
-
-    def _scores(self) -> list[float]:
-        adapter, binding = self._source.adapter, self._source.binding
-        if self._reduction.calibrated:
-            setting = self._setting
-            return influences(
-                adapter, binding, setting.batches, self._spill, setting.activation_memory, setting.device
-            )
-        found = []
-        for block in adapter.blocks:
-            weights = (binding.tensor(f"{ref.name}.weight") for ref in block.linears)
-            found.append(sum(float(weight.double().square().sum()) for weight in weights))
-            binding.checkpoint.release()
-        return found
 
     # --- block by block ---
 
@@ -253,7 +240,8 @@ class _Cutting:
             else:
                 assert stats.gram is not None  # nothing has been made of it
                 units = torch.arange(weight.shape[1], device=weight.device).reshape(-1, part.size)
-                found = prune(weight, stats.gram, units, keep, config)
+                scores = self._scoring.of_units(self._values.smaller.original(part.output.name))
+                found = prune(weight, stats.gram, units, keep, config, scores)
             self._install(part, found.kept, found.weight)
         layer = narrowed(part, part.output, keep, weight.element_size(), self._reduction.step.method)
         return found.kept, replace(layer, error=found.error, seconds=time.perf_counter() - began)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmcomp import feeds
 from llmcomp.adapters.base import Adapter
 from llmcomp.calibration import batching, media, pairs
-from llmcomp.calibration.data import Batch, read_texts
+from llmcomp.calibration.data import Batch, Texts, read_texts, window_starts
 from llmcomp.calibration.lint import lint
 from llmcomp.checkpoint import Checkpoint
 from llmcomp.errors import BadData
-from llmcomp.measure.inputs import max_positions
+from llmcomp.measure.inputs import class_numbers, max_positions
 from llmcomp.progress import Progress
 from llmcomp.recipe import Recipe
+from llmcomp.tokenizing import forgetful
 
 fingerprint = batching.fingerprint
+LABELLED = "sequence-classification"  # the task whose loss wants labels
 # What a report says of a vision-language model that was calibrated on text.
 TEXT_ONLY = "Calibrated on text alone, not on images; give a table with the columns image and text for both."
 
@@ -76,15 +80,41 @@ def tokenizer_of(checkpoint: Checkpoint) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(
+        return forgetful(transformers.AutoTokenizer.from_pretrained(
             str(checkpoint.path), local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
-        )
+        ))  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BadData(
             f"{checkpoint.path} has no tokenizer to read calibration text with ({reason}); add its tokenizer "
             "files, or calibrate on a .safetensors file of input_ids."
         ) from error
+
+
+def row_labels(
+    texts: Texts, found: Sequence[Tensor], made: Sequence[Batch], model: Any, seed: int
+) -> tuple[list[Tensor], str]:
+    """The labels of a classifier's windows for each batch, [rows], and a digest of them.
+
+    Args:
+        texts: what `windows` has read; found: the windows of its rows, by `seed`; made: their batches.
+
+    Raises:
+        BadData: rows without labels, or with labels that are not the model's.
+    """
+    if texts.labels is None or texts.running or texts.input_ids is not None:
+        raise BadData(
+            f"{texts.description} has no labels for the loss whose gradients --method taylor takes; give --calibration "
+            "a table with a column 'label', or take --method activation."
+        )
+    if model.config.problem_type == "multi_label_classification":
+        raise BadData("--method taylor knows one label a row, and this model has several; take --method activation.")
+    rows = [number for number, row in enumerate(texts.rows) if row.strip()]
+    chosen = [texts.labels[rows[start]] for start in window_starts(len(rows), len(found), 1, seed)]
+    numbers = class_numbers(replace(texts, labels=chosen), model)
+    by_length = sorted(range(len(found)), key=lambda number: len(found[number]))  # as `batches` orders windows
+    labels = torch.from_numpy(numbers)[by_length]
+    return list(labels.split([len(batch.input_ids) for batch in made])), hashlib.sha256(numbers.tobytes()).hexdigest()
 
 
 def _media(recipe: Recipe, checkpoint: Checkpoint, adapter: Adapter, kind: str) -> Gathered:

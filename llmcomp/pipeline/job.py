@@ -54,12 +54,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Data:
-    """What the model is run on. `facts`: the report's account of it."""
+    """What the model is run on. `facts`: the report's account of it; `labels`: of each batch, where gradients want a
+    classifier's."""
 
     batches: list[Batch]
     witness: dict[str, Tensor]
     fingerprint: str
     facts: dict[str, Any]
+    labels: list[Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -282,7 +284,11 @@ def gather(
         "source": name, "description": described, "samples": len(found),
         "tokens": sum(len(window) for window in found), "warnings": warnings,
     }  # fmt: skip
-    return Data(made, _witness(found), fingerprint(found), facts)
+    data = Data(made, _witness(found), fingerprint(found), facts)
+    if plan.reduction is None or not plan.reduction.taylor or adapter.task != feeding.LABELLED:
+        return data
+    labels, digest = feeding.row_labels(texts, found, made, adapter.model, recipe.seed)
+    return replace(data, labels=labels, fingerprint=f"{data.fingerprint} {digest}")
 
 
 def _require_enough(windows: int, world: World) -> None:

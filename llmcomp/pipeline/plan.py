@@ -226,7 +226,8 @@ def _passes(plan: Plan) -> int:
     reduction = plan.reduction
     if reduction is None or not reduction.calibrated:
         return own
-    looks = reduction.blocks < len(reduction.source.blocks)
+    # For gradients blocks are computed on both ways.
+    looks = 2 if reduction.taylor else int(reduction.blocks < len(reduction.source.blocks))
     return looks + bool(reduction.keep) + own * plan.assignment.calibrated
 
 

@@ -22,6 +22,7 @@ from llmcomp.building import build
 from llmcomp.errors import BadRecipe
 from llmcomp.feeds import composite, encoder_decoder
 from llmcomp.methods.structured import PruneConfig, kept_count
+from llmcomp.pipeline.sensitivity import TASKS
 from llmcomp.recipe import PruneStep
 
 # What configs call the width of an MLP.
@@ -74,7 +75,12 @@ class Reduction:
     @property
     def calibrated(self) -> bool:
         """Whether it reads activations."""
-        return self.step.method == "activation"
+        return self.step.method != "magnitude"
+
+    @property
+    def taylor(self) -> bool:
+        """Whether it reads gradients of the loss, so a classifier's labels, too."""
+        return self.step.method == "taylor"
 
     def parts(self, block: Block) -> list[Part]:
         """What is cut in a block of the model that is as wide as it was."""
@@ -122,6 +128,9 @@ def reduce_model(adapter: Adapter, step: PruneStep) -> Reduction:
             widths |= changes
         except BadRecipe as error:
             problems.append(str(error).rstrip("."))
+    if step.method == "taylor" and adapter.task not in TASKS:
+        known = " and ".join(TASKS)
+        problems.append(f"--method taylor wants a loss, which models for {known} have here; take activation")
     total = len(adapter.blocks)
     kept = tuple(range(total - (step.layers or 0)))
     if not kept:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llmcomp.adapters.base import Block
+from llmcomp.adapters.base import Adapter, Block
 from llmcomp.adapters.units import Part
+from llmcomp.feeds import vocabulary
 from llmcomp.formats.dense import DenseLayout
 from llmcomp.patterns import Pattern
 from llmcomp.pipeline.assign import Assignment, Pruning, Task
+from llmcomp.pipeline.feeding import LABELLED
 from llmcomp.pipeline.footprint import DOUBLE, footprint
 from llmcomp.pipeline.job import Plan
 from llmcomp.pipeline.pruning import Reduction
@@ -35,6 +37,8 @@ def pruning_footprint(plan: Plan, reduction: Reduction, lanes: Lanes, budget: in
     found = footprint(source, alike, lanes, budget, look)
     size = next(iter(source.model.state_dict().values())).element_size()
     solving = max((_solving(part) for part in parts), default=0) if reduction.calibrated else 0
+    if reduction.taylor:
+        solving = max(solving, _backward(source, lanes.tokens))
     written = max(sum(ref.weights for ref in block.linears) * size for block in source.blocks)
     terms = replace(found.terms, method=max(found.terms.method, solving), packed=max(found.terms.packed, written))
     return Footprint("pruning", terms, found.spilled)
@@ -52,9 +56,11 @@ def pruning_seconds(reduction: Reduction, tokens: int, lanes: int, rates: Rates)
     if not reduction.calibrated:
         return total
     looking = reduction.blocks < len(source.blocks)
+    # Forward, again on the way back, and the gradients of what is read: a product for each of a forward's.
+    looks = 3 if reduction.taylor else int(looking)
     for block in source.blocks:
         parts = reduction.parts(block)
-        runs = looking + (bool(parts) * reduction.blocks / len(source.blocks))
+        runs = looks + (bool(parts) * reduction.blocks / len(source.blocks))
         total += runs * _forward(block, tokens, lanes, rates)
         for part in parts:
             columns = float(part.output.in_features)
@@ -70,6 +76,16 @@ def _forward(block: Block, tokens: int, lanes: int, rates: Rates) -> float:
 def _solving(part: Part) -> int:
     """Bytes of choosing and refitting."""
     return DOUBLE * (3 * part.output.in_features**2 + 2 * part.output.weights)
+
+
+def _backward(source: Adapter, tokens: int) -> int:
+    """Bytes of one batch on its way back: what every block reads, one block's graph with its gradients, logits and
+    their gradient in float32 (a classifier's are none)."""
+    size = next(iter(source.model.state_dict().values())).element_size()
+    width = max(block.linears[0].in_features for block in source.blocks)
+    graph = max(sum(ref.in_features + ref.out_features for ref in block.linears) for block in source.blocks)
+    classes = 0 if source.task == LABELLED else vocabulary(source.model) or 0
+    return tokens * (size * (len(source.blocks) * width + 2 * graph) + DOUBLE * (width + 2 * classes))
 
 
 def _operations(part: Part, reduction: Reduction) -> float:

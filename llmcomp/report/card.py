@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from llmcomp import licences
 from llmcomp.report import summary, words
 from llmcomp.report.schema import Origin, Report
-from llmcomp.report.snippets import pipeline_tag, snippets
+from llmcomp.report.snippets import is_sentences, pipeline_tag, snippets
 from llmcomp.report.trained import pruning_lines
 
 FILE_NAME = "README.md"
@@ -45,27 +45,34 @@ def card(report: Report, name: str, *, gguf: bool = False) -> Card:
 
     drawn = drawings(report)
     origin = report.origin or Origin()
-    text = _template().render(
+    text = template("card.md.j2").render(
         yaml=metadata(report, name).to_yaml(),
         title=name.rstrip("/").rpartition("/")[2],
-        report=report,
         origin=origin,
         source=source_name(report),
         warning=licences.warning(origin.license, origin.license_name),
         rows=summary.comparison(report),
         recovery=summary.recovery_rows(report),
-        trained=[*summary.recovery_lines(report), *pruning_lines(report)],
         plots={f"{PLOTS}/{key}.png": shown for key, (shown, _) in drawn.items()},
         snippets=snippets(report, name, gguf),
-        recipe=summary.recipe_yaml(report),
-        command=summary.reproduce(_public(report)),
-        data_licence=_data_licence(report),
-        fallbacks=summary.fallbacks(report),
-        left=summary.left(report)[:_MOST_LEFT],
-        notes=[*(report.calibration.get("warnings") or []), *report.notes],
-        versions={"llmcomp": report.llmcomp_version} | report.machine.versions,
+        **making(report),
     )
     return Card(text, {f"{PLOTS}/{key}.png": image for key, (_, image) in drawn.items()})
+
+
+def making(report: Report) -> dict[str, Any]:
+    """What card_making.md.j2 shows: how a checkpoint was made, of what data, and its limits."""
+    return {
+        "report": report,
+        "trained": [*summary.recovery_lines(report), *pruning_lines(report)],
+        "recipe": summary.recipe_yaml(report),
+        "command": summary.reproduce(_public(report)),
+        "data_licence": _data_licence(report),
+        "fallbacks": summary.fallbacks(report),
+        "left": summary.left(report)[:_MOST_LEFT],
+        "notes": [*(report.calibration.get("warnings") or []), *report.notes],
+        "versions": {"llmcomp": report.llmcomp_version} | report.machine.versions,
+    }
 
 
 def metadata(report: Report, name: str) -> Any:
@@ -81,12 +88,18 @@ def metadata(report: Report, name: str) -> Any:
         license_name=origin.license_name,
         license_link=origin.license_link,
         language=origin.languages or None,
-        library_name="llmcomp" if report.format == "llmcomp" else "transformers",
+        library_name=_library(report),
         pipeline_tag=pipeline_tag(report),
         tags=tags(report),
         model_name=name.rstrip("/").rpartition("/")[2] if results else None,
         eval_results=results or None,
     )
+
+
+def _library(report: Report) -> str:
+    if is_sentences(report):
+        return "sentence-transformers"
+    return "llmcomp" if report.format == "llmcomp" else "transformers"
 
 
 def relation(report: Report) -> str:
@@ -164,7 +177,8 @@ def _public(report: Report) -> Report:
 
 
 @functools.cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """One of the templates beside this module."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=False,  # Markdown; what comes from outside goes through `cell` or `line`
@@ -174,7 +188,7 @@ def _template() -> Template:
         keep_trailing_newline=True,
     )
     environment.filters.update(cell=cell, line=line, size=words.size, moment=words.moment, collapse=words.collapse)
-    return environment.get_template("card.md.j2")
+    return environment.get_template(name)
 
 
 def line(text: Any) -> str:

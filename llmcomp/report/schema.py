@@ -173,7 +173,7 @@ class Recovery:
     """A training of what had been compressed; the report's `before` is the compressed model, `after` the recovered one.
 
     Attributes:
-        method: 'full' or 'lora'; kept: in words what became of what was trained.
+        method: 'full', 'lora' or 'qat'; kept: in words what became of what was trained.
         model: the name of the model that had been compressed; source: its directory, None where it is gone.
         data: in words what was trained on; teacher: whose logits were learned from, too.
         parameters: how many numbers were trained. steps: optimizer steps; resumed: those of a run that was killed.

@@ -373,7 +373,8 @@ def reproduce(report: Report) -> str:
     if report.pruning is not None:
         return f"accelerate launch scripts/prune_in_training.py --config {PLAN_NAME}"
     if report.distillation is not None:
-        return f"accelerate launch scripts/distill_lm.py --config {DISTILL_NAME}"
+        script = "distill_lm" if report.task == "causal-lm" else "distill_bert"
+        return f"accelerate launch scripts/{script}.py --config {DISTILL_NAME}"
     verb = "quantize" if report.command == "quantize" else "compress"  # which take any recipe
     return f"llmcomp {verb} {shlex.quote(report.model)} --recipe llmcomp_recipe.yaml{output}"
 

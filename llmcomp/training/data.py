@@ -6,10 +6,12 @@ A batch holds what the model reads, and beside it, aligned with the logits: `lab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -29,7 +31,7 @@ _HELD_OUT, _HELD_OUT_MOST = 0.05, 128
 
 @dataclass(frozen=True)
 class Samples(Dataset[Batch]):
-    """Token windows, and a label of each where there are labels."""
+    """Token windows, and a label of each where there are labels; `IGNORED` or NaN of one that has none."""
 
     windows: Sequence[Tensor]
     labels: Tensor | None = None
@@ -52,6 +54,13 @@ class Samples(Dataset[Batch]):
             raise BadData("One sample cannot be held out for --evaluate-every; give more data, or leave the flag out.")
         chosen = {int((n + 0.5) * len(self) / count) for n in range(count)}
         return self._of([n for n in range(len(self)) if n not in chosen]), self._of(sorted(chosen))
+
+    def labelled(self) -> Samples:
+        """Without those that have no label, where others have one."""
+        if self.labels is None:
+            return self
+        known = self.labels.isfinite() if self.labels.is_floating_point() else self.labels != IGNORED
+        return self if bool(known.all()) else self._of(known.nonzero()[:, 0].tolist())
 
     def _of(self, numbers: list[int]) -> Samples:
         labels = None if self.labels is None else self.labels[torch.tensor(numbers)]
@@ -88,7 +97,7 @@ def samples_of(
             )
         texts = _with_text(texts)
         if texts.labels is not None:
-            labels = torch.from_numpy(class_numbers(texts, model))
+            labels = _labels(texts, model)
     found = windows(
         texts, tokenizer, samples=count or _ALL, length=length, seed=0 if task not in TASKS[:2] else seed, task=task,
         max_length=max_positions(model, tokenizer),
@@ -99,6 +108,17 @@ def samples_of(
     if (largest := max(int(window.max()) for window in found)) >= known:
         raise BadData(f"{texts.description} has token {largest}, and the model knows {known}; tokenize it by its own.")
     return Samples(found, labels)
+
+
+def _labels(texts: Texts, model: Any) -> Tensor:
+    """As the model counts them; `IGNORED`, of scores NaN, of rows that have none."""
+    said = texts.labels or []
+    known = [number for number, label in enumerate(said) if label is not None]
+    found = torch.from_numpy(class_numbers(replace(texts, labels=[said[number] for number in known]), model))
+    empty = float("nan") if found.is_floating_point() else IGNORED
+    labels = torch.full((len(said),), empty, dtype=found.dtype)
+    labels[torch.tensor(known)] = found
+    return labels
 
 
 def _with_text(texts: Texts) -> Texts:
@@ -116,21 +136,25 @@ def _evenly(rows: int, count: int) -> Tensor:
     return torch.tensor(window_starts(rows, count, 1, 0))  # as `windows` chooses rows with seed 0
 
 
-def collator(task: str, tokenizer: Any, regression: bool = False) -> Callable[[Sequence[Batch]], Batch]:
+def collator(
+    task: str, tokenizer: Any, regression: bool = False, masks: int | None = None
+) -> Callable[[Sequence[Batch]], Batch]:
     """Samples → batch, for a task.
 
     Args:
         tokenizer: None for token ids that need neither padding nor masking.
         regression: labels are numbers.
+        masks: a seed with which each sample is masked in one way for good; None masks it anew each time.
     """
     pad = (None if tokenizer is None else tokenizer.pad_token_id) or 0
 
     def collate(samples: Sequence[Batch]) -> Batch:
-        batch = _padded([sample["input_ids"] for sample in samples], pad)
+        batch = padded([sample["input_ids"] for sample in samples], pad)
         if task == "causal-lm":
             return {**batch, **_next_tokens(batch)}
         if task == "masked-lm":
-            return {**batch, **_masked(batch, tokenizer)}
+            drawn = None if masks is None else [_generator(sample["input_ids"], masks) for sample in samples]
+            return {**batch, **_masked(batch, tokenizer, drawn)}
         rows = len(samples)
         unknown = torch.full((rows,), float("nan")) if regression else torch.full((rows,), IGNORED)
         labels = torch.stack([sample["labels"] for sample in samples]) if "labels" in samples[0] else unknown
@@ -139,15 +163,29 @@ def collator(task: str, tokenizer: Any, regression: bool = False) -> Callable[[S
     return collate
 
 
-def _padded(rows: list[Tensor], pad: int) -> Batch:
+def padded(rows: Sequence[Tensor], pad: int) -> Batch:
+    """Rows of token ids as one batch, with a mask where lengths differ."""
     longest = max(map(len, rows))
     if all(len(row) == longest for row in rows):
-        return {"input_ids": torch.stack(rows)}
+        return {"input_ids": torch.stack(list(rows))}
     ids = torch.full((len(rows), longest), pad, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for number, row in enumerate(rows):
         ids[number, : len(row)], mask[number, : len(row)] = row, 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def rows_of(batch: Mapping[str, Tensor]) -> list[np.ndarray]:
+    """Token ids of each row, without padding."""
+    ids = batch["input_ids"].cpu().numpy()
+    if "attention_mask" not in batch:
+        return list(ids)
+    return [row[there] for row, there in zip(ids, batch["attention_mask"].cpu().numpy() > 0, strict=True)]
+
+
+def key_of(row: np.ndarray) -> bytes:
+    """A digest of token ids, 16 bytes."""
+    return hashlib.blake2b(np.ascontiguousarray(row, dtype="<i8").tobytes(), digest_size=16).digest()
 
 
 def _next_tokens(batch: Batch) -> Batch:
@@ -159,12 +197,24 @@ def _next_tokens(batch: Batch) -> Batch:
     return {"labels": labels, "scored": labels != IGNORED}
 
 
-def _masked(batch: Batch, tokenizer: Any) -> Batch:
-    """What was hidden, where it was; drawn anew each time, from torch's own state, which a resumed run restores."""
+def _masked(batch: Batch, tokenizer: Any, generators: Sequence[torch.Generator] | None) -> Batch:
+    """What was hidden, where it was; drawn anew each time, from torch's own state, which a resumed run restores, or of
+    each row by its own generator."""
     ids = batch["input_ids"]
     special = torch.isin(ids, torch.tensor(sorted(tokenizer.all_special_ids)))
-    hidden = (torch.rand(ids.shape) < _MASKED) & ~special
-    draw, others = torch.rand(ids.shape), torch.randint(len(tokenizer), ids.shape)
+    if generators is None:
+        chance, draw, others = torch.rand(ids.shape), torch.rand(ids.shape), torch.randint(len(tokenizer), ids.shape)
+    else:  # token by token, so that padding changes nothing
+        drawn = [torch.rand(ids.shape[1], 3, generator=one) for one in generators]
+        chance, draw, share = torch.stack(drawn).unbind(-1)
+        others = (share * len(tokenizer)).long()
+    hidden = (chance < _MASKED) & ~special
     shown = torch.where(hidden & (draw < _AS_MASK), torch.full_like(ids, tokenizer.mask_token_id), ids)
     shown = torch.where(hidden & (draw >= 1 - _AS_ANY), others, shown)
     return {"input_ids": shown, "labels": torch.where(hidden, ids, torch.full_like(ids, IGNORED)), "scored": hidden}
+
+
+def _generator(ids: Tensor, seed: int) -> torch.Generator:
+    """Of a sample, whatever its place in the data."""
+    digest = hashlib.blake2b(key_of(ids.numpy()) + str(seed).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

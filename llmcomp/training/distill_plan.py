@@ -10,11 +10,14 @@ from typing import Any
 
 from llmcomp.building import build, read_settings
 from llmcomp.errors import BadRecipe
+from llmcomp.kept import BITS
 from llmcomp.training.distilling import DIVERGENCES, METHODS, Weights
 from llmcomp.training.settings import Optimization, Teaching, optimization_of, said_of
 from llmcomp.training.students import parse_cut
 
-_LISTS = ("ensemble", "head_map")
+SAME, SHARED = VOCABULARIES = ("same", "shared")
+_TAUGHT = ("baseline", "ensemble", "assistants", "past", "peer", "teacher_cache")  # what only a teacher is asked with
+_LISTS = ("ensemble", "assistants", "head_map")
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,15 @@ class DistillPlan:
     Attributes:
         teacher: a directory, Hub id, alias or 'sample:' name. ensemble: further teachers, whose distributions are
             averaged with its.
+        assistants: students on the way, each of which is trained by the one before it and teaches the next; written as
+            `student`.
+        past: the moving average of the student's own weights teaches it, in the teacher's place, of which so much stays
+            at each step. peer: a second student, written as `student`, does, and learns from the first.
+        teacher_cache: a directory in which the teacher's logits are kept, so that it runs once for all epochs and runs;
+            cached_classes: how many of a distribution, the others as one; cached_bits: of a logarithm, 16 or 8.
         student: what is cut from the teacher, such as 'layers=3' (`training.students`), a checkpoint, or a config.json.
         output: the directory to be made.
+        vocabulary: 'same', of teacher and student, or 'shared': the tokens that both have are compared.
         data, eval_data, text_column, label_column, samples, sequence_length: as `llmcomp recover`.
         method: one of `distilling.METHODS`, which says how much each loss counts; a `…_weight` says otherwise.
         temperature: T of the soft targets. divergence: forward, reverse or jsd.
@@ -39,6 +49,13 @@ class DistillPlan:
     student: str
     output: str | None = None
     ensemble: tuple[str, ...] = ()
+    assistants: tuple[str, ...] = ()
+    past: float | None = None
+    peer: str | None = None
+    teacher_cache: str | None = None
+    cached_classes: int = 64
+    cached_bits: int = 16
+    vocabulary: str = SAME
     data: str = "default"
     eval_data: str | None = None
     text_column: str | None = None
@@ -71,6 +88,9 @@ class DistillPlan:
     evaluate_every: int | None = None
     patience: int | None = None
     save_every: int | None = None
+    gradient_checkpointing: bool = False
+    powersgd: int | None = None
+    track: str | None = None
     device: str = "auto"
     evaluate: bool = True
     verify: bool = True
@@ -113,15 +133,79 @@ class DistillPlan:
         for name, value in dataclasses.asdict(self.weights).items():
             if not 0 <= value < float("inf"):
                 raise BadRecipe(f"--{name}-weight {value} cannot be: it is a finite number of at least 0.")
-        if not any(value for name, value in dataclasses.asdict(self.weights).items() if name != "hard"):
-            raise BadRecipe("With these weights nothing is learned from the teacher; give one a weight above 0.")
-        parse_cut(self.student)
+        if not self.weights.taught and self.method != "labels":
+            raise BadRecipe(
+                "With these weights nothing is learned from the teacher; give one a weight above 0, or --method labels."
+            )
+        self._check_teachers()
+        for student in (self.student, *self.assistants, *([] if self.peer is None else [self.peer])):
+            parse_cut(student)
         self.teaching.check()
         self.optimization.check()
-        for name, least in (("samples", 1), ("sequence_length", 2), ("relation_heads", 1)):
+        numbers = (("samples", 1), ("sequence_length", 2), ("relation_heads", 1), ("cached_classes", 1))
+        for name, least in numbers:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise BadRecipe(f"--{name.replace('_', '-')} {value} cannot be: it is at least {least}.")
+
+    def _check_teachers(self) -> None:
+        """Who teaches, and how that is kept."""
+        if not self.weights.taught and (extra := [name for name in _TAUGHT if getattr(self, name)]):
+            raise BadRecipe(f"--method labels has no teacher, so --{extra[0].replace('_', '-')} is for another method.")
+        if self.past is not None and not 0 <= self.past < 1:
+            raise BadRecipe(f"--past {self.past} cannot be: it is at least 0 and below 1, such as 0.999.")
+        if self.past is not None and self.peer is not None:
+            raise BadRecipe("--past and --peer both stand in the teacher's place; give one of them.")
+        if self.assistants and (self.past is not None or self.peer is not None):
+            raise BadRecipe("--assistant is for a teacher; leave --past and --peer out.")
+        if self.peer is not None and self.weights.inside:
+            raise BadRecipe(
+                f"Students that teach each other learn from logits, and these weights want {self.weights.inside[0]}, "
+                "too; give --method logits."
+            )
+        if self.vocabulary not in VOCABULARIES:
+            raise BadRecipe(f"--vocabulary {self.vocabulary} cannot be: choose one of {', '.join(VOCABULARIES)}.")
+        if self.vocabulary == SHARED and self.weights.inside:
+            raise BadRecipe(
+                f"--vocabulary shared compares logits, and these weights want {self.weights.inside[0]}, which is of "
+                "other tokens; give --method logits."
+            )
+        if self.teacher_cache is None:
+            return
+        if self.past is not None or self.peer is not None:
+            raise BadRecipe("--teacher-cache is for teachers that stay as they are; leave --past and --peer out.")
+        if self.weights.inside:
+            raise BadRecipe(
+                f"--teacher-cache keeps logits alone, and these weights want {self.weights.inside[0]}, too; give "
+                "--method logits, or leave the cache out."
+            )
+        if self.cached_bits not in BITS:
+            raise BadRecipe(f"--cached-bits {self.cached_bits} cannot be: choose one of {', '.join(map(str, BITS))}.")
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """Names of the teachers that are models of their own, in order."""
+        if not self.weights.taught:
+            return ()
+        return self.ensemble if self.past is not None or self.peer is not None else (self.teacher, *self.ensemble)
+
+    def chain(self) -> list[DistillPlan]:
+        """A run for each assistant and the student's; each is taught by what the one before it has made.
+
+        Raises:
+            BadRecipe: assistants, and no name for the output, beside which they lie.
+        """
+        if not self.assistants:
+            return [self]
+        if self.output is None:
+            raise BadRecipe("Assistants lie beside the output; give it a name with --output.")
+        found, teacher = [], self.teacher
+        for number, student in enumerate(self.assistants, start=1):
+            output = f"{self.output}-assistant-{number}"
+            found.append(replace(self, teacher=teacher, student=student, output=output, assistants=(), ensemble=(),
+                                 baseline=False, evaluate=False))  # fmt: skip
+            teacher = output
+        return [*found, replace(self, teacher=teacher, assistants=())]
 
     def said(self) -> dict[str, Any]:
         """What was asked, as plain data; what is left at its default, or changes nothing of the result, left out."""
@@ -152,7 +236,7 @@ def distill_plan(data: Mapping[Any, Any], where: str) -> DistillPlan:
             raise BadRecipe(f"{where} names no {name}; give {name}: with {example}.")
     for name in _LISTS:
         if name in data:
-            kind = str if name == "ensemble" else int
+            kind = int if name == "head_map" else str
             if not isinstance(data[name], list) or not all(isinstance(one, kind) for one in data[name]):
                 raise BadRecipe(f"{where}: '{name}' must be a list, got {data[name]!r}.")
             data[name] = tuple(data[name])

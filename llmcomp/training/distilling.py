@@ -1,14 +1,14 @@
 """What a student learns from a teacher, put together: one weighted sum of losses that is an `Objective` of the Trainer.
 
-A teacher is a function from what the student reads to `Targets`, so several of them, one that remembers what it has
-said, or another student are functions around functions (`ensemble`, `llmcomp.training.remembered`); nothing here knows
-which it is.
+A teacher is a function from what the student reads to `Targets`, so several of them, the student's own past, another
+student, or what was said before are functions around functions (`training.guides`, `training.remembered`); nothing here
+knows which it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llmcomp import inner_losses, losses
 from llmcomp.errors import BadRecipe
+from llmcomp.kept import Kept
 from llmcomp.training.data import Batch
 from llmcomp.training.taps import EMBEDDINGS, Inside, Taps
 from llmcomp.training.trainer import Objective
@@ -46,6 +47,16 @@ class Weights:
     relation: float = 0.0
     transfer: float = 0.0
 
+    @property
+    def taught(self) -> bool:
+        """Whether anything is learned from a teacher."""
+        return any(value for name, value in asdict(self).items() if name != "hard")
+
+    @property
+    def inside(self) -> tuple[str, ...]:
+        """Losses that want more of a teacher than its logits."""
+        return tuple(name for name, value in asdict(self).items() if value and name not in ("hard", "soft"))
+
 
 METHODS: dict[str, Weights] = {
     "logits": Weights(hard=0.5, soft=0.5),  # Hinton et al., arXiv:1503.02531
@@ -54,14 +65,16 @@ METHODS: dict[str, Weights] = {
     "minilm": Weights(hard=0.5, soft=0.5, relation=1.0),  # arXiv:2012.15828, with the task's own losses
     "fitnets": Weights(hard=0.5, soft=0.5, hidden=1.0),  # arXiv:1412.6550, hints of all mapped layers
     "attention-transfer": Weights(hard=0.5, soft=0.5, transfer=1.0),  # arXiv:1612.03928
+    "labels": Weights(hard=1.0),  # no teacher at all
 }
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What a teacher says of a batch: logits [..., classes], and what was asked for of its inside."""
+    """What a teacher says of a batch: logits [..., classes] or what was `kept` of them at the scored positions, and
+    what was asked for of its inside."""
 
-    logits: Tensor
+    logits: Tensor | Kept
     inside: Inside = field(default_factory=Inside)
 
 
@@ -93,45 +106,6 @@ class Layers:
         """Layers whose attention is read."""
         found = {pair[side] for pair in self.pairs} if weights.attention else set[int]()
         return sorted(found | ({self.last[side]} if weights.relation else set()))
-
-
-def watched(model: Any, taps: Taps) -> Guide:
-    """A model as a teacher, in eval mode and without gradients, with what its taps hear."""
-    model.eval().requires_grad_(False)
-
-    def teach(inputs: Mapping[str, Tensor]) -> Targets:
-        with torch.no_grad():
-            logits: Tensor = model(**inputs).logits
-            return Targets(logits, taps.take())
-
-    return teach
-
-
-def ensemble(guides: Sequence[Guide], temperature: float) -> Guide:
-    """Several teachers as one, whose distribution at the temperature is the mean of theirs; the inside is the first's.
-
-    Args:
-        temperature: T. The logits are T log(1/n Σ softmax(t_i/T)), so softmax(·/T) is that mean.
-    """
-
-    def teach(inputs: Mapping[str, Tensor]) -> Targets:
-        said = [guide(inputs) for guide in guides]
-        classes = min(one.logits.shape[-1] for one in said)
-        logs = torch.stack([(one.logits[..., :classes].float() / temperature).log_softmax(-1) for one in said])
-        mean = logs.logsumexp(0) - torch.tensor(float(len(said)), device=logs.device).log()
-        return Targets(temperature * mean, said[0].inside)
-
-    return teach
-
-
-def mean_scores(guides: Sequence[Guide]) -> Guide:
-    """Several regressors as one, whose score is the mean of theirs; the inside is the first's."""
-
-    def teach(inputs: Mapping[str, Tensor]) -> Targets:
-        said = [guide(inputs) for guide in guides]
-        return Targets(torch.stack([one.logits.float() for one in said]).mean(0), said[0].inside)
-
-    return teach
 
 
 def project(student: nn.Module, weights: Weights, widths: tuple[int, int]) -> Callable[[], None]:
@@ -172,9 +146,10 @@ class Distillation(Objective):
     """L = Σ λ L, every loss of `Weights`; losses of layers are summed over the pairs.
 
     Attributes:
-        guide: the teacher. student: taps on the model that is trained.
+        guide: the teacher, None where nothing is learned from one. student: taps on the model that is trained.
         weights: λ, without `hard` where there are no labels.
         divergence: name in `DIVERGENCES`.
+        beside: what else is added to the loss, of the same arguments, such as that of a second student.
     """
 
     guide: Guide | None = None
@@ -182,6 +157,7 @@ class Distillation(Objective):
     weights: Weights = METHODS["logits"]
     layers: Layers = Layers((), (0, 0))
     divergence: str = "forward"
+    beside: Callable[[Tensor, Mapping[str, Tensor], Tensor | None], Tensor] | None = None
 
     def loss(self, logits: Tensor, batch: Mapping[str, Tensor], counts: Tensor | None = None) -> Tensor:
         """The loss of a batch; the student's forward on it was the last.
@@ -190,21 +166,25 @@ class Distillation(Objective):
             logits: of the student, aligned with the batch's labels.
             counts: [4], labels, scored positions, tokens and rows of the whole step; None for the batch's own.
         """
-        assert self.guide is not None and self.student is not None
         labelled, scored, tokens, rows = (None,) * 4 if counts is None else counts
-        inside = self.student.take()
-        targets = self.guide({name: value for name, value in batch.items() if name not in ("labels", "scored")})
         weights, total = self.weights, 0.0 * logits.float().sum()  # of every parameter there is a gradient
         if weights.hard:
             hard = losses.scores if self.regression else losses.hard_targets
             total = total + weights.hard * hard(logits, batch["labels"], labelled)
+        if self.beside is not None:
+            total = total + self.beside(logits, batch, counts)
+        if self.guide is None:
+            return total
+        inside = Inside() if self.student is None else self.student.take()
+        targets = self.guide({name: value for name, value in batch.items() if name not in ("labels", "scored")})
         if weights.soft:
             total = total + weights.soft * self._soft(logits, targets.logits, batch["scored"], scored)
         there = _tokens(batch, inside)
         return total + self._inner(inside, targets.inside, there, tokens, rows)
 
-    def _soft(self, logits: Tensor, targets: Tensor, scored: Tensor, count: Tensor | None) -> Tensor:
+    def _soft(self, logits: Tensor, targets: Tensor | Kept, scored: Tensor, count: Tensor | None) -> Tensor:
         if self.regression:
+            assert isinstance(targets, Tensor)
             return losses.scores(logits, targets[..., 0], count)
         return DIVERGENCES[self.divergence](logits, targets, scored, self.temperature, count)
 

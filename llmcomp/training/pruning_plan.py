@@ -83,6 +83,9 @@ class PruningPlan:
     bf16: bool = False
     evaluate_every: int | None = None
     save_every: int | None = None
+    gradient_checkpointing: bool = False
+    powersgd: int | None = None
+    track: str | None = None
     device: str = "auto"
     evaluate: bool = True
     verify: bool = True

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from llmcomp.errors import BadRecipe
 
-FULL, LORA = "full", "lora"
-METHODS = (LORA, FULL)
+FULL, LORA, QAT = "full", "lora", "qat"
+METHODS = (LORA, FULL, QAT)
+TENSORBOARD, WANDB = "tensorboard", "wandb"
+TRACKERS = (TENSORBOARD, WANDB)  # by the names of their packages
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class Optimization:
             may be no better than the best before training ends, whose weights are then taken.
         save_every: steps between the states that a killed run resumes from, None for a tenth of all.
         weight_decay: of matrices, as AdamW has it.
+        gradient_checkpointing: what blocks compute is computed again on the way back, instead of held.
+        powersgd: rank of the matrices that processes exchange instead of gradients (`training.compression`), None for
+            gradients as they are.
+        track: 'tensorboard' or 'wandb', which hears of losses as well; None for neither.
     """
 
     learning_rate: float | None = None
@@ -40,6 +47,9 @@ class Optimization:
     patience: int | None = None
     save_every: int | None = None
     weight_decay: float = 0.0
+    gradient_checkpointing: bool = False
+    powersgd: int | None = None
+    track: str | None = None
 
     def check(self) -> None:
         """Refuse numbers that cannot be.
@@ -51,12 +61,16 @@ class Optimization:
             raise BadRecipe(f"--learning-rate {self.learning_rate} cannot be: it is above 0 and below 1, such as 1e-4.")
         if self.steps is None and not self.epochs > 0:
             raise BadRecipe(f"--epochs {self.epochs} cannot be: it is above 0, such as 1 or 0.5.")
-        for name in ("steps", "batch_size", "accumulate", "evaluate_every", "patience", "save_every"):
+        for name in ("steps", "batch_size", "accumulate", "evaluate_every", "patience", "save_every", "powersgd"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BadRecipe(f"--{name.replace('_', '-')} {value} cannot be: it is at least 1.")
         if self.patience is not None and self.evaluate_every is None:
             raise BadRecipe("--patience counts evaluations; give --evaluate-every, too.")
+        if self.track is not None and self.track not in TRACKERS:
+            raise BadRecipe(f"--track {self.track} cannot be: choose one of {', '.join(TRACKERS)}.")
+        if self.track is not None and find_spec(self.track) is None:
+            raise BadRecipe(f"--track {self.track} needs the package {self.track}; `pip install {self.track}` gets it.")
 
 
 @dataclass(frozen=True)
@@ -126,13 +140,14 @@ class Plan:
     Attributes:
         data: a source as `llmcomp.calibration.data` reads them; samples: how many of it, None for all.
         sequence_length: tokens of a sample.
-        method: 'lora' or 'full'; lora: its settings.
+        method: 'lora', 'full' or 'qat'; lora: its settings. learn_scales: of 'qat', whether scales are trained, too.
     """
 
     data: str
     samples: int | None = None
     sequence_length: int = 256
     method: str = LORA
+    learn_scales: bool = False
     lora: Lora = field(default_factory=Lora)
     teaching: Teaching = field(default_factory=Teaching)
     optimization: Optimization = field(default_factory=Optimization)
@@ -145,6 +160,8 @@ class Plan:
         """
         if self.method not in METHODS:
             raise BadRecipe(f"--method {self.method} cannot be: choose one of {', '.join(METHODS)}.")
+        if self.learn_scales and self.method != QAT:
+            raise BadRecipe(f"--learn-scales goes with --method {QAT}; with {self.method} leave it out.")
         self.lora.check()
         self.teaching.check()
         self.optimization.check()
@@ -169,7 +186,7 @@ class Plan:
 
 
 # Fields of a plan that change nothing of the result.
-_AWAY = ("output", "overwrite", "evaluate", "verify", "device", "save_every")
+_AWAY = ("output", "overwrite", "evaluate", "verify", "device", "save_every", "track")
 
 
 def optimization_of(plan: Any) -> Optimization:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from llmcomp.adapters.base import Adapter
 from llmcomp.adapters.discover import resized
+from llmcomp.checkpoint import Checkpoint
+from llmcomp.digests import BESIDE
 from llmcomp.errors import BadCheckpoint, BadRecipe
 from llmcomp.measure.load import quiet
 from llmcomp.pipeline.pruning import WIDTHS, depth_changes, field_name, renumbered
@@ -216,3 +219,22 @@ def _widths(config: Any, cut: Cut) -> dict[str, Any]:
             raise BadRecipe("--student mlp=… cannot be: the teacher's config has no field for the width of an MLP.")
         found[names[0]] = cut.mlp
     return found
+
+
+def written(model: Any, beside: Path, folder: Path) -> Path:
+    """A student as a checkpoint, with the tokenizer and the like of the directory `beside`."""
+    model.should_save_on_this_rank = lambda main: True  # each rank has a folder of its own, maybe on another host
+    with quiet():
+        model.save_pretrained(folder)
+    _copy_beside(beside, folder)
+    return folder
+
+
+def _copy_beside(source: Path, target: Path) -> None:
+    """Tokenizer and the like, which a student has from its teacher."""
+    for file in Checkpoint.open(source).copied_files():
+        copy = target / file.relative_to(source)
+        if file.name in BESIDE or copy.exists() or file.is_dir():
+            continue
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)

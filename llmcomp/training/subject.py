@@ -4,7 +4,7 @@ What each compressed linear is, is read off config.json where it is packed, else
 safetensors do not say which of their zeros are a mask, nor that their weights lie on a grid.
 
     floating     trained as they are; sparse ones under the mask of what is zero; two factors as two factors
-    integers     never trained: an adapter is, beside them
+    integers     trained as what is rounded to their grid on the way, or not: then an adapter is, beside them
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from llmcomp.loading import load_opened
 from llmcomp.packed_kinds import PackedSparse
 from llmcomp.patterns import UNSTRUCTURED, Pattern
 from llmcomp.report.schema import Report
-from llmcomp.training.settings import LORA, Lora
+from llmcomp.training.grids import Grids
+from llmcomp.training.qat import Latent
+from llmcomp.training.settings import LORA, QAT, Lora
 from llmcomp.weights import LowRankWeight, SparseWeight
 
 INTEGERS, SPARSE, FACTORS, PRODUCT, PLAIN = "integers", "sparse", "factors", "low rank stored dense", "dense"
@@ -47,6 +49,7 @@ class Subject:
         masks: {module of a sparse weight: bool of the weight's shape as the module holds it, True where kept}.
         patterns: {the same module: its pattern}.
         dtypes: {parameter or buffer: its dtype in the checkpoint}, of a model that trains in float32.
+        grids: of integers that are trained.
     """
 
     checkpoint: Checkpoint
@@ -58,6 +61,7 @@ class Subject:
     masks: dict[str, Tensor] = field(default_factory=dict)
     patterns: dict[str, Pattern] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    grids: Grids | None = None
 
     @property
     def beside(self) -> bool:
@@ -75,24 +79,54 @@ class Subject:
         Raises:
             BadRecipe: naming one that can.
         """
-        if method == LORA or not self.beside:
+        if method == LORA:
             return
-        name, form = next((name, form) for name, form in self.forms.items() if form in (INTEGERS, PRODUCT))
-        what = "integers, which have no gradients" if form == INTEGERS else (
-            "the product of two factors, which would not stay one"
-        )  # fmt: skip
-        raise BadRecipe(f"--method full cannot train {name}: it holds {what}; take --method lora.")
+        integers = [name for name, form in self.forms.items() if form == INTEGERS]
+        if method == QAT and not integers:
+            where = self.checkpoint.path
+            raise BadRecipe(f"--method {QAT} trains integers, and {where} holds none; take --method full.")
+        for name, form in self.forms.items():
+            kind = self.opened.kinds.get(name)
+            trained = kind is not None and integers_of(kind) is not None  # in the places of their own
+            if form == PRODUCT:
+                what, instead = "the product of two factors, which would not stay one", LORA
+            elif form == INTEGERS and not trained:
+                what = "dense weights, which do not say their grid" if kind is None else "factors of integers"
+                instead = LORA
+            elif form == INTEGERS and method != QAT:
+                what, instead = "integers, which have no gradients", f"{QAT} or {LORA}"
+            else:
+                continue
+            raise BadRecipe(f"--method {method} cannot train {name}: it holds {what}; take --method {instead}.")
+
+    def put_on_grids(self, source: Path | None, learn_scales: bool) -> int:
+        """Make latent weights of integers, before all others are widened; how many start from a dense model's weights.
+
+        Args:
+            source: that dense model, None where it is gone.
+
+        Raises:
+            BadCheckpoint: integers that lie otherwise than llmcomp writes them, or off the grid of the report.
+        """
+        self.grids = Grids.of(self.opened, self.report)
+        pruned = {layer.name: _pattern(layer.scheme) for layer in self.report.layers if _PATTERN.match(layer.scheme)}
+        dense = None if source is None else open_checkpoint(source)
+        return self.grids.put(self.model, dense, pruned, learn_scales)
 
     def widen(self) -> None:
-        """Make all weights float32 parameters, sparse ones dense under their masks. Not for an adapter beside them.
+        """Make all weights float32 parameters, sparse ones dense under their masks, but integers, which are
+        `put_on_grids` before that. Not for an adapter beside them.
 
         Raises:
             BadCheckpoint: weights that are not as sparse as the report says.
         """
         for name, kind in self.opened.kinds.items():
-            if isinstance(kind, Sparse):
+            if isinstance(kind, Sparse) and kind.values is None:
                 self._spread(name, self.model.get_submodule(name), kind)
         state = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        own = {name for name, module in self.model.named_modules() if isinstance(module, Latent)}
+        for name in [name for name in state if name.rpartition(".")[0] in own and not name.endswith(".bias")]:
+            del state[name]  # scales stay as the file holds them: rounding is to their dtype
         self.dtypes = {name: value.dtype for name, value in state.items()}
         for name, form in self.forms.items():
             if form == SPARSE and name not in self.masks:
@@ -135,6 +169,8 @@ class Subject:
         for name, value in [*self.model.named_parameters(), *self.model.named_buffers()]:
             if name in self.dtypes:
                 value.data = value.data.to(self.dtypes[name])
+        if self.grids is not None:
+            self.grids.settle(self.model)
         for name, mask in self.masks.items():
             if bool((self.model.get_submodule(name).weight != 0).logical_and_(~mask).any()):
                 raise RunError(f"Weights of {name} that its mask removes are no longer zero.")
@@ -180,7 +216,7 @@ class Subject:
                 weight = SparseWeight(state.pop(f"{name}.weight"), self.masks[name], kind.pattern)
                 made = native_kinds.to_tensors(weight, kind)
                 state |= {f"{name}.{part}": value for part, value in made.items()}
-        return state
+        return state if self.grids is None else state | self.grids.tensors(self.model)
 
     def dense(self) -> dict[str, Tensor]:
         """Every parameter by its name in the dense model, as a reader decodes it, tied ones under each name."""
@@ -205,6 +241,8 @@ class Subject:
             return weight.t() if module.transposed else weight
         if isinstance(module, nn.Linear):  # a sparse weight that was spread
             return module.weight.detach()
+        if isinstance(module, Latent):
+            return module.dense()
         dense: Tensor = module.dense()
         return dense
 

@@ -79,8 +79,10 @@ class Taps:
         self, model: Any, blocks: Sequence[str], hidden: Sequence[int] = (), attention: Sequence[int] = ()
     ) -> None:
         self.model, self.attention = model, tuple(attention)
-        self._kept = Inside()
+        self._kept, self._running = Inside(), False
         self._handles = [self._listen(model.get_submodule(blocks[max(0, layer)]), layer) for layer in hidden]
+        # Blocks that gradient checkpointing computes again, on the way back, are no forward.
+        self._handles += [model.register_forward_pre_hook(self._start), model.register_forward_hook(self._stop)]
         self._modules = [module for layer in attention for module in self._within(model, blocks[layer], layer)]
         self._before = getattr(model.config, "_attn_implementation", None)
         if attention:
@@ -108,16 +110,25 @@ class Taps:
             return block.register_forward_pre_hook(self._read, with_kwargs=True)
 
         def keep(module: nn.Module, given: Any, output: Any) -> None:
-            self._kept.hidden[layer] = output[0] if isinstance(output, tuple) else output
+            if self._running:
+                self._kept.hidden[layer] = output[0] if isinstance(output, tuple) else output
 
         return block.register_forward_hook(keep)
 
+    def _start(self, *unused: Any) -> None:
+        self._running = True
+
+    def _stop(self, *unused: Any) -> None:
+        self._running = False
+
     def _read(self, module: nn.Module, given: Any, named: Any) -> None:
-        self._kept.hidden[EMBEDDINGS] = given[0] if given else named["hidden_states"]
+        if self._running:
+            self._kept.hidden[EMBEDDINGS] = given[0] if given else named["hidden_states"]
 
     def heard(self, layer: int, attended: Attended) -> None:
         """Note a layer's attention, of a forward that runs."""
-        self._kept.attended[layer] = attended
+        if self._running:
+            self._kept.attended[layer] = attended
 
     def take(self) -> Inside:
         """What the last forward computed; nothing of it is kept.

@@ -19,21 +19,23 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from llmcomp import losses
 from llmcomp.errors import BadData, NumericalError
 from llmcomp.matmul import WideProducts, multiplies
 from llmcomp.progress import Progress
+from llmcomp.training.compression import PowerSgd
+from llmcomp.training.course import arguments
 from llmcomp.training.data import Batch, Samples
 from llmcomp.training.pruning import mask_buffers
 from llmcomp.training.settings import Optimization, Teaching
+from llmcomp.training.trackers import tracker
 
 Teacher = Callable[[Mapping[str, Tensor]], Tensor]  # what the student reads → logits [..., classes]
 WEIGHTS, STATE = "trained.safetensors", "checkpoint"  # of a state the file, and how its folder is called
 _BESIDE = ("labels", "scored")  # of a batch what the model does not read
-_WARMUP, _LOGGED = 0.03, 50
 
 
 @dataclass(frozen=True)
@@ -337,6 +339,9 @@ def train(
     callbacks: list[TrainerCallback] = [*rules.callbacks, watch]
     if settings.patience is not None:
         callbacks.append(Patience(settings.patience))
+    if settings.track is not None:
+        callbacks.append(tracker(settings.track, folder))
+    compressed = None if settings.powersgd is None else PowerSgd(settings.powersgd)
     last = last_whole(folder)
     with warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter("ignore", FutureWarning)  # of what the Trainer itself asks models for
@@ -345,6 +350,8 @@ def train(
             callbacks=callbacks, objective=objective, rules=rules,
         )  # fmt: skip
         watch.trainer = trainer
+        if compressed is not None:
+            compressed.join(trainer)
         stack.enter_context(WideProducts() if slow_products(model) else nullcontext())
         if last is None or not _at_its_end(trainer, last, settings.patience):
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -354,37 +361,6 @@ def train(
         sum(value.numel() for _, value in trained(model)),
         _history(trainer.state.log_history),
     )
-
-
-def arguments(
-    settings: Optimization, samples: int, folder: Path, learning_rate: float, device: str
-) -> TrainingArguments:
-    """What the Trainer is told."""
-    processes = _processes()
-    per_step = settings.batch_size * settings.accumulate * processes
-    steps = settings.steps or max(1, int(-(-samples // per_step) * settings.epochs))
-    save = settings.save_every or max(1, steps // 10)
-    best = settings.patience is not None
-    if best and settings.evaluate_every is not None:
-        save = settings.evaluate_every
-    return TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=settings.batch_size, per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulate, learning_rate=settings.learning_rate or learning_rate,
-        max_steps=steps, lr_scheduler_type="cosine", warmup_steps=min(0.99, _WARMUP), seed=settings.seed,
-        data_seed=settings.seed, bf16=settings.bf16, use_cpu=device == "cpu", weight_decay=settings.weight_decay,
-        eval_strategy="no" if settings.evaluate_every is None else "steps", eval_steps=settings.evaluate_every,
-        save_strategy="steps", save_steps=save, save_total_limit=2, load_best_model_at_end=best,
-        metric_for_best_model="eval_loss" if best else None, greater_is_better=False if best else None,
-        logging_steps=max(1, steps // _LOGGED), logging_nan_inf_filter=False, report_to=[], disable_tqdm=True,
-        remove_unused_columns=False, dataloader_pin_memory=False, label_names=["labels"], log_level="error",
-    )  # fmt: skip
-
-
-def _processes() -> int:
-    import torch.distributed as dist
-
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _history(logged: list[dict[str, Any]]) -> list[dict[str, float]]:

@@ -6,50 +6,37 @@ from __future__ import annotations
 import json
 import runpy
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from distill_runs import broken_run, quickly, run
 from e2e_runs import LENGTH, hashes, tensors
 from tiny import tiny
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from llmcomp import DistillPlan, distill, hub, training_run
+from llmcomp import distill, hub
 from llmcomp.cli.main import main
-from llmcomp.errors import NumericalError, RunError
+from llmcomp.errors import NumericalError
 from llmcomp.formats.save import partial_of
-from llmcomp.formats.verify import check
 from llmcomp.measure import run as measuring
 from llmcomp.report.html import render
 from llmcomp.report.schema import Report
 from llmcomp.report.summary import DISTILL_NAME, reproduce
 from llmcomp.report.trained import trained_lines
-from llmcomp.training import trainer
 from llmcomp.training.distill_plan import read_distill_plan
 from llmcomp.training.distilling import METHODS, PROJECTIONS, Distillation
 
 SLOW = pytest.mark.slow
-PLAN = DistillPlan(
-    "sample:classifier", "layers=1", samples=24, sequence_length=24, steps=6, batch_size=4, learning_rate=1e-3,
-    save_every=2, evaluate=False, device="cpu",
-)  # fmt: skip
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 NARROW = {"student": "layers=1,hidden=64,heads=4,mlp=96", "method": "tinybert"}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
-    """Checkpoints are verified in this process, and pages are not drawn."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_run, "verify", check)
-        patch.setattr(training_run, "render", lambda report: "<!doctype html>")
+    with quickly():
         yield
-
-
-def run(output: Path, **settings: Any) -> Report:
-    return distill(replace(PLAN, output=str(output), **settings)).report
 
 
 # --- what comes out ---
@@ -174,19 +161,7 @@ def test_a_broken_run_ends_bit_identical(settings: dict[str, Any], after: int, r
     """Also in the second of two trainings, and with projections that the checkpoint does not have."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(whole, **settings)
-    with pytest.MonkeyPatch.context() as patch:
-        end, count = trainer.Watch.on_step_end, 0
-
-        def stop(self: Any, args: Any, state: Any, control: Any, **unused: Any) -> None:
-            nonlocal count
-            end(self, args, state, control)
-            count += 1
-            if count == after:
-                raise RunError("stopped by the test")
-
-        patch.setattr(trainer.Watch, "on_step_end", stop)
-        with pytest.raises(RunError, match="stopped by the test"):
-            run(broken, **settings)
+    broken_run(broken, after, **settings)
     assert not broken.exists() and partial_of(broken).exists()
     report = run(broken, **settings)
     assert hashes(broken) == hashes(whole) and not partial_of(broken).exists()
@@ -311,6 +286,14 @@ def test_two_stages(text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert found is not None and found.student.endswith("under a fresh head") and found.method == "tinybert"
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "0")
     assert (model.config.num_labels, model.config.hidden_size) == (3, 64)
+    more = {"general": {**general, "output": str(tmp_path / "general")}, "augment": {"copies": 2}, "task": task}
+    config.write_text(json.dumps(more))
+    assert script("tinybert", ["--config", str(config), f"output={tmp_path / 'more'}"]) == 0
+    augmented = Report.read(tmp_path / "more").distillation
+    assert augmented is not None and "general-augmented.jsonl, 24 rows" in augmented.data
+    config.write_text(json.dumps({**more, "augment": {"copy": 2}}))
+    assert script("tinybert", ["--config", str(config), f"output={tmp_path / 'no'}"]) == 2
+    assert "copies" in capfd.readouterr().err
     config.write_text(json.dumps({"general": general, "task": task}))
     assert script("tinybert", ["--config", str(config)]) == 2
     assert "names no output of general" in capfd.readouterr().err

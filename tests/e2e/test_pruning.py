@@ -16,15 +16,19 @@ from tiny import POSITIONS, VOCABULARY, build, tiny
 from tiny_media import write_data
 from tiny_sentences import sentence_encoder
 from torch import Tensor
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import llmcomp
 from llmcomp.adapters.base import Block, LinearRef
 from llmcomp.adapters.discover import discover
 from llmcomp.adapters.units import Part, heads_of, neurons_of, spread
+from llmcomp.calibration.data import read_texts
 from llmcomp.errors import RunError
 from llmcomp.formats.verify import check as verified
+from llmcomp.methods.structured import most_important
 from llmcomp.pipeline import cutting
+from llmcomp.pipeline.job import open_source
+from llmcomp.pipeline.sensitivity import sensitivities
 from llmcomp.recipe import (
     Calibration,
     FactorizeStep,
@@ -58,6 +62,8 @@ CASES = {
                   dtype=torch.bfloat16, sizes={**THREE, **EIGHT}),
     "llama magnitude": Case("llama", (PruneStep("magnitude", 0.5, 0.3, 1),), {"intermediate_size": 192},
                             sizes={**THREE, **EIGHT}),
+    "llama taylor": Case("llama", (PruneStep("taylor", 0.5, 0.3, 1),), {"intermediate_size": 192},
+                         sizes={**THREE, **EIGHT}),
     "llama plain": Case("llama", (PruneStep(mlp=0.25),), {"intermediate_size": 192}),
     "llama int4": Case("llama", (PruneStep(heads=0.5, mlp=0.5, layers=1), QuantizeStep(group_size=64)),
                        {"num_attention_heads": 4}, "compressed-tensors", torch.bfloat16, {**THREE, **EIGHT}),
@@ -278,7 +284,7 @@ def test_without_compensation_more_is_lost(runs: dict[str, Run], windows: Path, 
     assert (errors[True] or 0) < 0.95 * (errors[False] or 0)
 
 
-@pytest.mark.parametrize("method", ["activation", "magnitude"])
+@pytest.mark.parametrize("method", ["activation", "taylor", "magnitude"])
 def test_neurons_that_do_nothing_go_first_and_are_not_missed(method: str, tmp_path: Path, text: Path) -> None:
     source = tiny("llama", tmp_path / "source", tokenizer=True)
     stored, dead = load_file(source / "model.safetensors"), torch.arange(0, 256, 2)
@@ -317,6 +323,35 @@ def test_the_block_of_least_influence_goes(tmp_path: Path, text: Path) -> None:
         own = f"model.layers.{old}."
         for name in (name for name in stored if name.startswith(own)):
             assert torch.equal(stored[name], left[f"model.layers.{new}.{name.removeprefix(own)}"])
+
+
+def test_a_classifier_is_pruned_by_the_gradients_of_its_labels(tmp_path: Path) -> None:
+    """Other labels, other neurons; the same ones, what `sensitivities` finds."""
+    source = tiny("bert-classifier", tmp_path / "source", tokenizer=True)
+    step, kept = PruneStep("taylor", mlp=0.5, options={"multiple": 1, "compensate": False}), {}
+    for name, labels in (("ones", [1] * 8), ("mixed", [0, 1] * 4)):
+        rows = tmp_path / f"{name}.jsonl"
+        lines = [{"text": f"a text of {number} and {number * number}", "label": label}
+                 for number, label in enumerate(labels)]  # fmt: skip
+        rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        recipe = Recipe((step,), Calibration(str(rows), 8, LENGTH), format="dense")
+        run = quantize(source, tmp_path / name, recipe)
+        assert verified(run.output, run.witness).passed
+        stored, left = tensors(source), tensors(run.output)
+        key = "bert.encoder.layer.0.intermediate.dense.weight"
+        kept[name] = rows_kept(stored[key], left[key])
+    opened = open_source(source)
+    parts = [part for block in opened.adapter.blocks if isinstance(part := neurons_of(block), Part)]
+    texts = read_texts(str(tmp_path / "mixed.jsonl"))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    batches = [dict(tokenizer(row, return_tensors="pt", max_length=LENGTH, truncation=True)) for row in texts.rows]
+    labels = [torch.tensor([label]) for label in texts.labels or []]
+    scores = sensitivities(
+        opened.adapter, opened.binding, batches, labels, parts, torch.device("cpu"), opened.checkpoint.release
+    )
+    wanted = most_important(torch.tensor(scores["bert.encoder.layer.0.output.dense"]), len(kept["mixed"]))
+    assert torch.equal(kept["mixed"], wanted)
+    assert not torch.equal(kept["mixed"], kept["ones"])
 
 
 def test_influence_is_one_minus_the_cosine_of_what_a_block_reads_and_gives(

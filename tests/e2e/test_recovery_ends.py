@@ -135,7 +135,7 @@ def test_the_command_in_fresh_processes(
         ("llama 2:4", ["--data", "TEXT", "--target", "convolutions"], "matches no compressed linear"),
         ("llama 2:4", ["--data", "TEXT", "--teacher", "TEACHER"], "has another vocabulary"),
         ("llama 2:4", ["--data", "TEXT", "--teacher", "CLASSIFIER"], "is for sequence-classification"),
-        ("llama int4", ["--data", "TEXT", "--method", "full"], "take --method lora"),
+        ("llama int4", ["--data", "TEXT", "--method", "full"], "take --method qat or lora"),
         ("classifier 2:4", ["--data", "TEXT"], "has no labels for a classifier"),
         ("classifier 2:4", ["--data", "WRONG"], "is none of the model's 3 classes"),
         ("classifier 2:4", ["--data", "ROWS", "--teacher", "LABELS"], "has the labels"),

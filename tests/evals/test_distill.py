@@ -10,6 +10,7 @@ import pytest
 
 from evals import distill
 from llmcomp import DistillPlan
+from llmcomp.training.distilling import Weights
 
 
 @pytest.fixture
@@ -44,8 +45,8 @@ def test_the_table_says_both_and_their_difference(
     assert len(trainings) == 4
     for alone, taught in zip(trainings[:2], trainings[2:], strict=True):
         assert (alone.seed, alone.steps) == (taught.seed, 5) and taught.weights.cosine == 1
-        assert alone.weights.hard == 1 and alone.weights.soft < 1e-20 and not alone.weights.cosine
-        same = {"method": "", "output": "", "hard_weight": None, "soft_weight": None}
+        assert alone.weights == Weights(hard=1.0) and not alone.asked and taught.asked
+        same = {"method": "", "output": ""}
         assert replace(alone, **same) == replace(taught, **same)
     assert distill.main(arguments) == 0 and len(trainings) == 4  # all of it was kept
     assert distill.main(["--seeds", "0", "1", "2", "--steps", "5"]) == 0 and len(trainings) == 6

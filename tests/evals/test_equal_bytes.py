@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from evals.equal_bytes import FAMILIES, ROWS, Row, loses, recipe_of
-from evals.quality import PARTS
+from evals.equal_bytes import FAMILIES, ROWS, Box, Row, free_places, loses, recipe_of
+from evals.parts import PARTS
 from llmcomp.recipe import check
 
 
@@ -34,3 +35,14 @@ def test_a_row_loses_to_the_best_of_those_that_beat_it_everywhere() -> None:
     assert {name: loses(name, found) for name in found} == {"large": "", "a": "d", "b": "d", "c": "d", "d": ""}
     del found["d"]
     assert {name: loses(name, found) for name in found} == {"large": "", "a": "c", "b": "", "c": ""}
+
+
+def test_labels_of_a_crowd_cover_neither_each_other_nor_a_point() -> None:
+    points = np.random.default_rng(0).normal([150, 100], 12, size=(12, 2))
+    limits, widths, height = Box(0, 0, 400, 300), [40.0 + 3 * number for number in range(12)], 9.0
+    corners = free_places(points, widths, height, limits)
+    labels = [Box(x, y, x + width, y + height) for (x, y), width in zip(corners, widths, strict=True)]
+    for number, label in enumerate(labels):
+        assert label.within(limits)
+        assert not any(label.covers(other) for other in labels[:number])
+        assert not any(label.covers(Box(x - 2, y - 2, x + 2, y + 2)) for x, y in points)

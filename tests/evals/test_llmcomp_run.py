@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from evals.peers.arguments import parse
-from evals.peers.llmcomp_run import command
+from evals.peers.arguments import TOGETHER, parse
+from evals.peers.llmcomp_run import command, together
 from llmcomp.cli.main import app
+from llmcomp.recipe import Recipe, check
 
 
 @pytest.fixture
@@ -55,3 +56,19 @@ def test_every_option_is_one_of_llmcomps(required):
     shown = CliRunner().invoke(app, ["quantize", "--help"], env={"COLUMNS": "200"}).output
     for option in (word for word in words if word.startswith("--")):
         assert option in shown
+
+
+@pytest.mark.parametrize("method", TOGETHER)
+def test_removing_and_rounding_are_a_recipe_that_can_be(required, tmp_path, method):
+    job = parse([*required, "--pattern", "2:4", "--method", method])
+    *first, last = together(job, tmp_path)
+    assert last[:2] == ["compress", "m" if method != "two-steps" else str(tmp_path / "sparse")]
+    recipe = Recipe.from_yaml((tmp_path / "recipe.yaml").read_text())
+    check(recipe)
+    assert [step.kind for step in recipe.steps] == ["sparsify", "quantize"]
+    assert (recipe.calibration.samples, recipe.calibration.sequence_length) == (3, 8)
+    if method == "two-steps":
+        assert first[0][:6] == ["sparsify", "m", "--pattern", "2:4", "--method", "sparsegpt"]
+        assert first[0][first[0].index("--output") + 1] == last[1]
+    else:
+        assert not first

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from evals import learned, quality
+from evals.parts import PARTS, TOOLS
 from evals.process import Measured
-from evals.quality import PARTS, compared, sst2_table
+from evals.quality import compared, sst2_table
 
 
 def test_accuracy_is_counted_against_the_labels_and_in_points_from_the_original(tmp_path, monkeypatch):
@@ -48,7 +49,7 @@ def test_our_own_cells_are_measured_again_unless_asked(name, kept_ours, again, t
     monkeypatch.setattr(quality, "measure", lambda *_: {"seconds": 2.0})
     (tmp_path / "cell.json").write_text('{"seconds": 1.0}')
     part = PARTS["lm"]
-    found = quality.result(quality.TOOLS[name], part, part.settings[0], 0, tmp_path, 1, kept_ours)
+    found = quality.result(TOOLS[name], part, part.settings[0], 0, tmp_path, 1, kept_ours)
     assert found["seconds"] == (2.0 if again else 1.0)
 
 

@@ -73,11 +73,12 @@ def test_a_plan_counts_what_the_smaller_model_takes_beside_the_output() -> None:
     [
         ((ALL,), 4, 2, "each window is computed 2 times, to look at blocks"),
         ((PruneStep(mlp=0.5),), 3, 1, "each window is computed once"),
+        ((PruneStep("taylor", mlp=0.5),), 3, 3, "each window is computed 3 times, to look at blocks"),
         ((PruneStep(layers=1),), 0, 1, "0 Gram matrices are gathered; each window is computed once"),
         ((PruneStep("magnitude", mlp=0.5),), 0, 1, "No calibration is needed"),
         ((ALL, QuantizeStep()), 12, 3, "computed 3 times"),
     ],
-    ids=["all", "mlp", "layers", "magnitude", "int4"],
+    ids=["all", "mlp", "taylor", "layers", "magnitude", "int4"],
 )
 def test_a_plan_says_what_is_computed(steps: tuple[Step, ...], statistics: int, passes: int, said: str) -> None:
     from rich.console import Console
@@ -102,6 +103,9 @@ def test_more_tokens_take_longer_and_wider_models_more_memory() -> None:
     assert many.seconds > 10 * few.seconds
     narrow, wide = row(recipe_of(step), intermediate_size=256), row(recipe_of(step), intermediate_size=2048)
     assert wide.peak_memory - narrow.peak_memory > 3 * 8 * 2048**2  # the Gram matrix's inverse in float64
+    taylor = PruneStep("taylor", mlp=0.5)
+    assert row(Recipe((taylor,), Calibration("sample", 64000, 64), format="dense")).seconds > many.seconds
+    assert row(recipe_of(taylor), vocab_size=1 << 20).peak_memory > row(recipe_of(step), vocab_size=1 << 20).peak_memory
     assert row(recipe_of(PruneStep("magnitude", mlp=0.5)), intermediate_size=2048).peak_memory < wide.peak_memory / 2
 
 

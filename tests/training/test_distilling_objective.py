@@ -18,11 +18,9 @@ from llmcomp.training.distilling import (
     Layers,
     Targets,
     Weights,
-    ensemble,
-    mean_scores,
     project,
-    watched,
 )
+from llmcomp.training.guides import ensemble, mean_scores, once, together, watched
 from llmcomp.training.taps import Taps
 
 BLOCKS = [f"bert.encoder.layer.{number}" for number in range(2)]
@@ -132,6 +130,29 @@ def test_an_ensemble_is_the_mean_of_its_distributions(temperature: float) -> Non
     logits = [torch.randn(2, 5, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
     guides = [lambda inputs, one=one: Targets(one) for one in logits]
     made = ensemble(guides, temperature)({}).logits
+    assert isinstance(made, Tensor)
     mean = torch.stack([(one.double() / temperature).softmax(-1) for one in logits]).mean(0)
     assert torch.allclose((made.double() / temperature).softmax(-1), mean, atol=1e-6)
-    assert torch.allclose(mean_scores(guides)({}).logits, torch.stack(logits).mean(0))
+    scores = mean_scores(guides)({}).logits
+    assert isinstance(scores, Tensor) and torch.allclose(scores, torch.stack(logits).mean(0))
+    twice = together([guides[0], guides[0]], temperature, False)({}).logits
+    assert isinstance(twice, Tensor)  # of one teacher twice is that teacher, but for what a softmax does not see
+    assert torch.allclose(twice.log_softmax(-1), logits[0].log_softmax(-1), atol=1e-5)
+    assert together(guides[:1], temperature, False) is guides[0]
+
+
+def test_a_teacher_is_asked_once_about_a_batch() -> None:
+    asked = []
+    guide = once(lambda inputs: Targets(torch.tensor([[float(asked.append(1) or len(asked))]])))  # type: ignore[func-returns-value]
+    ids, others = torch.zeros(1, 2), torch.zeros(1, 2)
+    found = [guide({"input_ids": one}).logits for one in (ids, ids, others, ids)]
+    assert [float(one) for one in found if isinstance(one, Tensor)] == [1, 1, 2, 3]
+
+
+def test_without_a_teacher_nothing_is_asked() -> None:
+    student, _, objective = pair(METHODS["labels"], 128)
+    given = batch()
+    alone = replace(objective, guide=None, student=None, weights=METHODS["labels"])
+    wanted = losses.hard_targets(student(**{n: given[n] for n in ("input_ids", "attention_mask")}).logits,
+                                 given["labels"])  # fmt: skip
+    assert torch.equal(value(student, alone, given), wanted)
