@@ -7,8 +7,8 @@ Sanh, Wolf and Rush (arXiv:2005.07683) find movement above magnitude where few w
 Model and data are `models/minilm-sst2` and `data/sst2` below LLMCOMP_ASSETS. Whether each sentence is right is kept
 below LLMCOMP_EVAL_CACHE, so a run that was broken off, or a further seed, trains only what is missing. The difference
 is paired: both methods start from the same weights and read the same batches, and seeds and sentences are drawn anew
-(`common.py`). In some hundred steps movement did not leave chance (docs/training-time-pruning.md); the papers take
-tens of thousands, for which `--device cuda`.
+(`common.py`). In some hundred steps movement did not leave chance (docs/methods/training-time-pruning.md); the papers
+take tens of thousands, for which `--device cuda`.
 """
 
 from __future__ import annotations

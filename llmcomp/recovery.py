@@ -31,8 +31,8 @@ from llmcomp.training_run import TrainingRun, regresses, without_saving
 _RATES = {FULL: 5e-5, LORA: 2e-4, QAT: 1e-4}  # the highest rate, where none is given
 _PEFT_TASKS = {"causal-lm": "CAUSAL_LM"}
 _BESIDE_LABEL = (
-    "The adapter stays beside the packed weights: `llmcomp.load` puts it on, as does peft (docs/recovery.md). Other "
-    "readers of the weights do not see it."
+    "The adapter stays beside the packed weights: `llmcomp.load` puts it on, as does peft (docs/methods/recovery.md). "
+    "Other readers of the weights do not see it."
 )
 
 

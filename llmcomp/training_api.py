@@ -75,7 +75,7 @@ def distill(plan: DistillPlan, progress: Progress | None = None) -> CompressResu
     In a process that torchrun or `accelerate launch --multi_gpu` started, all ranks call this and train together.
 
     Args:
-        plan: teacher, student, what is learned and on what (docs/distillation.md).
+        plan: teacher, student, what is learned and on what (docs/methods/distillation.md).
         progress: hears where the run stands.
 
     Raises:
@@ -112,7 +112,7 @@ def prune_in_training(plan: PruningPlan, progress: Progress | None = None) -> Co
     In a process that torchrun or `accelerate launch --multi_gpu` started, all ranks call this and train together.
 
     Args:
-        plan: what is trained, removed and written (docs/training-time-pruning.md).
+        plan: what is trained, removed and written (docs/methods/training-time-pruning.md).
         progress: hears where the run stands.
 
     Raises:

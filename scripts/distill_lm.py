@@ -3,8 +3,8 @@
     accelerate launch scripts/distill_lm.py --config examples/distil-lm.yaml
     accelerate launch scripts/distill_lm.py --config examples/distil-lm.yaml seed=1 output=second
 
-docs/distillation.md has all keys. KEY=VALUE after the file says otherwise than the file. Several processes, on CPUs or
-GPUs: `accelerate launch --multi_gpu --num_processes 2 …` or torchrun. The same command resumes a killed run.
+docs/methods/distillation.md has all keys. KEY=VALUE after the file says otherwise than the file. Several processes, on
+CPUs or GPUs: `accelerate launch --multi_gpu --num_processes 2 …` or torchrun. The same command resumes a killed run.
 """
 
 import sys

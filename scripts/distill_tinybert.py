@@ -2,11 +2,11 @@
 
     accelerate launch scripts/distill_tinybert.py --config examples/tinybert.yaml
 
-The file has the keys of docs/distillation.md twice, under `general` and under `task`; the task's student is what the
-general stage made. A general stage whose output is there is not run again, and a killed one resumes. Under `augment` it
-may say how many copies of each row of the task's data are made, with words replaced by what a masked language model
-(`model`, else the general stage's teacher) finds likely: copies, share, candidates, seed. KEY=VALUE after the file is
-the task's. Several processes: `accelerate launch --multi_gpu --num_processes 2 …` or torchrun.
+The file has the keys of docs/methods/distillation.md twice, under `general` and under `task`; the task's student is
+what the general stage made. A general stage whose output is there is not run again, and a killed one resumes. Under
+`augment` it may say how many copies of each row of the task's data are made, with words replaced by what a masked
+language model (`model`, else the general stage's teacher) finds likely: copies, share, candidates, seed. KEY=VALUE
+after the file is the task's. Several processes: `accelerate launch --multi_gpu --num_processes 2 …` or torchrun.
 """
 
 import sys

@@ -3,8 +3,9 @@
     accelerate launch scripts/prune_in_training.py --config examples/movement-sst2.yaml
     accelerate launch scripts/prune_in_training.py --config examples/gradual-2of4-lm.yaml seed=1 output=second
 
-docs/training-time-pruning.md has all keys. KEY=VALUE after the file says otherwise than the file. Several processes, on
-CPUs or GPUs: `accelerate launch --multi_gpu --num_processes 2 …` or torchrun. The same command resumes a killed run.
+docs/methods/training-time-pruning.md has all keys. KEY=VALUE after the file says otherwise than the file. Several
+processes, on CPUs or GPUs: `accelerate launch --multi_gpu --num_processes 2 …` or torchrun. The same command resumes a
+killed run.
 """
 
 import sys

@@ -47,8 +47,8 @@ original. Other widths, zero points and `rtn-clip` are proven on Llama and BERT 
   `--format dense` holds any of them.
 - **factors**: what `llmcomp factorize` plans for it: whether factors are fitted anew to the inputs of now. Llama, BERT,
   GPT-2, Mixtral and ALBERT are run to the end (`tests/e2e/test_factorizing.py`).
-- **can go**: what `llmcomp prune` can take out; [pruning.md](pruning.md) says why not the rest. Fifteen are run to
-  the end (`tests/e2e/test_pruning.py`).
+- **can go**: what `llmcomp prune` can take out; [pruning.md](methods/pruning.md) says why not the rest. Fifteen are run
+  to the end (`tests/e2e/test_pruning.py`).
 
 | architecture | with a head for | compressed, in this order | left alone | in the file | factors | can go | proven |
 |---|---|---|---|---|---|---|---|

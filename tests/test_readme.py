@@ -12,23 +12,20 @@ from typing import Any
 
 import pytest
 from command_line import commands, parse, verbs
+from pages import REPOSITORY, blocks, run
 
 from llmcomp import session
-from llmcomp.cli.main import main
 from llmcomp.formats.verify import check
 from llmcomp.measure import cost
 from llmcomp.measure.resident import resident_peak
 from llmcomp.methods import METHODS
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-BLOCK = re.compile(r"^(<!-- run -->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-BLOCKS = [(bool(found[1]), found[2], found[3]) for found in BLOCK.finditer(TEXT)]
-RUNNABLE = [(language, text) for run, language, text in BLOCKS if run]
+BLOCKS = blocks(TEXT)
 
 
 def test_the_first_two_commands_are_one_line_each() -> None:
-    first, second = [text for _, language, text in BLOCKS if language == "bash"][:2]
+    first, second = [block.text for block in BLOCKS if block.language == "bash"][:2]
     for command in (first, second):
         assert command.count("\n") == 1
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt ")
@@ -37,13 +34,13 @@ def test_the_first_two_commands_are_one_line_each() -> None:
 
 
 def test_the_first_command_is_followed_by_its_output() -> None:
-    shown = next(text for _, language, text in BLOCKS if language == "text")
+    shown = next(block.text for block in BLOCKS if block.language == "text")
     for part in ("sample:lm  →  sample-lm-gptq-w4", "perplexity", "KL mean (nats)", "Verified", "peak memory"):
         assert part in shown
 
 
 def test_every_command_parses() -> None:
-    found = [line for _, language, text in BLOCKS if language == "bash" for line in commands(text)]
+    found = [line for block in BLOCKS if block.language == "bash" for line in commands(block.text)]
     assert len(found) >= 8
     for line in found:
         parse(line)
@@ -73,21 +70,15 @@ def test_marked_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """In order and in one directory, as a reader would; the later ones use what the former made."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(REPOSITORY / "examples", tmp_path / "examples")  # a reader stands in the clone
-    assert len(RUNNABLE) >= 4
-    names: dict[str, object] = {}
-    for language, text in RUNNABLE:
-        if language == "python":
-            exec(compile(text, "README.md", "exec"), names)
-            continue
-        for line in commands(text):
-            assert main(line) == 0, f"llmcomp {' '.join(line)}"
+    assert sum(block.run for block in BLOCKS) >= 4
+    run(TEXT, "README.md", tmp_path)
     weights = [tmp_path / name / "model-00001-of-00004.safetensors" for name in ("small", "again")]
     assert weights[0].read_bytes() == weights[1].read_bytes()  # a recipe repeats the run to the bit
     assert (tmp_path / "page.html").is_file()
 
 
 def test_the_tree_is_the_repository() -> None:
-    tree = next(text for _, language, text in reversed(BLOCKS) if language == "text")
+    tree = next(block.text for block in reversed(BLOCKS) if block.language == "text")
     listed = {line.split()[0].rstrip("/") for line in tree.splitlines()}
     assert all((REPOSITORY / folder).is_dir() for folder in listed)
     packages = {str(path.parent.relative_to(REPOSITORY)) for path in REPOSITORY.glob("llmcomp/*/__init__.py")}
@@ -99,6 +90,5 @@ def test_the_tree_is_the_repository() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))):
-        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-            assert link.startswith("https://") or (page.parent / link).is_file(), f"{page.name}: {link}"
+    for link in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        assert link.startswith("https://") or (REPOSITORY / link).is_file(), link

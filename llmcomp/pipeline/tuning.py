@@ -290,7 +290,8 @@ def _batches(calls: Sequence[Call], windows: int) -> list[list[int]]:
         batches[-1].append(number)
         held += _windows(call)
     if held < windows and len(batches) > 1:
-        batches[-2] += batches.pop()
+        left = batches.pop()
+        batches[-1] += left
     return batches
 
 

@@ -55,4 +55,4 @@ def test_the_table_holds_qat_against_the_best_other(made: list[str], capsys: pyt
     assert f"{np.exp(3.5):.2f}" in printed and f"{np.exp(3.6):.2f}" in printed
     assert sorted(made) == ["gptq", "gptq", "gptq-signround", "gptq-signround", "qat", "qat"]
     assert qat.main([*arguments[:-1], "1", "0"]) == 0 and len(made) == 6  # all of it is kept
-    assert qat.main([*arguments, "--learning-rate", "1e-4"]) == 0 and made[6:] == ["qat", "qat"]
+    assert qat.main([*arguments, "--learning-rate", "5e-4"]) == 0 and made[6:] == ["qat", "qat"]

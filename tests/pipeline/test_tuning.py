@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from llmcomp.experts import split_experts
 from llmcomp.methods import AUTO, AUTO_ALONE
 from llmcomp.pipeline.assign import assign
 from llmcomp.pipeline.job import open_source
+from llmcomp.pipeline.tuning import _batches
 from llmcomp.recipe import Calibration, Override, QuantizeStep, Recipe
 from llmcomp.report.schema import Report
 
@@ -47,6 +49,16 @@ def calibration(ids: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Calibr
 def quantize(source: Path, output: Path, calibration: Calibration, step: QuantizeStep = STEP, **options: Any) -> Report:
     recipe = Recipe((step,), calibration, format="dense", seed=options.pop("seed", 0))
     return api.quantize(str(source), recipe=recipe, output=output, evaluate=False, verify=False, **options).report
+
+
+@pytest.mark.parametrize("windows", [1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize("calls", [[1], [4, 2], [2, 2, 1], [4, 4, 4, 2], [1] * 7, [3, 1, 2, 5]])
+def test_each_call_is_in_one_batch(calls: list[int], windows: int) -> None:
+    given: Any = [SimpleNamespace(lane=SimpleNamespace(inputs={"x": range(held)})) for held in calls]
+    batches = _batches(given, windows)
+    assert [number for batch in batches for number in batch] == list(range(len(calls)))
+    held = [sum(calls[number] for number in batch) for batch in batches]
+    assert all(one >= windows for one in held) or len(batches) == 1
 
 
 def tensors(output: Path) -> dict[str, Tensor]:
