@@ -26,7 +26,7 @@ from llmcomp.calibration.data import read_texts
 from llmcomp.errors import RunError
 from llmcomp.formats.verify import check as verified
 from llmcomp.methods.structured import most_important
-from llmcomp.pipeline import cutting
+from llmcomp.pipeline import scoring
 from llmcomp.pipeline.job import open_source
 from llmcomp.pipeline.sensitivity import sensitivities
 from llmcomp.recipe import (
@@ -403,7 +403,8 @@ def test_the_report_of_several_steps_counts_from_the_source(runs: dict[str, Run]
 
 @pytest.mark.parametrize(
     ("name", "after", "resumed"),
-    [("llama", 1, 1), ("llama", 3, 2), ("llama int4", 1, 1), ("llama int4", 4, 3), ("gpt2", 1, 1), ("mixtral", 1, 1)],
+    [("llama", 1, 1), ("llama", 3, 2), ("llama int4", 1, 1), ("llama int4", 4, 3), ("gpt2", 1, 1), ("mixtral", 1, 1),
+     ("llama taylor", 1, 1)],
 )
 def test_a_broken_run_ends_bit_identical(
     name: str, after: int, resumed: int, runs: dict[str, Run], text: Path, tmp_path: Path,
@@ -411,7 +412,8 @@ def test_a_broken_run_ends_bit_identical(
 ) -> None:
     recipe, output = recipe_of(text, CASES[name]), tmp_path / "again"
     broken_run(runs[name].source, output, recipe, after)
-    monkeypatch.setattr(cutting, "influences", None)  # a second look at the blocks would fail
+    for looked in ("influences", "sensitivities"):  # a second look at the blocks would fail
+        monkeypatch.setattr(scoring, looked, None)
     again = quantize(runs[name].source, output, recipe)
     assert again.report.resumed_blocks == resumed
     assert hashes(output) == hashes(runs[name].output)
