@@ -4,9 +4,7 @@ Behind compressed blocks GPTQ makes the outputs of its own inputs X' least wrong
 the outputs that the source's inputs X gave. Its paper carries the difference along in the sweep, column by column;
 here it is taken into the weights first (`retarget`, in closed form, over all columns at once), and the sweep is GPTQ's.
 
-`alpha` is how far the weights move: 0 is GPTQ to the bit, 1 the least squares of the source's outputs. A trained
-decoder at 3 and 4 bits is nearest to its source, in its domain, from 0.25 on; outside of its domain perplexity rises
-with alpha, from below that of the source.
+`alpha` is how far the weights move: 0 is GPTQ to the bit, 1 the least squares of the source's outputs.
 """
 
 from __future__ import annotations
