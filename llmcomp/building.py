@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,20 @@ _Loader.yaml_implicit_resolvers = {
     for first, some in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _DIGITS = list("-+0123456789")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), _DIGITS)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), _DIGITS)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that the loader would take for numbers."""
+
+
+for _one in (_Loader, _Dumper):
+    _one.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), _DIGITS)
+    _one.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), _DIGITS)
+
+
+def write_yaml(data: Mapping[str, Any]) -> str:
+    """What is read back as it is."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100)
 
 
 def read_yaml(text: str, where: str, what: str = "") -> dict[Any, Any]:

@@ -17,11 +17,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from llmcomp import hub
 from llmcomp.adapters.discover import discover, skeleton
+from llmcomp.building import write_yaml
 from llmcomp.calibration.data import Texts
 from llmcomp.checkpoint import Checkpoint
 from llmcomp.devices import describe as describe_device
@@ -346,7 +346,7 @@ class Distilling(TrainingRun):
     def _beside(self) -> dict[str, str]:
         """The plan, so that the run can be done again."""
         said = {**self.whole.said(), "method": self.whole.method}  # scripts have defaults of their own
-        return {DISTILL_NAME: yaml.safe_dump(said, sort_keys=False, default_flow_style=None, width=100)}
+        return {DISTILL_NAME: write_yaml(said)}
 
 
 def made_before(plan: DistillPlan, world: World) -> tuple[Path, Report] | None:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from llmcomp.adapters.base import LinearRef
+from llmcomp.building import write_yaml
 from llmcomp.checkpoint import Checkpoint
 from llmcomp.devices import describe as describe_device
 from llmcomp.errors import BadRecipe, LlmcompError
@@ -226,7 +226,7 @@ class PrunedTraining(TrainingRun):
     def _beside(self) -> dict[str, str]:
         """The plan, so that the run can be done again."""
         said = self.plan.said()
-        return {PLAN_NAME: yaml.safe_dump(said, sort_keys=False, default_flow_style=None, width=100)}
+        return {PLAN_NAME: write_yaml(said)}
 
 
 def _blank(plan: PruningPlan, source: Source) -> Report:

@@ -24,9 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from llmcomp.building import build, read_yaml
+from llmcomp.building import build, read_yaml, write_yaml
 from llmcomp.errors import BadRecipe
 from llmcomp.patterns import Pattern
 from llmcomp.steps import (
@@ -130,7 +128,7 @@ class Recipe:
     def to_yaml(self) -> str:
         data = _plain(self)
         data["steps"] = [{"kind": step.kind, **_plain(step)} for step in self.steps]
-        return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100)
+        return write_yaml(data)
 
     @classmethod
     def from_yaml(cls, text: str, where: str = "recipe") -> Recipe:

@@ -228,7 +228,7 @@ def assign(adapter: Adapter, step: QuantizeStep) -> Assignment:
         problems.append("the recipe's targets and overrides leave nothing to quantize")
     made = Assignment(tasks, left)
     if step.activations == INT8_STATIC and tasks and not made.calibrated:
-        able = ", ".join(name for name, method in METHODS.items() if method.calibrated)
+        able = ", ".join(name for name, one in METHODS.items() if one.calibrated and not (one.tune or one.aim))
         problems.append(
             f"--activations {INT8_STATIC} finds its ranges in calibration, and method {step.method} reads no text; "
             f"choose one of {able}, or --activations {INT8_DYNAMIC}"
