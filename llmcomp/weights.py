@@ -109,7 +109,7 @@ class SparseWeight:
 
     def __post_init__(self) -> None:
         check_mask(self.pattern, self.mask)
-        if bool((self.values != 0).logical_and_(~self.mask).any()):
+        if bool(self.values.bool().gt(self.mask).any()):  # the two read as 0 and 1
             raise RunError("A weight that its mask removes is not zero.")
 
     def dense(self) -> Tensor:

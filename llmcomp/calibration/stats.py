@@ -16,7 +16,7 @@ from llmcomp.errors import NumericalError
 from llmcomp.matmul import fast_matmul
 from llmcomp.ranks import ALONE, World
 
-_TILE = 512  # columns of a strip: only the strips' part right of the diagonal is computed
+_TILE = 256  # columns of a strip: only the strips' part right of the diagonal is computed
 _STRIP = 2048  # columns that one product yields
 _TOKENS = 2048  # tokens that are widened to float32 at a time
 

@@ -57,6 +57,12 @@ class Factor:
         return self.upper.diagonal().square()
 
 
+def in_order(weight: Tensor, factor: Factor) -> Tensor:
+    """Rows [rows, in] of a weight as the sweep takes them: float32 [in, rows], columns in the factor's order."""
+    # Whole columns are gathered: from rows, each entry would be fetched from a line of its own.
+    return weight.t().contiguous()[factor.order].float()
+
+
 def row_quadratics(factor: Factor, matrix: Tensor) -> Tensor:
     """m' H m, float64 [rows], for each row of M given as [in, rows] in the order of quantization; undamped."""
     upper, total = factor.upper, torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)

@@ -110,11 +110,10 @@ class SweptMask:
         """Hold what has been chosen in the sweeps that follow."""
         self.ahead = None
 
-    def kept(self, factor: Factor) -> Tensor:
-        """The mask, bool [rows, in], in the weight's own order of columns."""
-        mask = torch.empty_like(self.removed)
-        mask[factor.order] = ~self.removed
-        return mask.t()
+    def kept(self, back: Tensor) -> Tensor:
+        """The mask, bool [rows, in], in the weight's own order of columns. back: int64 [in], where in the sweep's each
+        of them is."""
+        return self.removed.logical_not()[back].t()
 
 
 def prune(

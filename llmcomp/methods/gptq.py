@@ -27,7 +27,7 @@ from llmcomp.calibration.stats import InputStats
 from llmcomp.errors import BadRecipe
 from llmcomp.matmul import fast_matmul
 from llmcomp.methods._grid import SEARCH, Grid, empty_grid, search_grid, stored_scale
-from llmcomp.methods._solve import Factor, sampled_losses, shared_factor, sweep
+from llmcomp.methods._solve import Factor, in_order, sampled_losses, shared_factor, sweep
 from llmcomp.methods._swept import SweptMask, chunks, order_for, prune
 from llmcomp.methods.rtn import rtn_clip
 from llmcomp.methods.solution import Solution, dead_columns
@@ -87,17 +87,17 @@ def gptq(
         return _fallback(weight, stats, scheme, dtype, pattern, mask)
     importance = torch.empty_like(factor.pivots)
     importance[factor.order] = factor.pivots
+    back = factor.order.argsort()
     grid = _searched(weight, scheme, dtype, importance) if pattern is None else empty_grid(weight, scheme, dtype)
     values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     kept = None if pattern is None else torch.empty_like(values, dtype=torch.bool)
     error = torch.empty(weight.shape[0], dtype=torch.float64, device=weight.device)
     norm = torch.empty_like(error)
     for part, count in parts:
-        ordered, swept = weight[part].float().t()[factor.order], None  # [in, rows]
+        ordered, swept = in_order(weight[part], factor), None
         if pattern is not None:
             held = None if mask is None else mask[part]
-            pruned = torch.empty_like(ordered)
-            pruned[factor.order] = prune(ordered, factor, SweptMask(pattern, factor, ordered, held, count))[0]
+            pruned = prune(ordered, factor, SweptMask(pattern, factor, ordered, held, count))[0][back]
             grid.fill(part, _searched(pruned.t(), scheme, dtype, importance))
             swept = SweptMask(pattern, factor, ordered, held, count)
             del pruned
@@ -105,7 +105,7 @@ def gptq(
             ordered, factor, grid.rows(part), REFITS[scheme.bits], swept
         )
         if kept is not None and swept is not None:
-            kept[part] = swept.kept(factor)
+            kept[part] = swept.kept(back)
     solved = QuantizedWeight(values, grid.scale, grid.zero_point, scheme, pattern=pattern, mask=kept)
     return Solution(solved, error, norm, factor.damping, None, dead_columns(stats))
 

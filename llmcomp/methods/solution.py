@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmcomp.calibration.stats import InputStats
-from llmcomp.methods._solve import row_quadratics
+from llmcomp.methods._solve import in_order, row_quadratics
 from llmcomp.weights import CompressedWeight
 
 _CHUNK = 1024
@@ -76,7 +76,7 @@ def sampled_row_losses(
         if stats.gram is not None:
             loss[measured] = quadratics(rows, stats.gram)
         else:
-            loss[measured] = row_quadratics(stats.factor, rows.t()[stats.factor.order])
+            loss[measured] = row_quadratics(stats.factor, in_order(rows, stats.factor))
         losses.append(loss)
     return losses[0], losses[1]
 

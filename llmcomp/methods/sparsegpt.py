@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmcomp.calibration.stats import InputStats
 from llmcomp.errors import BadRecipe
-from llmcomp.methods._solve import sampled_losses, shared_factor
+from llmcomp.methods._solve import in_order, sampled_losses, shared_factor
 from llmcomp.methods._swept import BLOCK, SweptMask, chunks, order_for, prune
 from llmcomp.methods.solution import Solution, dead_columns
 from llmcomp.methods.wanda import wanda
@@ -84,12 +84,13 @@ def sparsegpt(
     kept = torch.empty(rows, columns, dtype=torch.bool, device=weight.device)
     error = torch.empty(rows, dtype=torch.float64, device=weight.device)
     norm = torch.empty_like(error)
+    back = factor.order.argsort()
     for part, count in parts:
         held = None if mask is None else mask[part]
-        # Whole columns are gathered: from rows, each entry would be fetched from a line of its own.
-        ordered = weight[part].t().contiguous()[factor.order].float()  # [in, rows]
+        ordered = in_order(weight[part], factor)
         swept = SweptMask(pattern, factor, ordered, held, count, config.mask_block)
         found, lost = prune(ordered, factor, swept, dtype)
         error[part], norm[part] = sampled_losses(factor, lost, ordered)
-        values.t()[factor.order, part], kept[part] = found, swept.kept(factor)
+        values[part].copy_(found[back].t())
+        kept[part].copy_(swept.kept(back))
     return Solution(SparseWeight(values, kept, pattern), error, norm, factor.damping, None, dead_columns(stats))
