@@ -7,10 +7,12 @@ so parts and processes add up to what one batch would give. Teachers' tensors ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from llmcomp.errors import BadRecipe
 
@@ -53,31 +55,48 @@ def states(student: Tensor, teacher: Tensor, tokens: Tensor, count: Tensor | int
 
 
 def attention_scores(
-    student: Tensor, teacher: Tensor, seen: Tensor, tokens: Tensor, count: Tensor | int | None = None
-) -> Tensor:
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], seen: Tensor, tokens: Tensor,
+    count: Tensor | int | None = None,
+) -> Tensor:  # fmt: skip
     """Squared error of attention scores before the softmax, q·k/√d (TinyBERT, eq. 7):
     L = 1/n Σ_query 1/H Σ_head 1/|keys| Σ_key (a - a')², over the keys that a query sees.
 
+    Scores themselves are not held, only those of a block of heads at a time (`_Blocks`).
+
     Args:
-        student, teacher: a, a' [B, H, L, L]. seen: bool, broadcast to them, the keys that a query may attend to.
+        student, teacher: queries q/√d and keys k [B, H, L, D], of which a = q·k/√d. D may differ.
+        seen: bool [B or 1, 1, L, L], the keys that a query may attend to.
 
     Returns:
         A scalar in float32.
 
-    >>> a, every = torch.zeros(1, 2, 3, 3), torch.ones(1, 1, 3, 3, dtype=torch.bool)
-    >>> attention_scores(a, a + 2, every, every[:, 0, 0])
+    >>> q, every = torch.ones(1, 2, 3, 4), torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    >>> attention_scores((q, q), (q / 2, q), every, every[:, 0, 0])
     tensor(4.)
     """
     seen = seen & tokens[:, None, None, :]  # what a pad attends to counts nowhere, nor what attends to it
-    error = torch.where(seen, student.float() - teacher.detach().float(), 0).square()
-    by_query = (error.sum(-1) / seen.sum(-1).clamp_min(1)).mean(1)  # [B, L]
-    return (by_query * tokens).sum() / _n(tokens, count)
+    weights = (seen / seen.sum(-1, keepdim=True).clamp_min(1)) * tokens[:, None, :, None]  # [B, 1, L, L]
+    there = tokens[:, None, :, None]
+    query, key, its_query, its_key = (torch.where(there, one.detach(), 0) for one in (*student, *teacher))
+    left, right = torch.cat([query, -its_query], -1), torch.cat([key, its_key], -1)  # one product gives a - a'
+
+    def work(rows: slice, heads: slice, wanted: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        error = (left[rows, heads] @ right[rows, heads].transpose(-1, -2)).float()
+        weighted = error * weights[rows]
+        loss = torch.dot(error.flatten(), weighted.flatten())
+        if not wanted:
+            return loss, ()
+        slope = (2 * weighted).to(query.dtype)
+        return loss, (slope @ key[rows, heads], slope.transpose(-1, -2) @ query[rows, heads])
+
+    total: Tensor = _Blocks.apply(work, query.shape[1], *student)
+    return total / (query.shape[1] * _n(tokens, count))
 
 
 def relations(
     student: Tensor, teacher: Tensor, tokens: Tensor, heads: int, count: Tensor | int | None = None,
     seen: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """How tokens relate to each other by queries, keys or values (MiniLMv2, arXiv:2012.15828, eq. 5 to 7):
     L = 1/(n A) Σ_query Σ_head KL(softmax(X' X'ᵀ/√d') || softmax(X Xᵀ/√d)), nats. All heads' channels are split
     anew into A relation heads, so neither width nor number of heads must be equal.
@@ -90,12 +109,24 @@ def relations(
         BadRecipe: channels that A does not divide.
     """
     allowed = tokens[:, None, None, :] if seen is None else seen & tokens[:, None, None, :]
-    alone = ~allowed.any(-1, keepdim=True)  # rows of padding, which the sum leaves out
-    log_q = _relation(student, heads).masked_fill(~(allowed | alone), -torch.inf).log_softmax(-1)
-    log_p = _relation(teacher.detach(), heads).masked_fill(~(allowed | alone), -torch.inf).log_softmax(-1)
-    both = torch.where(allowed | alone, log_p - log_q, 0)
-    divergence = (log_p.exp() * both).sum(-1).mean(1)  # [B, L]
-    return torch.where(tokens, divergence, 0).sum() / _n(tokens, count)
+    allowed = allowed | ~allowed.any(-1, keepdim=True)  # rows of padding, which the sum leaves out
+    hidden = (~allowed).expand(len(tokens), 1, -1, -1)
+    split = _split(student, heads)
+    own, other = (torch.where(tokens[:, None, :, None], one, 0)
+                  for one in (split.detach(), _split(teacher.detach(), heads)))  # fmt: skip
+
+    def work(rows: slice, part: slice, wanted: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        mine, its, there = own[rows, part], other[rows, part], tokens[rows, None, :, None]
+        log_q, log_p = (_relation(one).masked_fill_(hidden[rows], -torch.inf).log_softmax(-1) for one in (mine, its))
+        p = log_p.exp()
+        loss = torch.where(there, p * (log_p - log_q).masked_fill_(hidden[rows], 0), 0).sum()
+        if not wanted:
+            return loss, ()
+        slope = torch.where(there, log_q.exp() - p, 0) / mine.shape[-1] ** 0.5
+        return loss, (slope @ mine + slope.transpose(-1, -2) @ mine,)
+
+    total: Tensor = _Blocks.apply(work, heads, split)
+    return total / (heads * _n(tokens, count))
 
 
 def attention_transfer(student: Tensor, teacher: Tensor, tokens: Tensor, count: Tensor | int | None = None) -> Tensor:
@@ -182,8 +213,8 @@ def head_map(heads: Sequence[int], student: int, teacher: int) -> list[int]:
     return list(heads)
 
 
-def _relation(value: Tensor, heads: int) -> Tensor:
-    """X Xᵀ/√d [B, A, L, L] in float32."""
+def _split(value: Tensor, heads: int) -> Tensor:
+    """All channels split anew, [B, A, L, channels / A] in float32."""
     rows, _, length, _ = value.shape
     channels = value.transpose(1, 2).reshape(rows, length, -1).float()
     if channels.shape[-1] % heads:
@@ -191,8 +222,51 @@ def _relation(value: Tensor, heads: int) -> Tensor:
             f"--relation-heads {heads} does not divide {channels.shape[-1]} channels; give a number that divides both "
             "models'."
         )
-    split = channels.reshape(rows, length, heads, -1).transpose(1, 2)
-    return split @ split.transpose(-1, -2) / split.shape[-1] ** 0.5
+    return channels.reshape(rows, length, heads, -1).transpose(1, 2)
+
+
+def _relation(split: Tensor) -> Tensor:
+    """X Xᵀ/√d [B, A, L, L]."""
+    return split @ (split / split.shape[-1] ** 0.5).transpose(-1, -2)
+
+
+# Scores of one block, as numbers: on a CPU they stay in its cache, on a GPU they keep it busy.
+_BLOCK = {"cpu": 2**18}
+_BLOCK_ELSEWHERE = 2**26
+
+Work = Callable[[slice, slice, bool], tuple[Tensor, tuple[Tensor, ...]]]
+
+
+class _Blocks(torch.autograd.Function):
+    """A sum over blocks of rows and heads, whose gradients are computed with it: what is as large as [L, L] lives no
+    longer than its block, where autograd would hold it for all layers until the way back.
+
+    The work of a block gives its part of the sum and, where wanted, the gradient by the block of each tensor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, work: Work, heads: int, *tensors: Tensor) -> Tensor:
+        wanted = any(ctx.needs_input_grad)
+        rows, length, device = len(tensors[0]), tensors[0].shape[2], tensors[0].device
+        at_once = max(1, _BLOCK.get(device.type, _BLOCK_ELSEWHERE) // length**2)
+        few, many = min(heads, at_once), max(1, at_once // heads)
+        gradients = [torch.empty_like(one, memory_format=torch.contiguous_format) for one in tensors if wanted]
+        total = torch.zeros((), device=device)
+        with torch.autocast(device.type, enabled=False):  # what is compared has its dtype already
+            for row in range(0, rows, many):
+                for head in range(0, heads, few):
+                    block = slice(row, row + many), slice(head, head + few)
+                    loss, found = work(*block, wanted)
+                    total += loss
+                    for gradient, part in zip(gradients, found, strict=True):
+                        gradient[block] = part
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(above * gradient for gradient in ctx.saved_tensors)
 
 
 def _where(value: Tensor, tokens: Tensor) -> Tensor:

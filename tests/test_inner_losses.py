@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llmcomp import inner_losses
 from llmcomp.errors import BadRecipe
 from llmcomp.inner_losses import (
     attention_scores,
@@ -45,6 +46,11 @@ def window(width: int) -> Tensor:
 
 def dot64(one: Tensor, other: Tensor) -> float:
     return math.fsum(float(a) * float(b) for a, b in zip(one, other, strict=True))
+
+
+def products(seed: int, depth: int) -> tuple[Tensor, Tensor]:
+    """Queries and keys."""
+    return drawn(ROWS, HEADS, LENGTH, depth, seed=seed), drawn(ROWS, HEADS, LENGTH, depth, seed=seed + 7)
 
 
 def mean64(terms: list[float]) -> float:
@@ -119,19 +125,76 @@ def test_they_are_their_equations(seed: int, width: int) -> None:
     assert float(states(h, other, tokens)) == pytest.approx(states64(h, other, tokens), rel=1e-4)
     wide = drawn(ROWS, LENGTH, DEPTH + 3, seed=seed + 2)
     assert float(attention_transfer(h, wide, tokens)) == pytest.approx(transfer64(h, wide, tokens), rel=1e-4, abs=1e-6)
-    a, b = drawn(ROWS, HEADS, LENGTH, LENGTH, seed=seed), drawn(ROWS, HEADS, LENGTH, LENGTH, seed=seed + 1)
-    assert float(attention_scores(a, b, seen, tokens)) == pytest.approx(attention64(a, b, seen, tokens), rel=1e-4)
+    one, two = products(seed, DEPTH), products(seed + 1, 8)
+    scores = [query @ key.transpose(-1, -2) for query, key in (one, two)]
+    wanted = attention64(*scores, seen, tokens)
+    assert float(attention_scores(one, two, seen, tokens)) == pytest.approx(wanted, rel=1e-4)
     x, y = drawn(ROWS, HEADS, LENGTH, DEPTH, seed=seed), drawn(ROWS, 2, LENGTH, 8, seed=seed + 1)
     found = float(relations(x, y, tokens, 2, seen=seen))
     assert found == pytest.approx(relations64(x, y, tokens, 2, seen), rel=1e-3, abs=1e-5)
+
+
+def dense_scores(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor], seen: Tensor, tokens: Tensor) -> Tensor:
+    """`attention_scores` of all scores at once, for autograd."""
+    counted = seen & tokens[:, None, None, :] & tokens[:, None, :, None]
+    error = (one[0] @ one[1].transpose(-1, -2) - two[0] @ two[1].transpose(-1, -2)).square() * counted
+    return (error.sum(-1) / counted.sum(-1).clamp_min(1)).sum() / (HEADS * tokens.sum())
+
+
+def dense_relations(one: Tensor, two: Tensor, seen: Tensor, tokens: Tensor) -> Tensor:
+    """`relations` likewise, of two heads; cross entropy less entropy, query by query."""
+    total = torch.zeros((), dtype=torch.float64)
+    for b, query in tokens.nonzero().tolist():
+        keys = (seen[0, 0, query] & tokens[b]).nonzero()[:, 0]
+        shares = []
+        for value in (one, two):
+            split = value[b].transpose(0, 1).reshape(LENGTH, 2, -1)
+            shares.append(torch.einsum("hd,khd->hk", split[query], split[keys]) / split.shape[-1] ** 0.5)
+        q, p = (share.softmax(-1) for share in shares)
+        total = total + (p * (p.log() - q.log())).sum()
+    return total / (2 * tokens.sum())
+
+
+@settings(max_examples=15, deadline=None)
+@given(SEEDS, st.integers(1, LENGTH), st.sampled_from([1, 2, 3 * HEADS]))
+def test_gradients_by_blocks_are_autograds(seed: int, width: int, heads: int) -> None:
+    """Whatever fits into a block, of dense equations in float64."""
+    tokens, seen = padded(seed), window(width)
+    one, two = products(seed, DEPTH), products(seed + 1, 8)
+    x, y = drawn(ROWS, HEADS, LENGTH, DEPTH, seed=seed), drawn(ROWS, 2, LENGTH, 8, seed=seed + 1)
+    given_, slow = [[value.to(dtype, copy=True).requires_grad_() for value in (*one, x)]
+                    for dtype in (torch.float32, torch.float64)]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(inner_losses._BLOCK, "cpu", heads * LENGTH**2)
+        found = attention_scores((given_[0], given_[1]), two, seen, tokens)
+        found = found + 3 * relations(given_[2], y, tokens, 2, seen=seen)
+    wide = [value.double() for value in (*two, y)]
+    wanted = dense_scores((slow[0], slow[1]), (wide[0], wide[1]), seen, tokens)
+    wanted = wanted + 3 * dense_relations(slow[2], wide[2], seen, tokens)
+    assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-4)
+    found.backward()
+    wanted.backward()
+    for mine, its in zip(given_, slow, strict=True):
+        assert mine.grad is not None and its.grad is not None
+        assert torch.allclose(mine.grad.double(), its.grad, rtol=1e-4, atol=1e-5 * float(its.grad.abs().max()) + 1e-9)
+
+
+def test_what_padding_holds_does_no_harm() -> None:
+    """Attention may leave anything at tokens that are not there, even no numbers."""
+    tokens = torch.tensor([[True, True, False]])
+    value = torch.where(tokens[:, None, :, None], torch.ones(1, 2, 3, 4), torch.nan).requires_grad_()
+    seen = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    loss = attention_scores((value, value), (2 * value, value), seen, tokens)
+    (loss + relations(value, 2 * value, tokens, 2, seen=seen)).backward()
+    assert float(loss.detach()) == 16 and value.grad is not None and bool(value.grad.isfinite().all())
 
 
 every = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool)
 LOSSES: dict[str, tuple[tuple[int, ...], Callable[..., Tensor]]] = {
     "cosine": ((LENGTH, DEPTH), cosine),
     "states": ((LENGTH, DEPTH), states),
-    "scores": ((HEADS, LENGTH, LENGTH), lambda one, other, tokens, n=None: attention_scores(one, other, every, tokens,
-                                                                                            n)),
+    "scores": ((HEADS, LENGTH, DEPTH), lambda one, other, tokens, n=None: attention_scores((one, one), (other, other),
+                                                                                           every, tokens, n)),
     "relations": ((HEADS, LENGTH, DEPTH), lambda one, other, tokens, n=None: relations(one, other, tokens, 3, n)),
     "transfer": ((LENGTH, DEPTH), attention_transfer),
 }  # fmt: skip

@@ -210,9 +210,9 @@ class Distillation(Objective):
             if weights.attention:
                 mine, wanted = own.attended[one], its.attended[two]
                 heads = torch.tensor(list(self.layers.heads), device=tokens.device)
-                scores = wanted.scores().index_select(1, heads)
+                query, key = (one.index_select(1, heads) for one in wanted.products())
                 both = mine.seen & wanted.seen
-                found = inner_losses.attention_scores(mine.scores(), scores, both, tokens, count)
+                found = inner_losses.attention_scores(mine.products(), (query, key), both, tokens, count)
                 total += weights.attention * found
         return total
 

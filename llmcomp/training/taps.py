@@ -1,8 +1,8 @@
 """What a model computes inside while it runs: hidden states, attention scores, queries, keys and values of some layers.
 
 Attention stays transformers' SDPA. A function registered with its attention interface calls that, and for the layers
-that are asked for computes q·k/√d once more beside it, which costs those layers' scores and nothing else; eager
-attention would give the probabilities of all layers, and hidden states of all would be held. The mask function of SDPA
+that are asked for keeps queries, keys and values, of which losses compute what they compare; eager attention would give
+the probabilities of all layers, and hidden states of all would be held. The mask function of SDPA
 is registered under the same name: without one, transformers passes no mask at all, and says nothing.
 """
 
@@ -41,11 +41,16 @@ class Attended:
     scaling: float
     seen: Tensor
 
-    def scores(self) -> Tensor:
-        """q·k/√d [B, H, L, L], before mask and softmax; groups of queries share their keys."""
+    def products(self) -> tuple[Tensor, Tensor]:
+        """q/√d and k [B, H, L, D], whose products are the scores; groups of queries share their keys."""
         groups = self.query.shape[1] // self.key.shape[1]
         key = self.key if groups == 1 else self.key.repeat_interleave(groups, dim=1)
-        return self.query @ key.transpose(-1, -2) * self.scaling
+        return self.query * self.scaling, key
+
+    def scores(self) -> Tensor:
+        """q·k/√d [B, H, L, L], before mask and softmax."""
+        query, key = self.products()
+        return query @ key.transpose(-1, -2)
 
 
 @dataclass

@@ -78,14 +78,16 @@ def test_it_is_the_sum_of_its_parts(width: int) -> None:
     there = given["attention_mask"].bool()
     seen = there[:, None, None, :]
     projected = getattr(student, PROJECTIONS, {"hidden": nn.Identity(), "embedding": nn.Identity()})
-    scores = [query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5 for query, key, _ in (own, its)]
+    products = [(query / query.shape[-1] ** 0.5, key) for query, key, _ in (own, its)]
     terms = {
         "hard": losses.hard_targets(logits, given["labels"]),
         "soft": losses.soft_targets(logits, targets, given["scored"], 2.0),
         "cosine": inner_losses.cosine(last, its_last, there) if width == 128 else torch.tensor(0.0),
         "embedding": inner_losses.states(projected["embedding"](first), its_first, there),
         "hidden": inner_losses.states(projected["hidden"](last), its_last, there),
-        "attention": inner_losses.attention_scores(scores[0], scores[1].flip(1), seen, there),
+        "attention": inner_losses.attention_scores(
+            products[0], (products[1][0].flip(1), products[1][1].flip(1)), seen, there
+        ),
         "relation": torch.stack([
             inner_losses.relations(one, two, there, 4) for one, two in zip(own, its, strict=True)
         ]),
