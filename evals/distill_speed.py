@@ -13,10 +13,14 @@ plain: eager attention in all layers of both models, `output_attentions=True, ou
     so the plain way has an eager function of its own that gives scores instead, as the BertSelfAttention of TinyBERT's
     published code does. MiniLM's queries, keys and values are in no tuple: hooks on the last layer give them.
 
+llmcomp trains with its own float32 products (`llmcomp.matmul.fast_matmul`: oneDNN where that is as accurate as MKL and
+faster, as on EPYC with AVX512-BF16). A third way, the plain one with these products, shows how much of the ratio is
+theirs; under bf16 and on a GPU it is the plain one again.
+
 Before the rounds, both take one step's loss and gradients from the same weights without dropout, and must agree. Then
 rounds alternate which way is first. Dropout of students is that of their configs (BERT 0.1, Llama none); `--dropout 0`
 turns it off. Time is seconds on a GPU, and on a CPU those of the process' threads, which are the same on a machine that
-does nothing else. Ratios are plain / llmcomp, medians over rounds, with the least and the greatest. Memory is the
+does nothing else. Ratios are of samples a second, medians over rounds, with the least and the greatest. Memory is the
 highest of a step above what lay there before it.
 """
 
@@ -53,13 +57,16 @@ from evals.common import markdown
 from evals.process import Monitor, machine, memory_of
 from llmcomp.adapters.discover import discover
 from llmcomp.inner_losses import layer_map
+from llmcomp.matmul import fast_matmul
 from llmcomp.training.distilling import METHODS, PROJECTIONS, Distillation, Layers, Weights, project
 from llmcomp.training.guides import watched
 from llmcomp.training.taps import Taps
 
 SCORES = "plain_scores"  # the eager attention that gives scores
-HEADER = ["student", "losses", "parameters, M", "plain, samples/s", "llmcomp", "ratio [least, greatest]",
-          "memory of a step, plain, MB", "llmcomp"]  # fmt: skip
+PLAIN, FAST, OURS = "plain", "plain, fast products", "llmcomp"
+HEADER = ["student", "losses", "parameters, M", "plain, samples/s", "with fast products", "llmcomp",
+          "llmcomp / plain [least, greatest]", "llmcomp / plain with fast products", "memory of a step, plain, MB",
+          "llmcomp"]  # fmt: skip
 TINY_4 = {"hidden_size": 312, "intermediate_size": 1200}
 MINI = {"hidden_size": 384, "intermediate_size": 1536}
 Batch = dict[str, Tensor]
@@ -231,8 +238,8 @@ def both(case: Case, length: int, device: str) -> dict[str, Plain | Ours]:
     project(student, weights, (student.config.hidden_size, teacher.config.hidden_size))
     student.train()
     twin = copy.deepcopy(student)
-    return {"plain": Plain(twin, copy.deepcopy(teacher), case, weights, layers),
-            "llmcomp": Ours(student, teacher, weights, layers)}  # fmt: skip
+    return {PLAIN: Plain(twin, copy.deepcopy(teacher), case, weights, layers),
+            OURS: Ours(student, teacher, weights, layers)}  # fmt: skip
 
 
 def drawn(case: Case, args: argparse.Namespace, seed: int) -> Batch:
@@ -249,7 +256,7 @@ class Step:
     """A training step of one way."""
 
     def __init__(self, way: Plain | Ours, args: argparse.Namespace) -> None:
-        self.way, self.args = way, args
+        self.way, self.args, self.fast = way, args, isinstance(way, Ours)
         self.optimizer = torch.optim.AdamW(way.student.parameters(), lr=1e-5, fused=True)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -271,9 +278,10 @@ class Step:
 
     def __call__(self, batch: Batch) -> None:
         """Forward, backward and the optimizer."""
-        self.loss(batch).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        with fast_matmul() if self.fast else nullcontext():
+            self.loss(batch).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
 
     def timed(self, batches: list[Batch]) -> float:
         """Seconds of some steps."""
@@ -319,7 +327,7 @@ def agree(steps: Mapping[str, Step], batch: Batch, tolerance: float) -> None:
     Raises:
         SystemExit: losses or gradients that differ by more than the tolerance, relative.
     """
-    (plain, wanted), (loss, found) = (steps[name].gradients(batch) for name in ("plain", "llmcomp"))
+    (plain, wanted), (loss, found) = (steps[name].gradients(batch) for name in (PLAIN, OURS))
     apart = abs(loss - plain) / abs(plain)
     size = torch.stack([value.norm() for value in wanted.values()]).norm()
     zeros = {name: torch.zeros_like(value) for name, value in found.items()}
@@ -337,19 +345,22 @@ def measured(name: str, args: argparse.Namespace) -> list[str]:
         case = replace(case, student={**case.student, **shares})
     steps = {way: Step(made, args) for way, made in both(case, args.tokens, args.device).items()}
     agree(steps, drawn(case, args, 0), 1e-4 if args.dtype == "float32" else 3e-2)
-    memory = {way: step.memory(drawn(case, args, 0)) for way, step in steps.items()}  # these warm up, too
-    times: dict[str, list[float]] = {way: [] for way in steps}
+    memory = [f"{steps[way].memory(drawn(case, args, 0)) / 1e6:.0f}" for way in (PLAIN, OURS)]  # these warm up, too
+    steps[FAST] = copy.copy(steps[PLAIN])
+    steps[FAST].fast = True
+    times: dict[str, list[float]] = {way: [] for way in (PLAIN, FAST, OURS)}
     for number in range(args.rounds):
         batches = [drawn(case, args, 1 + number * args.steps + step) for step in range(args.steps)]
-        for way in list(steps) if number % 2 else reversed(list(steps)):
+        for way in list(times) if number % 2 else reversed(list(times)):
             times[way].append(steps[way].timed(batches))
             print(f"{name}, {way}: {times[way][-1] / args.steps:.3f} s a step", file=sys.stderr, flush=True)
-    ratios = [one / other for one, other in zip(times["plain"], times["llmcomp"], strict=True)]
-    speed = {way: f"{args.steps * args.batch_size / median(found):.2f}" for way, found in times.items()}
-    size = sum(value.numel() for value in steps["llmcomp"].way.student.parameters()) / 1e6
-    return [name, case.method, f"{size:.1f}", speed["plain"], speed["llmcomp"],
-            f"{median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]",
-            f"{memory['plain'] / 1e6:.0f}", f"{memory['llmcomp'] / 1e6:.0f}"]  # fmt: skip
+    speeds = [f"{args.steps * args.batch_size / median(found):.2f}" for found in times.values()]
+    ratios = []
+    for way in (PLAIN, FAST):
+        found = [one / other for one, other in zip(times[way], times[OURS], strict=True)]
+        ratios.append(f"{median(found):.2f} [{min(found):.2f}, {max(found):.2f}]")
+    size = sum(value.numel() for value in steps[OURS].way.student.parameters()) / 1e6
+    return [name, case.method, f"{size:.1f}", *speeds, *ratios, *memory]
 
 
 def main(argv: list[str] | None = None) -> int:

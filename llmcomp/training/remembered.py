@@ -31,6 +31,7 @@ from llmcomp.digests import file_sha256
 from llmcomp.errors import BadRecipe, RunError, UserError
 from llmcomp.formats.save import writing
 from llmcomp.kept import Kept, decode, encode, fewer, keep
+from llmcomp.matmul import fast_matmul
 from llmcomp.progress import Progress
 from llmcomp.ranks import ALONE, World
 from llmcomp.training.data import Batch, Samples, key_of, rows_of
@@ -139,7 +140,8 @@ def remembered(
     if waiting:
         progress.phase("ask the teacher", sum(len(file.keys) for file in waiting))
     for file in waiting:
-        _write(file, guide, samples, collate, asked, device)
+        with fast_matmul():
+            _write(file, guide, samples, collate, asked, device)
         progress.step(len(file.keys))
     world.total(0)  # all have written theirs
     if missing := [file.path for file in files if not file.path.exists()]:

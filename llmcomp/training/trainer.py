@@ -24,7 +24,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 
 from llmcomp import losses
 from llmcomp.errors import BadData, BadRecipe, NumericalError
-from llmcomp.matmul import WideProducts, multiplies
+from llmcomp.matmul import WideProducts, fast_matmul, multiplies
 from llmcomp.progress import Progress
 from llmcomp.training import sharding
 from llmcomp.training.compression import PowerSgd
@@ -380,6 +380,7 @@ def train(
         if compressed is not None:
             compressed.join(trainer)
         stack.enter_context(WideProducts() if slow_products(model) else nullcontext())
+        stack.enter_context(fast_matmul())
         if shared:  # the Trainer then leaves the model's placement and gradients to whoever has sharded it
             stack.enter_context(sharding.sharded(model, device))
             trainer.shared = trainer.is_distributed_loading_by_transformers = True
