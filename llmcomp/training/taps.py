@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from llmcomp.errors import BadRecipe
+from llmcomp.training.dropping import drop_attention
 
 NAME = "llmcomp_scores"
 EMBEDDINGS = -1  # as a layer: what the first block reads
@@ -174,13 +175,17 @@ def _attention(
     dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None, **more: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """SDPA, and what was asked for beside it."""
-    asked = _LISTENING.get(module)
-    if asked is not None:
-        taps, layer = asked
+    asked, slow = _LISTENING.get(module), dropout > 0 and query.device.type == "cpu"
+    slow = slow and (attention_mask is None or attention_mask.dtype == torch.bool)
+    if asked is not None or slow:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         seen = _seen(attention_mask, query.shape[2], key.shape[2], causal, query.device)
+    if asked is not None:
+        taps, layer = asked
         taps.heard(layer, Attended(query, key, value, scale, seen))
+    if slow:
+        return drop_attention(query, key, value, seen, scale, dropout).transpose(1, 2).contiguous(), None
     made: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **more
     )
