@@ -63,7 +63,7 @@ class _Dropped(torch.autograd.Function):
         for block in _blocks(kept):
             parts = [one[block].detach().requires_grad_() for one in tensors]
             with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-                again = _attend(whole, *parts, seen[block[0]], kept[block])
+                again = _attend(whole, parts[0], parts[1], parts[2], seen[block[0]], kept[block])
             for gradient, part in zip(gradients, torch.autograd.grad(again, parts, above[block]), strict=True):
                 gradient[block] = part
         return (*gradients, None, None)
