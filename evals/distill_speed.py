@@ -308,7 +308,7 @@ class Step:
         monitor.start()
         self(batch)
         monitor.stop()
-        return max(sample.own.anonymous for sample in monitor.samples) - lay.anonymous
+        return max([lay.anonymous, *(sample.own.anonymous for sample in monitor.samples)]) - lay.anonymous
 
     def _wait(self) -> None:
         if self.args.device != "cpu":
