@@ -70,7 +70,7 @@ def test_tables_give_rows_and_labels(tmp_path, suffix):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.json", '[{"text": "a", "label": 1}, {"text": "b", "label": null}, {"text": "c"}, {"text": "d", "label": 0}]'),
+        ("a.jsonl", '{"s": "a", "label": 1}\n{"s": "b", "label": null}\n{"s": "c"}\n{"s": "d", "label": 0}'),
         ("a.csv", "text,label\na,1\nb,\nc,\nd,0\n"),
         ("a.tsv", 'text\tlabel\na\t1\nb\t""\nc\t\nd\t0\n'),
     ],
