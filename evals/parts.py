@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,99 +83,63 @@ TOOLS = {
         Tool("gptqmodel gptq-mse", "gptqmodel", "gptq-mse", "gptqmodel"),
     )
 }
-PARTS = {
-    "lm": Part(
-        "lm",
-        "causal-lm",
-        "models/lm",
-        {"books": "data/books/validation.txt", "wikitext": "data/wikitext-2-raw/test.txt"},
-        (
-            Setting("4-bit g128", 4, 128),
-            Setting("4-bit channel", 4, None),
-            Setting("3-bit g128", 3, 128),
-            Setting("2-bit g64", 2, 64),
-        ),
-        tuple(
-            name for name, tool in TOOLS.items()
-            if "rtn" not in name and name != LEARNED and tool.method not in (*PRUNING, *FACTORS, *CUTTING, *TOGETHER)
-        ),
-    ),
-    "lm-sparse": Part(
-        "lm-sparse",
-        "causal-lm",
-        "models/lm",
-        {"books": "data/books/validation.txt", "wikitext": "data/wikitext-2-raw/test.txt"},
-        (
-            Setting("2:4", pattern="2:4"),
-            Setting("4:8", pattern="4:8"),
-            Setting("50%", pattern="0.5"),
-            Setting("70%", pattern="0.7"),
-        ),
-        tuple(name for name, tool in TOOLS.items() if tool.method in PRUNING),
-    ),
-    "lm-together": Part(
-        "lm-together",
-        "causal-lm",
-        "models/lm",
-        {"books": "data/books/validation.txt", "wikitext": "data/wikitext-2-raw/test.txt"},
-        (Setting("2:4 + INT4 g128", 4, 128, "2:4"),),
-        ("llmcomp one sweep", "llmcomp two steps", "llmcompressor two steps"),
-        "llmcomp one sweep",
-    ),
-    "lm-lowrank": Part(
-        "lm-lowrank",
-        "causal-lm",
-        "models/lm",
-        {"books": "data/books/validation.txt", "wikitext": "data/wikitext-2-raw/test.txt"},
-        tuple(Setting(f"ratio {ratio}", ratio=ratio) for ratio in (0.8, 0.6, 0.4)),
-        tuple(f"llmcomp {method}" for method in FACTORS),
-        "llmcomp svd-llm-update",
-    ),
-    "lm-pruned": Part(
-        "lm-pruned",
-        "causal-lm",
-        "models/lm",
-        {"books": "data/books/validation.txt", "wikitext": "data/wikitext-2-raw/test.txt"},
-        tuple(
-            Setting(what.strip("-"), cut=what)
-            for what in ("--mlp 0.125", "--mlp 0.25", "--mlp 0.5", "--heads 0.5", "--layers 1", "--layers 2")
-        ),
-        tuple(f"llmcomp {method}" for method in CUTTING),
-        "llmcomp cut",
-    ),
-    "sst2-sparse": Part(
-        "sst2-sparse",
-        "classification",
-        "models/minilm-sst2",
-        {"sst2": "data/sst2/test.jsonl"},
-        (Setting("2:4", pattern="2:4"), Setting("50%", pattern="0.5"), Setting("70%", pattern="0.7")),
-        tuple(name for name, tool in TOOLS.items() if tool.method in PRUNING),
-    ),
-    "sst2-lowrank": Part(
-        "sst2-lowrank",
-        "classification",
-        "models/minilm-sst2",
-        {"sst2": "data/sst2/test.jsonl"},
-        tuple(Setting(f"ratio {ratio}", ratio=ratio) for ratio in (0.8, 0.6, 0.4)),
-        tuple(f"llmcomp {method}" for method in FACTORS),
-        "llmcomp svd-llm-update",
-    ),
-    "sst2-pruned": Part(
-        "sst2-pruned",
-        "classification",
-        "models/minilm-sst2",
-        {"sst2": "data/sst2/test.jsonl"},
-        tuple(Setting(what.strip("-"), cut=what) for what in ("--mlp 0.25", "--mlp 0.5", "--layers 1")),
-        tuple(f"llmcomp {method}" for method in CUTTING),
-        "llmcomp cut",
-    ),
-    "sst2": Part(
-        "sst2",
-        "classification",
-        "models/minilm-sst2",
-        {"sst2": "data/sst2/test.jsonl"},
-        (Setting("4-bit g128", 4, 128), Setting("8-bit channel", 8, None)),
-        # gptqmodel has no definition of BERT: it refuses the model.
-        ("llmcomp", "llmcompressor gptq", "llmcompressor gptq-mse"),
-    ),
+
+
+def lm(name: str, settings: tuple[Setting, ...], tools: tuple[str, ...], ours: str | None = None) -> Part:
+    """A part on the small trained decoder: the books are its domain, WikiText is not."""
+    texts = {"books": "data/books/validation.txt", "wikitext": "data/wikitext-2-raw/test.txt"}
+    return Part(name, "causal-lm", "models/lm", texts, settings, tools, ours)
+
+
+def sst2(name: str, settings: tuple[Setting, ...], tools: tuple[str, ...], ours: str | None = None) -> Part:
+    """A part on the small sentiment classifier."""
+    texts = {"sst2": "data/sst2/test.jsonl"}
+    return Part(name, "classification", "models/minilm-sst2", texts, settings, tools, ours)
+
+
+def cuts(*flags: str) -> tuple[Setting, ...]:
+    """Settings of what `llmcomp prune` removes, by its flags."""
+    return tuple(Setting(what.strip("-"), cut=what) for what in flags)
+
+
+def by(*methods: Sequence[str]) -> tuple[str, ...]:
+    """Names of the tools that have one of these methods."""
+    return tuple(name for name, tool in TOOLS.items() if tool.method in [one for some in methods for one in some])
+
+
+INTEGERS = (
+    Setting("4-bit g128", 4, 128), Setting("4-bit channel", 4, None), Setting("3-bit g128", 3, 128),
+    Setting("2-bit g64", 2, 64),
+)  # fmt: skip
+PATTERNS = {
+    name: Setting(name, pattern=pattern)
+    for name, pattern in {"2:4": "2:4", "4:8": "4:8", "50%": "0.5", "70%": "0.7"}.items()
 }
+RATIOS = tuple(Setting(f"ratio {ratio}", ratio=ratio) for ratio in (0.8, 0.6, 0.4))
+PARTS = {
+    part.name: part
+    for part in (
+        lm(
+            "lm", INTEGERS,
+            tuple(
+                name for name, tool in TOOLS.items()
+                if "rtn" not in name and name != LEARNED and name not in by(PRUNING, FACTORS, CUTTING, TOGETHER)
+            ),
+        ),
+        lm("lm-sparse", tuple(PATTERNS.values()), by(PRUNING)),
+        lm("lm-together", (Setting("2:4 + INT4 g128", 4, 128, "2:4"),), by(TOGETHER), "llmcomp one sweep"),
+        lm("lm-lowrank", RATIOS, by(FACTORS), "llmcomp svd-llm-update"),
+        lm(
+            "lm-pruned", cuts("--mlp 0.125", "--mlp 0.25", "--mlp 0.5", "--heads 0.5", "--layers 1", "--layers 2"),
+            by(CUTTING), "llmcomp cut",
+        ),
+        sst2("sst2-sparse", tuple(PATTERNS[name] for name in ("2:4", "50%", "70%")), by(PRUNING)),
+        sst2("sst2-lowrank", RATIOS, by(FACTORS), "llmcomp svd-llm-update"),
+        sst2("sst2-pruned", cuts("--mlp 0.25", "--mlp 0.5", "--layers 1"), by(CUTTING), "llmcomp cut"),
+        # gptqmodel has no definition of BERT: it refuses the model.
+        sst2(
+            "sst2", (Setting("4-bit g128", 4, 128), Setting("8-bit channel", 8, None)),
+            ("llmcomp", "llmcompressor gptq", "llmcompressor gptq-mse"),
+        ),
+    )
+}  # fmt: skip

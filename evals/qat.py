@@ -74,8 +74,7 @@ def compressed(setting: Setting, method: str, seed: int) -> tuple[Path, float]:
         with tempfile.TemporaryDirectory() as folder:
             words = ["quantize", str(assets_root() / PART.model), "--bits", str(setting.bits), "--group-size", group]
             words += ["--calibration", str(windows_file(PART, seed, Path(folder))), "--samples", str(SAMPLES)]
-            words += ["--method", method, *(["--option", "batch_size=8"] if "signround" in method else [])]
-            if command([*words, "--no-evaluate", "--output", str(output), "--overwrite"]):
+            if command([*words, "--method", method, "--no-evaluate", "--output", str(output), "--overwrite"]):
                 raise SystemExit(f"llmcomp quantize failed for {method}")
 
     return kept({"setting": setting.name, "method": method, "seed": seed}, make)

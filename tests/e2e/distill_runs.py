@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stopped import stopped
 
 from llmcomp import DistillPlan, distill, training_run
-from llmcomp.errors import RunError
 from llmcomp.formats.verify import check
 from llmcomp.report.schema import Report
-from llmcomp.training import trainer
 
 PLAN = DistillPlan(
     "sample:classifier", "layers=1", samples=24, sequence_length=24, steps=6, batch_size=4, learning_rate=1e-3,
@@ -37,16 +36,5 @@ def run(output: Path, **settings: Any) -> Report:
 
 def broken_run(output: Path, after: int, **settings: Any) -> None:
     """A run that ends after so many steps, those of a baseline among them."""
-    with pytest.MonkeyPatch.context() as patch:
-        end, count = trainer.Watch.on_step_end, 0
-
-        def stop(self: Any, args: Any, state: Any, control: Any, **unused: Any) -> None:
-            nonlocal count
-            end(self, args, state, control)
-            count += 1
-            if count == after:
-                raise RunError("stopped by the test")
-
-        patch.setattr(trainer.Watch, "on_step_end", stop)
-        with pytest.raises(RunError, match="stopped by the test"):
-            run(output, **settings)
+    with stopped(after):
+        run(output, **settings)

@@ -149,3 +149,12 @@ def reads(model: Any, ids: Tensor, name: str) -> Tensor:
         model(input_ids=ids)
     handle.remove()
     return found[0].double().flatten(0, 1)
+
+
+def rows_kept(source: Tensor, left: Tensor) -> Tensor:
+    """Which rows of `source` [n, k] are in `left` [m, k], in its order."""
+    same = (left.unsqueeze(1) == source.unsqueeze(0)).all(-1)
+    assert bool((same.sum(1) == 1).all())
+    found = same.int().argmax(1)
+    assert bool((found.diff() > 0).all())  # in the order that they had
+    return found

@@ -14,11 +14,12 @@ import pytest
 import torch
 import yaml
 from e2e_runs import LENGTH, hashes, tensors
+from stopped import stopped
 from tiny import tiny
 from transformers import AutoModelForSequenceClassification
 
 from llmcomp import prune_in_training, training_run
-from llmcomp.errors import NumericalError, RunError, VerificationFailed
+from llmcomp.errors import NumericalError, VerificationFailed
 from llmcomp.formats import witness
 from llmcomp.formats.opening import open_checkpoint
 from llmcomp.formats.save import partial_of
@@ -235,20 +236,6 @@ def test_the_example_on_a_trained_classifier(assets: Path, tmp_path: Path) -> No
 # --- a run that ends early ---
 
 
-def stopping(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    """Fail at the end of the step that is counted so, over all rounds."""
-    end, count = trainer.Watch.on_step_end, 0
-
-    def stop(self: Any, args: Any, state: Any, control: Any, **unused: Any) -> None:
-        nonlocal count
-        end(self, args, state, control)
-        count += 1
-        if count == after:
-            raise RunError("stopped by the test")
-
-    monkeypatch.setattr(trainer.Watch, "on_step_end", stop)
-
-
 @pytest.mark.parametrize(
     ("name", "after"),
     [("movement", 5), ("lottery", 11), pytest.param("gradual", 7, marks=SLOW),
@@ -260,10 +247,8 @@ def stopping(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
 def test_a_broken_run_ends_bit_identical(name: str, after: int, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(whole, **CASES[name])
-    with pytest.MonkeyPatch.context() as patch:
-        stopping(patch, after)
-        with pytest.raises(RunError, match="stopped by the test"):
-            run(broken, **CASES[name])
+    with stopped(after):
+        run(broken, **CASES[name])
     assert not broken.exists()
     states = sorted(partial_of(broken).glob("training/**/trainer_state.json"), key=lambda path: path.stat().st_mtime)
     states[-1].write_text('{"torn')  # killed while it was written: an older one is taken

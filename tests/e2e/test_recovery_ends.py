@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from e2e_runs import hashes
 from recovery_runs import SLOW, STEPS, WIDE, Made, recover
+from stopped import stopped
 from tiny import tiny
 from torch import Tensor
 
@@ -25,14 +26,6 @@ from llmcomp.training import trainer
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-def stopping(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    def stop(self: Any, args: Any, state: Any, control: Any, **unused: Any) -> None:
-        if state.global_step == step:
-            raise RunError("stopped by the test")
-
-    monkeypatch.setattr(trainer.Watch, "on_step_end", stop)
-
-
 @pytest.mark.parametrize(
     ("name", "method", "more"),
     [("bert int8", "lora", {"accumulate": 2}), pytest.param("classifier 2:4", "full", {"steps": 8}, marks=SLOW),
@@ -45,10 +38,8 @@ def test_a_broken_run_ends_bit_identical(
     data, settings = rows if "classifier" in name else text, replace(WIDE, **more)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     recover(compressed[name], whole, data, method, optimization=settings, lora=Lora(4, dropout=0.1))
-    with pytest.MonkeyPatch.context() as patch:
-        stopping(patch, 7)
-        with pytest.raises(RunError, match="stopped by the test"):
-            recover(compressed[name], broken, data, method, optimization=settings, lora=Lora(4, dropout=0.1))
+    with stopped(7):
+        recover(compressed[name], broken, data, method, optimization=settings, lora=Lora(4, dropout=0.1))
     assert not broken.exists()
     states = sorted(partial_of(broken).glob("training/checkpoint-*"))
     (states[-1] / "trainer_state.json").write_text('{"torn')  # killed while it was written: an older one is taken
