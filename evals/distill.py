@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -61,13 +62,15 @@ def some_labels(rows: list[dict[str, Any]], count: int, seed: int) -> list[dict[
 
 
 def labelled_in_part(count: int, seed: int) -> Path:
-    """Such a file of the training rows, made once."""
-    source = assets_root() / TRAIN
+    """Such a file of the training rows, made once, whole or not at all: tables may be made side by side."""
     path = cache_root() / "distill" / f"train-{count}-labels-seed-{seed}.jsonl"
-    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-    text = "".join(json.dumps(row) + "\n" for row in some_labels(rows, count, seed))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    if not path.exists():
+        text = (assets_root() / TRAIN).read_text(encoding="utf-8")
+        rows = some_labels([json.loads(line) for line in text.splitlines()], count, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(f".{os.getpid()}.tmp")
+        beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        beside.replace(path)
     return path
 
 
