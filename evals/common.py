@@ -163,19 +163,45 @@ def paired_interval(ours: np.ndarray, theirs: np.ndarray, draws: int = 10_000, s
     Raises:
         ValueError: the two do not have one shape of two dimensions.
     """
-    if ours.shape != theirs.shape or ours.ndim != 2:
-        raise ValueError(
-            f"expected two arrays [seeds, windows] of one shape, got {ours.shape} and {theirs.shape}"
-        )
-    difference = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
+    ours, theirs = _alike(ours, theirs)
+    (means,) = _drawn_means(draws, seed, ours - theirs)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Interval(float((ours - theirs).mean()), float(low), float(high))
+
+
+def paired_ratio(top: np.ndarray, bottom: np.ndarray, draws: int = 10_000, seed: int = 0) -> Interval:
+    """mean(top) / mean(bottom) with its 95% interval, both drawn together as in `paired_interval`.
+
+    Args:
+        top, bottom: [seeds, windows], same seeds and windows in the same order.
+
+    Returns:
+        The ratio; NaN bounds where the denominator is 0 in some draw, of which no ratio can be had.
+
+    Raises:
+        ValueError: the two do not have one shape of two dimensions.
+    """
+    top, bottom = _alike(top, bottom)
+    above, below = _drawn_means(draws, seed, top, bottom)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        low, high = np.percentile(np.where(below == 0, np.nan, above / below), [2.5, 97.5])
+        return Interval(float(top.mean() / bottom.mean()), float(low), float(high))
+
+
+def _alike(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if one.shape != other.shape or one.ndim != 2:
+        raise ValueError(f"expected two arrays [seeds, windows] of one shape, got {one.shape} and {other.shape}")
+    return np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64)
+
+
+def _drawn_means(draws: int, seed: int, *values: np.ndarray) -> list[np.ndarray]:
+    """Of arrays [seeds, windows] the means of each draw, [draws]; all are drawn together."""
     rng = np.random.default_rng(seed)
-    seeds, windows = difference.shape
+    seeds, windows = values[0].shape
     # How often each seed and each window was drawn; the mean of a draw is then one bilinear form.
     by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds
     by_window = rng.multinomial(windows, np.full(windows, 1 / windows), size=draws) / windows
-    means = np.einsum("ds,sw,dw->d", by_seed, difference, by_window, optimize=True)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(float(difference.mean()), float(low), float(high))
+    return [np.einsum("ds,sw,dw->d", by_seed, one, by_window, optimize=True) for one in values]
 
 
 def percent(interval: Interval) -> Interval:

@@ -1,114 +1,147 @@
 """A student with a teacher beside the same student without one: SST-2's test sentences, the same data, steps and seeds.
 
-    python -m evals.distill --threads 1                         # 3 seeds, 3 of 6 blocks, DistilBERT's losses
-    python -m evals.distill --threads 1 --seeds 0 --steps 60    # a look, in minutes
-    python -m evals.distill --methods distilbert tinybert minilm
+    python -m evals.distill --threads 1                         # full labels: ways to teach, 3 seeds, 3 of 6 blocks
+    python -m evals.distill --table few --threads 1             # 1,000 labels; the other sentences teach without one
+    python -m evals.distill --table ablation --threads 1        # TinyBERT's losses, each left out in turn
+    python -m evals.distill --threads 1 --seeds 0 --steps 60 --ways distilbert    # a look, in minutes
 
-Teacher and data are `models/minilm-sst2` and `data/sst2` below LLMCOMP_ASSETS; students are cut from the teacher.
-Whether each sentence is right is kept below LLMCOMP_EVAL_CACHE, so a further seed trains only what is missing.
-Differences are paired: both students start from the same weights and read the same batches, and seeds and sentences are
-drawn anew.
+Teacher and data are `models/minilm-sst2` and `data/sst2` below LLMCOMP_ASSETS; students are cut from the teacher, which
+was trained on all labels. In `few` a seed draws which rows keep their label; the student without a teacher reads those
+rows alone, as many steps at the same rate, so more often each. Of several --learning-rates the one is taken at which
+the table's first student does best on validation.jsonl, and it is everybody's; a way that names its own keeps it.
+
+Whether each sentence is right is kept below LLMCOMP_EVAL_CACHE: a run that was broken off, or a further seed, trains
+only what is missing. Differences are paired with the table's first student: both start from the same weights and read
+the same batches, and seeds and sentences are drawn anew.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
+import os
 import sys
-import tempfile
-import time
-from dataclasses import replace
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from evals.common import assets_root, cache_root, markdown, paired_interval
+from evals.common import assets_root, cache_root, markdown, paired_interval, paired_ratio
 from evals.process import machine
 from evals.pruned_training import MODEL, TEST, TRAIN, correct
-from llmcomp import DistillPlan, distill
-from llmcomp.measure.bootstrap import interval
+from evals.students import ALONE, Bench, Measured, add_course, course, shown, spread
+from llmcomp.errors import UserError
 
-ALONE = "no teacher"
-
-
-def plan_of(args: argparse.Namespace, method: str, seed: int) -> DistillPlan:
-    """Everything but what is learned is the same for all."""
-    root = assets_root()
-    plan = DistillPlan(
-        teacher=str(root / MODEL), student=args.student, data=str(root / TRAIN), text_column="sentence",
-        label_column="label", sequence_length=48, learning_rate=args.learning_rate, steps=args.steps,
-        batch_size=args.batch_size, seed=seed, device=args.device, evaluate=False, verify=False,
-    )  # fmt: skip
-    return replace(plan, method="labels" if method == ALONE else method)  # in labels no teacher runs at all
+VALIDATION = "data/sst2/validation.jsonl"
+TEXTS = {"test": TEST, "validation": VALIDATION}  # choices are made on the latter
+SHARE = 0.97  # of the teacher's accuracy, that a student is to keep
+TAUGHT = ("logits", "distilbert", "minilm", "tinybert")
+FULL, FEW, ABLATION = TABLES = ("full", "few", "ablation")
+LEFT_OUT = {"attention": "attention", "hidden": "hidden", "embedding": "embedding", "prediction": "soft"}
 
 
-def trained(plan: DistillPlan, name: str, rows: Path) -> np.ndarray:
-    """`correct` of the student that a plan makes, bool [rows]; measured once."""
-    root = str(assets_root())
-    said = {key: str(value).replace(root, "") for key, value in plan.said().items()}
-    key = hashlib.sha256(json.dumps([said, rows.name], sort_keys=True).encode()).hexdigest()[:24]
-    kept = cache_root() / "distill" / f"{key}.npy"
-    if kept.exists():
-        return np.asarray(np.load(kept))
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "student"
-        distill(replace(plan, output=str(output)))
-        right = correct(output, rows)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    np.save(kept, right)
-    line = f"{name} seed {plan.seed}: accuracy {right.mean():.2%}"
-    print(f"{line}, {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-    return right
+def ways_of(table: str, said: list[str] | None) -> dict[str, str]:
+    """{name of a line: way}; the first is what others are held against."""
+    if table == ABLATION:
+        without = {f"without {name}": f"tinybert,{weight}_weight=0" for name, weight in LEFT_OUT.items()}
+        return {"tinybert": "tinybert", **without, **{way: way for way in said or ()}}
+    return {"no teacher": ALONE, **{way: way for way in said or TAUGHT}}
 
 
-def rows_of(args: argparse.Namespace, teacher: float) -> list[list[str]]:
-    """One row for each method, the student without a teacher first.
+def some_labels(rows: list[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
+    """The same rows in the same order, of which `count` keep their label; the others' is null.
 
     Args:
-        teacher: its accuracy.
+        seed: draws which, each set of rows as likely as any other.
     """
-    rows, found = assets_root() / args.rows, []
-    alone = np.stack([trained(plan_of(args, ALONE, seed), ALONE, rows) for seed in args.seeds])
-    for name in (ALONE, *args.methods):
-        right = np.stack([trained(plan_of(args, name, seed), name, rows) for seed in args.seeds])
-        rights = right.mean(0)  # of each sentence the share of seeds that are right
-        spread = interval(lambda drawn: drawn.mean(-1), float(rights.mean()), rights)
-        seeds = ", ".join(f"{one:.2%}" for one in right.mean(1))
-        gain = "" if name == ALONE else _points(paired_interval(right, alone))
-        cells = [name, f"{spread.value:.2%} [{spread.low:.2%}, {spread.high:.2%}] ({seeds})"]
-        found.append([*cells, f"{spread.value / teacher:.2%}", gain])
-    return found
+    kept = set(np.random.default_rng(seed).choice(len(rows), count, replace=False).tolist())
+    return [row if number in kept else {**row, "label": None} for number, row in enumerate(rows)]
 
 
-def _points(gain: object) -> str:
-    mean, low, high = (100 * getattr(gain, name) for name in ("mean", "low", "high"))
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+def labelled_in_part(count: int, seed: int) -> Path:
+    """Such a file of the training rows, made once, whole or not at all: tables may be made side by side."""
+    path = cache_root() / "distill" / f"train-{count}-labels-seed-{seed}.jsonl"
+    if not path.exists():
+        text = (assets_root() / TRAIN).read_text(encoding="utf-8")
+        rows = some_labels([json.loads(line) for line in text.splitlines()], count, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(f".{os.getpid()}.tmp")
+        beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        beside.replace(path)
+    return path
+
+
+def measure(directory: Path) -> Measured:
+    """Whether each sentence is classified right, bool [rows] of each text."""
+    return {name: correct(directory, assets_root() / path) for name, path in TEXTS.items()}
+
+
+def bench_of(args: argparse.Namespace) -> Bench:
+    """Everything but how the student is taught."""
+    base = {**course(args), "teacher": str(assets_root() / MODEL), "text_column": "sentence", "label_column": "label",
+            "sequence_length": 48}  # fmt: skip
+    data = partial(labelled_in_part, args.labels) if args.table == FEW else lambda seed: assets_root() / TRAIN
+    return Bench(base, data, tuple(TEXTS), measure)
+
+
+def line(name: str, right: np.ndarray, first: np.ndarray | None, teacher: np.ndarray) -> list[str]:
+    """One row of a table.
+
+    Args:
+        right: of a student, bool [seeds, rows]; first: of the one that it is held against, None for that one itself.
+        teacher: bool [rows].
+    """
+    seeds = ", ".join(f"{one:.2%}" for one in right.mean(1))
+    share = paired_ratio(right, np.broadcast_to(teacher, right.shape))
+    keeps = "no" if share.mean < SHARE else "yes" if share.low < SHARE else "yes, the whole interval"
+    cells = [name, f"{shown(spread(right))} ({seeds})", shown(share), keeps]
+    if first is None:
+        return [*cells, "", ""]
+    gain = paired_interval(100.0 * right, 100.0 * first)
+    beyond = "more" if gain.low > 0 else "less" if gain.high < 0 else "within"
+    return [*cells, shown(gain, "+.2f"), beyond]
+
+
+def table(bench: Bench, ways: Mapping[str, str], args: argparse.Namespace) -> str:
+    """All that is printed behind the machine: what was done, and the rows."""
+    first = next(iter(ways))
+    for way in ways.values():
+        bench.plan(way, args.seeds[0], args.learning_rates[0])  # refused before anything is trained
+    rate, told = bench.tuned(ways[first], args.learning_rates, args.seeds[0], "validation", least=False)
+    teacher = correct(assets_root() / MODEL, assets_root() / TEXTS[args.on])
+    held = bench.seeds(ways[first], args.seeds, rate)[args.on]
+    rows = [line(name, bench.seeds(way, args.seeds, rate)[args.on], None if name == first else held, teacher)
+            for name, way in ways.items()]  # fmt: skip
+    labels = f"{args.labels:,} labels" if args.table == FEW else "all labels"
+    header = ["student", "accuracy [95%] (seeds)", "of the teacher's [95%]", f"at least {SHARE:.0%}",
+              f"over {first}, points [95%]", "beyond the interval"]  # fmt: skip
+    return (
+        f"{args.steps} steps of {args.batch_size}, {args.student}, {labels}, {told}; "
+        f"the teacher has {teacher.mean():.2%} on {args.on}\n\n{markdown(header, rows)}"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line as in the head of this file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--methods", nargs="+", default=["distilbert"])
-    parser.add_argument("--student", default="layers=3")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--rows", default=TEST, help="below LLMCOMP_ASSETS; choices are made on validation.jsonl")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", choices=TABLES, default=FULL)
+    parser.add_argument(
+        "--ways", nargs="+", metavar="METHOD[,key=value…]",
+        help=f"how students are taught: {' '.join(TAUGHT)}; of {ABLATION}, further lines",
+    )  # fmt: skip
+    parser.add_argument("--labels", type=int, default=1000, help=f"of {FEW}")
+    parser.add_argument("--on", choices=tuple(TEXTS), default="test", help="choices are made on validation")
+    add_course(parser, steps=600, batch_size=16, rates=[2e-4])
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     print(json.dumps(machine(args.threads)))
-    teacher = correct(assets_root() / MODEL, assets_root() / args.rows).mean()
-    print(f"\n{args.steps} steps of {args.batch_size}, {args.student}, the teacher has {teacher:.2%}\n")
-    header = ["student", "accuracy [95%] (seeds)", "of the teacher's", "over no teacher, points [95%]"]
-    print(markdown(header, rows_of(args, float(teacher))))
+    try:
+        print("\n" + table(bench_of(args), ways_of(args.table, args.ways), args))
+    except UserError as error:
+        parser.error(str(error))
     return 0
 
 

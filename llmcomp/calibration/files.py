@@ -123,7 +123,8 @@ def text_column(columns: Mapping[str, list[Any]], wanted: str | None, where: str
 def label_column(
     columns: Mapping[str, list[Any]], wanted: str | None, where: str, gaps: bool = False
 ) -> list[Any] | None:
-    """The labels: column `wanted`, else one with a usual name, else None. Numbers in words become numbers.
+    """The labels: column `wanted`, else one with a usual name, else None. Numbers in words become numbers; null, a key
+    that is missing and an empty cell are no label.
 
     Args:
         gaps: rows may have none, where others have one; their label is None.
@@ -136,7 +137,7 @@ def label_column(
     name = wanted or next((n for n in _LABEL_NAMES if n in columns), None)
     if name is None:
         return None
-    labels = columns[name]
+    labels = [None if label == "" else label for label in columns[name]]
     known = [label for label in labels if label is not None]
     if gaps and known and len(known) < len(labels):
         numbers = iter(_numbers(known))

@@ -71,5 +71,9 @@ Track = Annotated[
 ]  # fmt: skip
 TextColumn = Annotated[str | None, typer.Option("--text-column", help=f"Column with the text, {_COLUMNS}.")]
 LabelColumn = Annotated[
-    str | None, typer.Option("--label-column", help=f"Column with the label of a row, {_COLUMNS}.")
+    str | None,
+    typer.Option(
+        "--label-column",
+        help=f"Column with the label of a row, {_COLUMNS}; rows of --data without one learn from a teacher alone.",
+    ),
 ]

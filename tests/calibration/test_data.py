@@ -67,6 +67,21 @@ def test_tables_give_rows_and_labels(tmp_path, suffix):
     assert not texts.running
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"s": "a", "label": 1}\n{"s": "b", "label": null}\n{"s": "c"}\n{"s": "d", "label": 0}'),
+        ("a.csv", "text,label\na,1\nb,\nc,\nd,0\n"),
+        ("a.tsv", 'text\tlabel\na\t1\nb\t""\nc\t\nd\t0\n'),
+    ],
+)
+def test_rows_may_lack_a_label_where_that_is_allowed(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert data.read_texts(str(tmp_path / name), gaps=True).labels == [1, None, None, 0]
+    with pytest.raises(BadData, match="no label in row 1"):
+        data.read_texts(str(tmp_path / name), label_column="label")
+
+
 def test_plain_text_is_kept_to_the_letter(tmp_path):
     text = "One.\n\n\n\nTwo, in\ntwo lines.\n\n é\n"
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())

@@ -18,6 +18,7 @@ from evals.common import (
     mark,
     markdown,
     paired_interval,
+    paired_ratio,
     percent,
     read_memory,
     sentence_kl,
@@ -124,6 +125,29 @@ class TestPairedInterval:
         assert paired_interval(ours, ours * 2) == paired_interval(ours, ours * 2)
         with pytest.raises(ValueError, match="one shape"):
             paired_interval(ours, ours[:, :-1])
+
+
+class TestPairedRatio:
+    def test_a_share_that_all_have_has_no_width(self):
+        bottom = np.random.default_rng(0).uniform(1, 2, size=(3, 50))
+        found = paired_ratio(bottom * 0.97, bottom)
+        assert (found.low, found.mean, found.high) == pytest.approx((0.97, 0.97, 0.97))
+
+    def test_it_is_the_ratio_of_means_of_what_was_drawn(self):
+        """Against draws that are made one by one."""
+        rng = np.random.default_rng(1)
+        top, bottom = rng.uniform(0, 1, (3, 40)), rng.uniform(1, 2, (3, 40))
+        slow = []
+        for _ in range(4000):
+            picked = np.ix_(rng.integers(0, 3, 3), rng.integers(0, 40, 40))
+            slow.append(top[picked].mean() / bottom[picked].mean())
+        found = paired_ratio(top, bottom)
+        assert found.mean == pytest.approx(top.mean() / bottom.mean())
+        assert (found.low, found.high) == pytest.approx(np.percentile(slow, [2.5, 97.5]), abs=0.01)
+
+    def test_nothing_below_the_line_is_no_ratio(self):
+        found = paired_ratio(np.ones((2, 9)), np.zeros((2, 9)))
+        assert np.isnan([found.low, found.high]).all()
 
 
 def test_percent_is_relative_perplexity():
