@@ -18,7 +18,7 @@ from llmcomp.ranks import ALONE, World
 
 _TILE = 256  # columns of a strip: only the strips' part right of the diagonal is computed
 _STRIP = 2048  # columns that one product yields
-_TOKENS = 2048  # tokens that are widened to float32 at a time
+WAITING = 2048  # tokens that wait in float32 for one product: the sum is read and written each time
 
 
 @dataclass
@@ -63,7 +63,8 @@ class GramAccumulator:
 
     def __init__(self) -> None:
         self._gram: Tensor | None = None
-        self._buffer: Tensor | None = None
+        self._waiting = torch.zeros(0, 0)  # [WAITING, in], of which the first `_filled` rows are not yet in the sum
+        self._filled, self._bf16_values = 0, True
         self._absmax = torch.zeros(0)
         self._tokens = 0
 
@@ -73,24 +74,24 @@ class GramAccumulator:
         if self._gram is None:
             self._gram = torch.zeros(size, size, dtype=torch.float32, device=inputs.device)
             self._absmax = torch.zeros(size, dtype=torch.float32, device=inputs.device)
-        for start in range(0, inputs.shape[0], _TOKENS):
-            part = inputs[start : start + _TOKENS]
+            self._waiting = torch.empty(WAITING, size, dtype=torch.float32, device=inputs.device)
+        start = 0
+        while start < inputs.shape[0]:
+            part = inputs[start : start + WAITING - self._filled]
             self._absmax = self._absmax.maximum(part.amax(0)).maximum(-part.amin(0))
-            self._add_product(self._widened(part), part.dtype == torch.bfloat16)
+            self._waiting[self._filled : self._filled + len(part)].copy_(part)
+            self._filled += len(part)
+            self._bf16_values &= part.dtype == torch.bfloat16
+            if self._filled == WAITING:
+                self._add_product()
+            start += len(part)
         self._tokens += inputs.shape[0]
 
-    def _widened(self, part: Tensor) -> Tensor:
-        """`part` in float32, in one buffer that serves every batch: fresh pages cost as much as the copy."""
-        if self._buffer is None or self._buffer.shape[0] < part.shape[0]:
-            self._buffer = torch.empty_like(part, dtype=torch.float32)
-        widened = self._buffer[: part.shape[0]]
-        widened.copy_(part)
-        return widened
-
-    def _add_product(self, part: Tensor, bf16_values: bool) -> None:
-        gram = self._gram
+    def _add_product(self) -> None:
+        """Add what waits to the sum."""
+        gram, part = self._gram, self._waiting[: self._filled]
         assert gram is not None  # made by add
-        with fast_matmul(bf16_values):
+        with fast_matmul(self._bf16_values):
             size = gram.shape[0]
             for row in range(0, size, _TILE):
                 stop = min(row + _TILE, size)
@@ -98,6 +99,7 @@ class GramAccumulator:
                 for column in range(row, size, _STRIP):
                     end = min(column + _STRIP, size)
                     gram[row:stop, column:end].addmm_(part[:, row:stop].t(), part[:, column:end])
+        self._filled, self._bf16_values = 0, True
 
     def finish(self, name: str, world: World = ALONE) -> InputStats:
         """The statistics of the module `name`, over what all ranks have added; the accumulator is spent.
@@ -105,7 +107,9 @@ class GramAccumulator:
         Raises:
             NumericalError: NaN or Inf among the inputs, or none at all.
         """
-        gram, self._gram, self._buffer = self._gram, None, None
+        if self._filled:
+            self._add_product()
+        gram, self._gram, self._waiting = self._gram, None, torch.zeros(0, 0)
         if gram is None:
             raise NumericalError(f"No calibration token has reached {name}.")
         size = gram.shape[0]
@@ -134,8 +138,8 @@ class CrossAccumulator:
         if self._sum is None:
             size = source.shape[1]
             self._sum = torch.zeros(size, size, dtype=torch.float32, device=source.device)
-        for start in range(0, source.shape[0], _TOKENS):
-            first, second = source[start : start + _TOKENS], now[start : start + _TOKENS]
+        for start in range(0, source.shape[0], WAITING):
+            first, second = source[start : start + WAITING], now[start : start + WAITING]
             with fast_matmul(first.dtype == second.dtype == torch.bfloat16):
                 self._sum.addmm_(first.float().t(), second.float())
 

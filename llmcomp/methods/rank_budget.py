@@ -193,8 +193,13 @@ def _bought_in_order(ladders: _Ladders, budget: int) -> tuple[Tensor, int]:
     costs = ladders.costs[:, 1:].T.flatten()[order]
     bought = int((costs.cumsum(0) <= budget).sum())
     steps = torch.bincount(order[:bought] % matrices, minlength=matrices)
-    left = budget - int(costs[:bought].sum())
-    while True:  # the next one is too dear, a cheaper one may not be
+    return _bought_besides(ladders, steps, budget - int(costs[:bought].sum()))
+
+
+def _bought_besides(ladders: _Ladders, steps: Tensor, left: int) -> tuple[Tensor, int]:
+    """The same after all further steps that what is left pays for: the next one was too dear, a cheaper one may not be.
+    Changes `steps`."""
+    while True:
         cost, _, slope = ladders.at(steps + 1)
         slope[cost > left] = -torch.inf
         n = int(slope.argmax())
@@ -205,7 +210,8 @@ def _bought_in_order(ladders: _Ladders, budget: int) -> tuple[Tensor, int]:
 
 
 def _exchanged(ladders: _Ladders, steps: Tensor, left: int) -> Tensor:
-    """Steps after all exchanges of one for one that fit and lower the loss, the best first."""
+    """Steps after all exchanges of one for one that fit and lower the loss, the best first; what an exchange leaves
+    over is spent. Changes `steps`."""
     while True:
         freed, lost, _ = ladders.at(steps)
         lost = torch.where(steps > 0, lost, torch.inf)
@@ -219,4 +225,4 @@ def _exchanged(ladders: _Ladders, steps: Tensor, left: int) -> Tensor:
             return steps
         steps[giver] -= 1
         steps[taker] += 1
-        left += int(freed[giver]) - int(price[taker])
+        steps, left = _bought_besides(ladders, steps, left + int(freed[giver]) - int(price[taker]))

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from llmcomp.adapters.base import Adapter, Block, LinearRef
+from llmcomp.calibration.stats import WAITING
 from llmcomp.matmul import switch_is_exact
 from llmcomp.methods import SPARSE
 from llmcomp.pipeline.assign import Task
@@ -186,8 +187,7 @@ def _calibrated(
         parked = min(budget, lanes.count * max(before.parked, here.parked))
         held = lanes.count * max(before.held, here.held)
         gram = FLOAT * ref.in_features**2 * max(map(_matrices, stage))
-        # The float32 copy of an input stays for the next lane's.
-        widening = FLOAT * lanes.tokens * ref.in_features
+        widening = FLOAT * WAITING * ref.in_features
         moving = MemoryTerms(gram, widening, 0, 0, 0, installed, packed, parked, held, here.step)
         yield f"computing up to {name}", moving
         waiting_here = MemoryTerms(
@@ -240,13 +240,13 @@ def _surveyed(
     """A block that runs several times: one more lane at a time goes through it, then all stages are solved
     while the others wait at its entry."""
     grams = [FLOAT * stage[0].ref.in_features ** 2 for stage in stages]
-    widest = max(stage[0].ref.in_features for stage in stages)
+    widening = FLOAT * WAITING * sum(stage[0].ref.in_features for stage in stages)
     waits = MemoryTerms(parked=min(budget, lanes.count * places[0].parked), held=lanes.count * places[0].held)
     looking = max(place.parked + place.held for place in places)
     yield (
         f"looking at {block.name}",
         replace(
-            waits, statistics=sum(grams), widening=FLOAT * lanes.tokens * widest, held=waits.held + looking,
+            waits, statistics=sum(grams), widening=widening, held=waits.held + looking,
             step=max(place.step for place in places),
         ),
     )  # fmt: skip

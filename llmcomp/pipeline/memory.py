@@ -70,16 +70,22 @@ def keep_large_blocks_apart() -> None:
 
 
 @contextmanager
-def reusing_large_blocks() -> Iterator[None]:
-    """While it lasts, blocks up to 32 MB come from the heap and stay with it when they are freed; then free pages are
-    given back and `keep_large_blocks_apart` holds again. For work that makes the same large tensors again and again and
-    lets nothing wait meanwhile."""
+def reusing_large_blocks(give_back: bool = True) -> Iterator[None]:
+    """While it lasts, blocks up to 32 MB come from the heap and stay with it when they are freed. For work that makes
+    the same large tensors again and again, scratch of products among them, and lets nothing wait meanwhile.
+
+    Args:
+        give_back: free pages when it ends; else they serve the next such work, until `return_freed_memory`.
+    """
     _allocate(_LARGEST, _KEPT)
     try:
         yield
     finally:
-        keep_large_blocks_apart()
-        return_freed_memory()
+        if give_back:
+            keep_large_blocks_apart()
+            return_freed_memory()
+        else:
+            _allocate(_LARGE, _KEPT)
 
 
 def _allocate(apart: int, kept: int) -> None:

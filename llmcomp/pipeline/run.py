@@ -30,7 +30,7 @@ from llmcomp.pipeline.beside import Beside
 from llmcomp.pipeline.earlier import earlier_shard
 from llmcomp.pipeline.job import Job, Outcome
 from llmcomp.pipeline.journal import Journal
-from llmcomp.pipeline.memory import keep_large_blocks_apart, return_freed_memory
+from llmcomp.pipeline.memory import keep_large_blocks_apart, return_freed_memory, reusing_large_blocks
 from llmcomp.pipeline.ranges import Ranges
 from llmcomp.pipeline.residency import Residency
 from llmcomp.pipeline.scaling import Scaled, Scaling
@@ -284,7 +284,8 @@ class Compression:
             if stop.inputs is None:
                 return
             if accumulator is not None and stop.kind == "linear" and lane.counted:
-                accumulator.add(lane.tokens(stop.inputs))
+                with reusing_large_blocks(give_back=False):
+                    accumulator.add(lane.tokens(stop.inputs))
             self._tuning.note(lane, stop)
             self._beside.note(lane, stop)
             self._parking.park(lane.held())

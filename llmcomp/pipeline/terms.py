@@ -17,7 +17,7 @@ class MemoryTerms:
 
     Attributes:
         statistics: the Gram matrix of one stage, float32 [in, in] (`GramAccumulator`).
-        widening: the float32 copy of one lane's input that is added to the Gram matrix.
+        widening: float32 copies of inputs that wait for one product with all of them (`GramAccumulator`).
         method: what solving needs beside that: chunks of the sweep or of losses, of the search, tiles.
         stacked: weights of a stage that share an input, copied side by side (`solve_stage`).
         values: int8 integers of the stage.
