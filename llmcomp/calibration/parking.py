@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from llmcomp.devices import CPU
 
 _WORTH_MOVING = 1 << 16  # bytes that may wait in a file; a file for less costs more than it frees
+HEAPED = 1 << 18  # bytes of a block from which on it is mapped by itself and goes back to the system when it is freed
 
 # Tensors that share one storage, all that there are.
 Group = list[Tensor]
@@ -64,6 +65,10 @@ class Parking:
         directory: where the files are made (and unlinked at once, so a kill leaves nothing).
         budget: bytes that may stay in memory at a time, of all storages that were parked and still live.
         device: where lanes compute, and where all that stays in memory lies.
+
+    Attributes:
+        spilled: bytes that went to files so far.
+        holed: those of them that have left holes in the heap.
     """
 
     def __init__(self, directory: Path, budget: int, device: torch.device = CPU) -> None:
@@ -72,7 +77,7 @@ class Parking:
         self._device = device
         self._waiting: dict[int, list[weakref.ref[Tensor]]] = {}  # by address, the oldest first
         self._files: dict[int, list[Tensor]] = {}  # mapped bytes, by their number
-        self.spilled = 0
+        self.spilled = self.holed = 0
 
     def park(self, groups: Iterable[Group]) -> None:
         """Count storages; move the oldest ones' bytes into files while the budget is exceeded.
@@ -110,6 +115,7 @@ class Parking:
         mapped.copy_(_whole(storage, self._device))
         _swap(group, mapped)
         self.spilled += storage.nbytes()
+        self.holed += storage.nbytes() if storage.nbytes() < HEAPED else 0
 
     def _mapped(self, nbytes: int) -> Tensor:
         """uint8 [nbytes] in a file: one whose tensors are gone, or a new one. To make and map a file takes

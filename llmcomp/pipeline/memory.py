@@ -10,9 +10,11 @@ from pathlib import Path
 
 import psutil
 
+from llmcomp.calibration.parking import HEAPED
+
 _INTERVAL = 0.02
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, in glibc's malloc.h
-_LARGE = 2**18
+_LARGE = HEAPED
 _LARGEST = 2**25  # that glibc takes from a heap
 # Bytes at the heap's end that are free and stay: glibc's own choice, and while they are reused.
 _TRIMMED, _KEPT = 2**17, 2**30

@@ -289,9 +289,9 @@ class Compression:
             self._tuning.note(lane, stop)
             self._beside.note(lane, stop)
             self._parking.park(lane.held())
-            if self._parking.spilled - self._trimmed > _HOLES:
+            if self._parking.holed - self._trimmed > _HOLES:
                 return_freed_memory()
-                self._trimmed = self._parking.spilled
+                self._trimmed = self._parking.holed
 
         with self._timed("forward"):
             reached = advance_all(self._lanes, visit, lambda lane: self._parking.fetch(lane.waiting()))
