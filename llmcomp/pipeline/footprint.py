@@ -187,7 +187,7 @@ def _calibrated(
         parked = min(budget, lanes.count * max(before.parked, here.parked))
         held = lanes.count * max(before.held, here.held)
         gram = FLOAT * ref.in_features**2 * max(map(_matrices, stage))
-        widening = FLOAT * WAITING * ref.in_features
+        widening = FLOAT * min(WAITING, lanes.count * lanes.tokens) * ref.in_features
         moving = MemoryTerms(gram, widening, 0, 0, 0, installed, packed, parked, held, here.step)
         yield f"computing up to {name}", moving
         waiting_here = MemoryTerms(
@@ -240,7 +240,7 @@ def _surveyed(
     """A block that runs several times: one more lane at a time goes through it, then all stages are solved
     while the others wait at its entry."""
     grams = [FLOAT * stage[0].ref.in_features ** 2 for stage in stages]
-    widening = FLOAT * WAITING * sum(stage[0].ref.in_features for stage in stages)
+    widening = FLOAT * min(WAITING, lanes.count * lanes.tokens) * sum(stage[0].ref.in_features for stage in stages)
     waits = MemoryTerms(parked=min(budget, lanes.count * places[0].parked), held=lanes.count * places[0].held)
     looking = max(place.parked + place.held for place in places)
     yield (
