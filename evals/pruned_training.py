@@ -28,6 +28,7 @@ import torch
 from evals.common import assets_root, cache_root, markdown, paired_interval, sentence_labels
 from evals.process import machine
 from llmcomp import prune_in_training
+from llmcomp.matmul import fast_matmul
 from llmcomp.measure.bootstrap import interval
 from llmcomp.training.pruning_plan import PruningPlan
 
@@ -54,12 +55,14 @@ def correct(directory: Path, rows: Path) -> np.ndarray:
     model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     texts = [json.loads(line)["sentence"] for line in rows.read_text(encoding="utf-8").splitlines()]
-    found = []
-    with torch.inference_mode():
+    by_length = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # little of a batch is then padding
+    found = np.empty(len(texts), dtype=np.int64)
+    with torch.inference_mode(), fast_matmul():
         for start in range(0, len(texts), BATCH):
-            batch = tokenizer(texts[start : start + BATCH], padding=True, return_tensors="pt")
-            found.append(model(**batch).logits.argmax(-1).numpy())
-    return np.concatenate(found) == sentence_labels(rows)
+            chosen = by_length[start : start + BATCH]
+            batch = tokenizer([texts[row] for row in chosen], padding=True, return_tensors="pt")
+            found[chosen] = model(**batch).logits.argmax(-1).numpy()
+    return found == sentence_labels(rows)
 
 
 def trained(plan: PruningPlan, rows: Path) -> np.ndarray:

@@ -127,6 +127,7 @@ def add_course(parser: argparse.ArgumentParser, *, steps: int, batch_size: int, 
         "--learning-rates", type=float, nargs="+", default=list(rates), metavar="RATE",
         help="of several the one that is best for the table's first student, on held-out text, with the first seed",
     )  # fmt: skip
+    parser.add_argument("--any-length", action="store_true", help="of a batch, as drawn; padding costs what it does")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
 
@@ -134,4 +135,5 @@ def add_course(parser: argparse.ArgumentParser, *, steps: int, batch_size: int, 
 def course(args: argparse.Namespace) -> dict[str, Any]:
     """Fields of a plan that those flags say."""
     named = ("student", "steps", "batch_size", "device")
-    return {**{name: getattr(args, name) for name in named}, "evaluate": False, "verify": False}
+    given = {name: getattr(args, name) for name in named}
+    return {**given, "group_by_length": not args.any_length, "evaluate": False, "verify": False}

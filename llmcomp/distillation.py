@@ -43,10 +43,11 @@ from llmcomp.training.data import Samples, collator
 from llmcomp.training.distill_plan import SHARED, DistillPlan
 from llmcomp.training.distilling import Guide, Layers, Weights
 from llmcomp.training.remembered import Asked, content, remembered, vocabulary_sha256
+from llmcomp.training.states import held_state, put_back
 from llmcomp.training.students import configured_student, cut_student, headed_student, parse_cut, written
 from llmcomp.training.subject import Subject
 from llmcomp.training.teachers import Room, read_own_tokens, taught
-from llmcomp.training.trainer import Objective, Rules, Trained, held_state, put_back, slow_products, train
+from llmcomp.training.trainer import Objective, Rules, Trained, slow_products, train
 from llmcomp.training_run import TrainingRun, options_of, regresses
 
 _BODIES = ("masked-lm", "encoder")  # tasks whose models are, without their heads, a start for others

@@ -149,6 +149,7 @@ def distill(
     evaluate_every: t.EvaluateEvery = None,
     patience: t.Patience = None,
     save_every: t.SaveEvery = None,
+    group_by_length: t.GroupByLength = False,
     gradient_checkpointing: t.GradientCheckpointing = False,
     powersgd: t.PowerSgd = None,
     track: t.Track = None,

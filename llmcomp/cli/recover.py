@@ -66,6 +66,7 @@ def recover(
     evaluate_every: t.EvaluateEvery = None,
     patience: t.Patience = None,
     save_every: t.SaveEvery = None,
+    group_by_length: t.GroupByLength = False,
     gradient_checkpointing: t.GradientCheckpointing = False,
     powersgd: t.PowerSgd = None,
     track: t.Track = None,
@@ -113,7 +114,8 @@ def recover(
             teaching=Teaching(teacher, temperature, soft_weight),
             optimization=Optimization(
                 learning_rate, epochs, steps, batch_size, accumulate, seed, bf16, evaluate_every, patience, save_every,
-                gradient_checkpointing=gradient_checkpointing, powersgd=powersgd, track=track,
+                group_by_length=group_by_length, gradient_checkpointing=gradient_checkpointing, powersgd=powersgd,
+                track=track,
             ),
             options=RunOptions(
                 output=output, overwrite=overwrite, evaluate=evaluate, verify=verify, device=device,

@@ -48,6 +48,13 @@ SaveEvery = Annotated[
         rich_help_panel=TRAINING,
     ),
 ]  # fmt: skip
+GroupByLength = Annotated[
+    bool,
+    typer.Option(
+        "--group-by-length", help="Rows of like length in a batch, which then holds little padding.",
+        rich_help_panel=TRAINING,
+    ),
+]  # fmt: skip
 GradientCheckpointing = Annotated[
     bool,
     typer.Option(

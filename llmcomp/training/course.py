@@ -20,8 +20,7 @@ def arguments(
     settings: Optimization, samples: int, folder: Path, learning_rate: float, device: str
 ) -> TrainingArguments:
     """What the Trainer is told."""
-    processes = process_count()
-    per_step = settings.batch_size * settings.accumulate * processes
+    per_step = settings.batch_size * settings.accumulate * process_count()
     steps = settings.steps or max(1, int(-(-samples // per_step) * settings.epochs))
     save = settings.save_every or max(1, steps // 10)
     best = settings.patience is not None
@@ -43,6 +42,11 @@ def arguments(
         ddp_find_unused_parameters=None if settings.powersgd is None else False, dataloader_pin_memory=False,
         label_names=["labels"], log_level="error",
     )  # fmt: skip
+
+
+def step_samples(told: TrainingArguments) -> int:
+    """Samples of an optimizer step, of all processes."""
+    return int(told.per_device_train_batch_size * told.gradient_accumulation_steps * process_count())
 
 
 def process_count() -> int:

@@ -43,6 +43,11 @@ class Samples(Dataset[Batch]):
         made = {"input_ids": self.windows[index]}
         return made if self.labels is None else {**made, "labels": self.labels[index]}
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each."""
+        return [len(window) for window in self.windows]
+
     def held_out(self) -> tuple[Samples, Samples]:
         """Most of it, and every twentieth sample or so, for losses on the way.
 

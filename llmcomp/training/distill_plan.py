@@ -88,6 +88,7 @@ class DistillPlan:
     evaluate_every: int | None = None
     patience: int | None = None
     save_every: int | None = None
+    group_by_length: bool = False
     gradient_checkpointing: bool = False
     powersgd: int | None = None
     track: str | None = None

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from llmcomp.training.trainer import STATE
+from llmcomp.training.states import STATE
 
 FILE = "past.safetensors"  # of a training state
 

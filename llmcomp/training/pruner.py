@@ -28,7 +28,8 @@ from llmcomp.training.pruning import (
     ticket_sparsity,
     under_masks,
 )
-from llmcomp.training.trainer import STATE, WEIGHTS, Trained, held_state, last_whole, restore
+from llmcomp.training.states import STATE, WEIGHTS, held_state, last_whole, restore
+from llmcomp.training.trainer import Trained
 
 ROUND, REWIND = "round", "rewind"
 

@@ -83,6 +83,7 @@ class PruningPlan:
     bf16: bool = False
     evaluate_every: int | None = None
     save_every: int | None = None
+    group_by_length: bool = False
     gradient_checkpointing: bool = False
     powersgd: int | None = None
     track: str | None = None

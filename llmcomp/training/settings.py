@@ -29,6 +29,7 @@ class Optimization:
         evaluate_every: steps between losses on a held-out part of the data, None for none; patience: how many of them
             may be no better than the best before training ends, whose weights are then taken.
         save_every: steps between the states that a killed run resumes from, None for a tenth of all.
+        group_by_length: samples of like length are read together, as `training.order` draws them.
         weight_decay: of matrices, as AdamW has it.
         gradient_checkpointing: what blocks compute is computed again on the way back, instead of held.
         powersgd: rank of the matrices that processes exchange instead of gradients (`training.compression`), None for
@@ -46,6 +47,7 @@ class Optimization:
     evaluate_every: int | None = None
     patience: int | None = None
     save_every: int | None = None
+    group_by_length: bool = False
     weight_decay: float = 0.0
     gradient_checkpointing: bool = False
     powersgd: int | None = None

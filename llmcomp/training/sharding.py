@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llmcomp.errors import BadRecipe, RunError
+from llmcomp.pipeline.residency import all_finite
 from llmcomp.training.course import process_count
 
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
@@ -168,4 +168,4 @@ def share_out(optimizer: Any) -> None:
 
 def finite(tensor: Tensor) -> bool:
     """Whether this process' part of it is."""
-    return bool(torch.isfinite(local(tensor)).all())
+    return all_finite(local(tensor))

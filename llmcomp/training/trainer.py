@@ -8,34 +8,43 @@ and trackers are the Trainer's.
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, set_seed
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from llmcomp import losses
 from llmcomp.errors import BadData, BadRecipe, NumericalError
 from llmcomp.matmul import WideProducts, fast_matmul, multiplies
+from llmcomp.pipeline.memory import reusing_large_blocks
 from llmcomp.progress import Progress
 from llmcomp.training import sharding
 from llmcomp.training.compression import PowerSgd
-from llmcomp.training.course import arguments, history
+from llmcomp.training.course import arguments, history, step_samples
 from llmcomp.training.data import Batch, Samples
-from llmcomp.training.pruning import mask_buffers
+from llmcomp.training.order import GroupedByLength
 from llmcomp.training.settings import Optimization, Teaching
+from llmcomp.training.states import (
+    WEIGHTS,
+    at_its_end,
+    held_state,
+    last_whole,
+    no_better,
+    restore,
+    step_of,
+    trained,
+)
 from llmcomp.training.trackers import tracker
 
 Teacher = Callable[[Mapping[str, Tensor]], Tensor]  # what the student reads → logits [..., classes]
-WEIGHTS, STATE = "trained.safetensors", "checkpoint"  # of a state the file, and how its folder is called
 _BESIDE = ("labels", "scored")  # of a batch what the model does not read
 
 
@@ -125,6 +134,7 @@ class ObjectiveTrainer(Trainer):
     model: nn.Module
     objective: Objective
     shared = False  # whether each process has a part of the model (`sharding`)
+    order: GroupedByLength | None = None  # which samples a step reads, where it is not the Trainer's own order
 
     def __init__(self, *given: Any, objective: Objective, rules: Rules, **settings: Any) -> None:
         super().__init__(*given, **settings)
@@ -153,6 +163,9 @@ class ObjectiveTrainer(Trainer):
                 own = [one for one, its in self.rules.rates.items() if its == rate]
                 optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
         return optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(train_dataset) if self.order is None else self.order
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
@@ -212,68 +225,11 @@ class ObjectiveTrainer(Trainer):
 
     def _not_a_number(self, what: str) -> str:
         last = last_whole(Path(str(self.args.output_dir)))
-        kept = "none was saved before it" if last is None else f"the state of step {_step(last)} is kept in {last}"
+        kept = "none was saved before it" if last is None else f"the state of step {step_of(last)} is kept in {last}"
         return (
             f"The {what} of step {self.state.global_step + 1} is not a finite number; {kept}; take a smaller "
             f"--learning-rate than {self.args.learning_rate:g}."
         )
-
-
-def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that are trained, each once."""
-    return ((name, value) for name, value in model.named_parameters() if value.requires_grad)
-
-
-def held_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of what a training state holds of a model: trained parameters, and masks that change with them."""
-    return {name: sharding.full(value.detach()).cpu().contiguous().clone()
-            for name, value in [*trained(model), *mask_buffers(model)]}  # fmt: skip
-
-
-def restore(model: nn.Module, folder: Path) -> None:
-    """Put back what a training state holds."""
-    put_back(model, load_file(folder / WEIGHTS))
-
-
-def put_back(model: nn.Module, held: Mapping[str, Tensor]) -> None:
-    """The inverse of `held_state`."""
-    with torch.no_grad():
-        for name, value in [*trained(model), *mask_buffers(model)]:
-            value.copy_(sharding.like(held[name], value))
-
-
-def last_whole(folder: Path) -> Path | None:
-    """The newest state in a folder that was written to its end, which is its trainer_state.json; None without one."""
-    for state in sorted(folder.glob(f"{STATE}-*"), key=_step, reverse=True):
-        try:
-            json.loads((state / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # the run was killed while it wrote this one
-            continue
-        return state
-    return None
-
-
-def _at_its_end(trainer: ObjectiveTrainer, last: Path, patience: int | None) -> bool:
-    """Whether the run that left `last` had trained to its end, whose weights are then put back: the Trainer would take
-    one step more."""
-    state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
-    if state.global_step < trainer.args.max_steps and not (patience and _no_better(state.log_history, patience)):
-        return False
-    trainer.state = state
-    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    restore(trainer.model, Path(best) if best else last)
-    return True
-
-
-def _no_better(logged: list[dict[str, Any]], patience: int) -> bool:
-    """Whether the last `patience` evaluations were no better than the best before them."""
-    found = [one["eval_loss"] for one in logged if "eval_loss" in one]
-    return bool(found) and len(found) - 1 - found.index(min(found)) >= patience
-
-
-def _step(state: Path) -> int:
-    number = state.name.rpartition("-")[2]
-    return int(number) if number.isdigit() else -1
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
@@ -316,7 +272,7 @@ class Patience(TrainerCallback):  # type: ignore[misc]
         self.patience = patience
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
-        if _no_better(state.log_history, self.patience):
+        if no_better(state.log_history, self.patience):
             control.should_training_stop = True
 
 
@@ -377,18 +333,21 @@ def train(
             callbacks=callbacks, objective=objective, rules=rules,
         )  # fmt: skip
         watch.trainer = trainer
+        if settings.group_by_length:
+            trainer.order = GroupedByLength(samples.lengths, step_samples(trainer.args), settings.seed)
         if compressed is not None:
             compressed.join(trainer)
         stack.enter_context(WideProducts() if slow_products(model) else nullcontext())
         stack.enter_context(fast_matmul())
+        stack.enter_context(reusing_large_blocks())  # of gradients, made anew each step
         if shared:  # the Trainer then leaves the model's placement and gradients to whoever has sharded it
             stack.enter_context(sharding.sharded(model, device))
             trainer.shared = trainer.is_distributed_loading_by_transformers = True
-        if last is None or not _at_its_end(trainer, last, settings.patience):
+        if last is None or not at_its_end(trainer, model, last, settings.patience):
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
     return Trained(
         trainer.state.global_step,
-        0 if last is None else _step(last),
+        0 if last is None else step_of(last),
         sum(value.numel() for _, value in trained(model)),
         history(trainer.state.log_history),
     )
