@@ -18,6 +18,7 @@ from llmcomp.ranks import ALONE, World
 
 _TILE = 256  # columns of a strip: only the strips' part right of the diagonal is computed
 _STRIP = 2048  # columns that one product yields
+_WIDENED = 2048  # tokens whose float32 copies are made at a time
 WAITING = 2048  # tokens that wait in float32 for one product: the sum is read and written each time
 
 
@@ -138,8 +139,8 @@ class CrossAccumulator:
         if self._sum is None:
             size = source.shape[1]
             self._sum = torch.zeros(size, size, dtype=torch.float32, device=source.device)
-        for start in range(0, source.shape[0], WAITING):
-            first, second = source[start : start + WAITING], now[start : start + WAITING]
+        for start in range(0, source.shape[0], _WIDENED):
+            first, second = source[start : start + _WIDENED], now[start : start + _WIDENED]
             with fast_matmul(first.dtype == second.dtype == torch.bfloat16):
                 self._sum.addmm_(first.float().t(), second.float())
 

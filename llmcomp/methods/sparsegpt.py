@@ -28,8 +28,8 @@ from llmcomp.patterns import Pattern
 from llmcomp.weights import SparseWeight
 
 # Elements of a chunk of rows: what the sweep holds beside the factor is about a dozen bytes for each. Of N:M, where
-# rows do not compete, more at a time give the same weights in 0.6 to 0.8 of the time: each of the many small steps
-# takes a while, however few rows it is for.
+# rows do not compete, more at a time give the same weights in fewer of the many small steps, each of which takes a
+# while, however few rows it is for.
 CHUNK_WEIGHTS, GROUPED_WEIGHTS = 1 << 22, 1 << 24
 
 

@@ -35,8 +35,8 @@ from llmcomp.ranks import ALONE, World
 from llmcomp.recipe import FIXED, QuantizeStep, Recipe
 from llmcomp.report.schema import LayerReport
 
-# Tokens of one forward: more gains little speed and costs memory. A step of learned rounding takes whole batches, and
-# costs half of the time with half of them.
+# Tokens of one forward: more gains little speed and costs memory. A step of learned rounding takes whole batches, so
+# it gets smaller ones.
 TOKENS_PER_BATCH, _LEARNING_TOKENS = 1024, 512
 _WITNESSES, _WITNESS_TOKENS = 2, 64
 # A format that rounds by itself reads no text, and its own grid fits every width: so assignment sees it.

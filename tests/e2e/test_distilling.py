@@ -155,10 +155,12 @@ def test_a_larger_student_is_a_warning(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "after", "resumed"),
     [(NARROW, 3, 2), ({"method": "distilbert", "baseline": True}, 9, 2),
+     ({"group_by_length": True, "steps": 10}, 9, 8),
      pytest.param({"method": "minilm"}, 5, 4, marks=SLOW)],
 )  # fmt: skip
 def test_a_broken_run_ends_bit_identical(settings: dict[str, Any], after: int, resumed: int, tmp_path: Path) -> None:
-    """Also in the second of two trainings, and with projections that the checkpoint does not have."""
+    """Also in the second of two trainings, with projections that the checkpoint does not have, and in an epoch whose
+    order is not the first's."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(whole, **settings)
     broken_run(broken, after, **settings)

@@ -39,9 +39,10 @@ def assert_same(one: Path, two: Path) -> None:
     "student", ["layers=1", pytest.param("layers=1,hidden=64,heads=4,mlp=96", marks=pytest.mark.slow)]
 )
 def test_two_processes_are_one(student: str, text: Path, tmp_path: Path) -> None:
-    """Every loss is divided by the tokens of all, whoever has them, and projections are trained by all."""
+    """Every loss is divided by the tokens of all, whoever has them; projections are trained by all; the samples of a
+    step are the same whoever reads them."""
     words = ["--student", student, "--method", "tinybert", "--hard-weight", "0.5", "--relation-weight", "1"]
-    made = both([*words, "--transfer-weight", "1"], text, tmp_path)
+    made = both([*words, "--transfer-weight", "1", "--group-by-length"], text, tmp_path)
     assert_same(*made)
     losses = [
         [entry["loss"] for entry in report.distillation.history]
