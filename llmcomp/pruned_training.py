@@ -120,11 +120,11 @@ class PrunedTraining(TrainingRun):
         penalty = pruner.loss if isinstance(pruner, Softly) else None
         objective = self._objective(subject, samples, task, teacher)
 
-        def one(states: Path, callbacks: Any) -> Trained:
+        def one(states: Path, callbacks: list[Any]) -> Trained:
             return train(
                 model, samples, collator(task, tokenizer, regresses(subject, task)), objective, plan.optimization,
                 states, self.progress, learning_rate=_RATE, device=self.device.type,
-                rules=Rules(callbacks, rates, penalty),
+                rules=Rules(tuple(callbacks), rates, penalty),
             )  # fmt: skip
 
         folder = self.partial / "training"

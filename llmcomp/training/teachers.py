@@ -83,7 +83,7 @@ def taught(
             yield _mutual(objective, Pair(student, room.peer), guides, stack), Rules()
             return
         objective = replace(objective, guide=together(guides, plan.temperature, regression))
-        yield objective, Rules([] if past is None else [past])
+        yield objective, Rules(() if past is None else (past,))
 
 
 def _guides(room: Room, past: Past | None, weights: Weights, layers: Layers, models: ExitStack) -> list[Guide]:

@@ -9,7 +9,7 @@ and trackers are the Trainer's.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,7 +122,7 @@ class Rules:
         penalty: what is added to the loss of a step, of the parameters alone.
     """
 
-    callbacks: Sequence[TrainerCallback] = ()
+    callbacks: tuple[TrainerCallback, ...] = ()
     rates: Mapping[nn.Parameter, float] = field(default_factory=dict)
     penalty: Callable[[], Tensor] | None = None
 
