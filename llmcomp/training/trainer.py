@@ -23,6 +23,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from llmcomp import losses
 from llmcomp.errors import BadData, BadRecipe, NumericalError
+from llmcomp.feeds import in_dtype
 from llmcomp.matmul import WideProducts, fast_matmul, multiplies
 from llmcomp.pipeline.memory import reusing_large_blocks
 from llmcomp.progress import Progress
@@ -102,7 +103,8 @@ def frozen(model: nn.Module) -> Teacher:
     def teach(inputs: Mapping[str, Tensor]) -> Tensor:
         with torch.no_grad():
             device = next(model.parameters()).device
-            logits: Tensor = model(**{name: value.to(device) for name, value in inputs.items()}).logits
+            given = {name: value.to(device) for name, value in inputs.items()}
+            logits: Tensor = model(**in_dtype(model, given)).logits
             return logits
 
     return teach
