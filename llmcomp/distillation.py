@@ -101,6 +101,10 @@ class Distilling(TrainingRun):
         self.path, self.described, self.model = self._made(
             self.plan.student, task, self.plan.seed, self.scratch / "student"
         )
+        if (other := task_of(self.path)) != task:
+            raise BadCheckpoint(
+                f"The teacher {self.plan.teacher} is for {task} and {self.model} for {other}; give one for {task}."
+            )
         own = discover(skeleton(self.path))
         self.blocks = [block.name for block in own.blocks], [block.name for block in self.adapter.blocks]
         opened = open_checkpoint(self.path)
@@ -206,6 +210,11 @@ class Distilling(TrainingRun):
         inside = weights.hidden or weights.attention or weights.transfer
         pairs = layer_map(plan.layer_map, own, its) if inside or plan.layer_map != "uniform" else ()
         one, other = student.config, teacher.config
+        if weights.inside and (cut := getattr(one, "patch_size", None)) != (its_cut := getattr(other, "patch_size", None)):
+            raise BadRecipe(
+                f"The student cuts images into patches of {cut} pixels and its teacher of {its_cut}, so their insides "
+                "cannot be compared; give --method logits."
+            )
         if weights.cosine and one.hidden_size != other.hidden_size:
             raise BadRecipe(
                 f"Between hidden states of {one.hidden_size} and {other.hidden_size} channels there is no cosine; "

@@ -92,9 +92,9 @@ class TrainingRun(ABC):
             UserError, RunError: see `llmcomp.recover`.
         """
         with self._timed("prepare"):
-            subject = self._open()
             task = task_of(self.path)
             reading.require_trained(task, self.learning, self.options.text_column)
+            subject = self._open()
             reader = reading.reader_of(self._reads(), subject.model, task)
             if self.world.first:
                 preflight(self.path, self.output, self.options.overwrite, self._room(subject))

@@ -94,6 +94,8 @@ def read_media(
     if path.exists() or path.suffix.lower() in files.SUFFIXES:
         files.require(path)
         return _table(files.read_columns(path), kind, text_column, label_column, str(path), path.parent, gaps)
+    if source.startswith((".", "/", "~")):
+        raise BadData(f"{source} does not exist; give {wanted}.")
     name, config, named = [*source.split(":"), None, None][:3]
     columns = dataset_columns(str(name), config, named or split)
     return _table(columns, kind, text_column, label_column, f"{source} ({named or split})", Path(), gaps)
@@ -226,7 +228,8 @@ def _image(row: Any, content: bytes | None = None, smallest: bool = False) -> An
                 image.draft("RGB", (1, 1))
             return image.convert("RGB")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise BadData(f"{_name(row)} is no readable image ({error}); remove it or convert it to PNG.") from error
+        reason = "its format is not known" if isinstance(error, UnidentifiedImageError) else error
+        raise BadData(f"{_name(row)} is no readable image ({reason}); remove it or convert it to PNG.") from error
 
 
 def _name(row: Any) -> str:

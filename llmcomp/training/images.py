@@ -21,7 +21,7 @@ from llmcomp.training.data import Batch, Samples, evenly, labels_of
 
 _WITNESSES = 4
 _TOKENS = 64  # for which an image counts where samples share a forward or a file of a teacher's cache
-_NAMES = ("image_processor_type", "feature_extractor_type", "processor_class")  # of classes, which say nothing of pixels
+_NAMES = ("image_processor_type", "feature_extractor_type", "processor_class")  # which say nothing of pixels
 
 
 @dataclass(frozen=True)
