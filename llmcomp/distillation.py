@@ -44,6 +44,7 @@ from llmcomp.training import reading
 from llmcomp.training.data import CLASSIFIERS, Samples, collator
 from llmcomp.training.distill_plan import SHARED, DistillPlan
 from llmcomp.training.distilling import Guide, Layers, Weights
+from llmcomp.training.images import require_same_patches
 from llmcomp.training.remembered import Asked, content, remembered, vocabulary_sha256
 from llmcomp.training.states import held_state, put_back
 from llmcomp.training.students import configured_student, cut_student, headed_student, parse_cut, written
@@ -210,11 +211,8 @@ class Distilling(TrainingRun):
         inside = weights.hidden or weights.attention or weights.transfer
         pairs = layer_map(plan.layer_map, own, its) if inside or plan.layer_map != "uniform" else ()
         one, other = student.config, teacher.config
-        if weights.inside and (cut := getattr(one, "patch_size", None)) != (its_cut := getattr(other, "patch_size", None)):
-            raise BadRecipe(
-                f"The student cuts images into patches of {cut} pixels and its teacher of {its_cut}, so their insides "
-                "cannot be compared; give --method logits."
-            )
+        if weights.inside:
+            require_same_patches(one, other)
         if weights.cosine and one.hidden_size != other.hidden_size:
             raise BadRecipe(
                 f"Between hidden states of {one.hidden_size} and {other.hidden_size} channels there is no cosine; "

@@ -38,6 +38,7 @@ from llmcomp.measure.cost import size_of
 from llmcomp.measure.inputs import MEDIA, evaluation_data
 from llmcomp.measure.load import load, task_of
 from llmcomp.measure.run import Settings, evaluate_model
+from llmcomp.packed import decoding
 from llmcomp.pipeline.journal import Journal, fingerprint
 from llmcomp.pipeline.memory import PeakMemory
 from llmcomp.pipeline.streaming import open_streamed
@@ -275,7 +276,7 @@ class TrainingRun(ABC):
         evidence = self.partial / "witness"
         shutil.rmtree(evidence, ignore_errors=True)
         adapter = {} if wrapped is None else lora.factors(wrapped)
-        with torch.inference_mode(), WideProducts():
+        with torch.inference_mode(), WideProducts(), decoding(subject.model):
             output = witness.model_output((wrapped or subject.model)(**inputs)).clone()
         dense = subject.dense()
         witness.record(evidence, "whole", dense)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmcomp.calibration.media import Media, examined, pixels_of
-from llmcomp.errors import BadData
+from llmcomp.errors import BadData, BadRecipe
 from llmcomp.feeds import PIXELS, in_dtype
 from llmcomp.progress import Progress
 from llmcomp.training.data import Batch, Samples, evenly, labels_of
@@ -119,3 +119,17 @@ def require_taken(batch: Batch, model: Any, what: str) -> None:
             f"{what}: the processor makes images of {size} pixels, which {type(model).__name__} does not take "
             f"({' '.join(str(error).split())[:200]}); give the preprocessor_config.json that belongs to the model."
         ) from error
+
+
+def require_same_patches(student: Any, teacher: Any) -> None:
+    """Refuse configs whose models cut an image into other parts, where what lies inside them is compared.
+
+    Raises:
+        BadRecipe: they do.
+    """
+    own, its = (getattr(config, "patch_size", None) for config in (student, teacher))
+    if own != its:
+        raise BadRecipe(
+            f"The student cuts images into patches of {own} pixels and its teacher of {its}, so their insides cannot "
+            "be compared; give --method logits."
+        )

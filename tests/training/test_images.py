@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def test_a_batch_is_what_the_processor_makes(vit: Path, folder: Path) -> None:
     wanted = processor(images=[picture(number) for number in numbers], return_tensors="pt")["pixel_values"]
     assert torch.equal(batch["pixel_values"], wanted) and wanted.shape == (2, 3, PICTURE, PICTURE)
     assert batch["labels"].tolist() == [number % 3 for number in numbers]
-    assert batch["scored"].tolist() == [True, True] and list(batch)[0] == "pixel_values"
+    assert batch["scored"].tolist() == [True, True] and next(iter(batch)) == "pixel_values"
 
 
 def test_memory_holds_no_pixels(vit: Path, folder: Path) -> None:
@@ -84,7 +85,7 @@ def test_memory_holds_no_pixels(vit: Path, folder: Path) -> None:
 def test_some_of_them_evenly_spaced(vit: Path, folder: Path) -> None:
     every, some = pictures(vit, folder), pictures(vit, folder, count=3)
     places = [list(every.rows).index(row) for row in some.rows]
-    assert len(places) == 3 and max(b - a for a, b in zip(places, places[1:], strict=False)) <= 3
+    assert len(places) == 3 and max(b - a for a, b in pairwise(places)) <= 3
     assert every.labels is not None and some.labels is not None
     assert some.labels.tolist() == every.labels[places].tolist()
     assert len(pictures(vit, folder, count=100)) == COUNT
