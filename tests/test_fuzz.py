@@ -1,8 +1,12 @@
-"""Files that anybody may have written: they are read, or refused by an error of ours, and nothing else."""
+"""Files that anybody may have written: they are read, or refused by an error of ours, and nothing else.
+
+LLMCOMP_FUZZ=3000 tries so many of each kind.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,8 @@ from llmcomp.recipe import Recipe, check
 from llmcomp.report.schema import LayerReport, Machine, Measured, Origin, Report, Size, Verification
 from llmcomp.shards import read_shard
 
-MANY = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+EXAMPLES = int(os.environ.get("LLMCOMP_FUZZ", "60"))
+MANY = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)
 data = st.recursive(
     plain, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
