@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcomp.aliases import ALIASES
-from llmcomp.downloading import Entry, fetch, require_as_verified
+from llmcomp.downloading import Entry, fetch, require_as_downloaded, require_as_verified
 from llmcomp.errors import BadCheckpoint, ModelNotFound
 from llmcomp.network import Unreachable, ask, endpoint
 from llmcomp.progress import Progress, Silent
@@ -193,6 +193,8 @@ def _from_hub(model: str, repo: str, revision: str | None, config_only: bool, pr
         if path is None:
             raise ModelNotFound(_not_reachable(what, model, repo, revision, str(error))) from error
         progress.note(f"{what} comes from the cache, commit {path.name[:12]} ({error}).")
+        if not config_only:
+            require_as_downloaded(what, path, progress)
         return Resolved(path, name, path.name, "cache", repo)
     files = [entry["rfilename"] for entry in info["siblings"]]
     wanted = _wanted(what, files, config_only)
