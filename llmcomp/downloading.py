@@ -1,10 +1,10 @@
 """Files of a repository on the Hub into its cache, and whether what arrived is what the Hub, and the report, say.
 
 huggingface_hub resumes a download that breaks off and compares its length, not its bytes, and never looks again at what
-lies in its cache. Here every file that is used is hashed, once in a process: what differs is thrown out of the cache and
-fetched once more, and refused if that does not help. Where the Hub does not answer, the cache names weights by their
-hash. A checkpoint of llmcomp names in its report the files that were verified: weights that are others are refused,
-though the Hub holds them so.
+lies in its cache. Here every file that is used is hashed, once in a process: what differs is thrown out, fetched
+once more, and refused if that does not help. Where the Hub does not answer, the cache names weights by their hash. A
+checkpoint of llmcomp names in its report the files that were verified: weights that are others are refused, though the
+Hub holds them so.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def fetch(
             _discard(path, wrong)
             often = "twice" if wrong[0] in missing else "again"
             raise RunError(
-                f"{wrong[0]} of {what} arrived {often} with other bytes than the Hub says, and was thrown away; run the "
-                "command again later, or over another network."
+                f"{wrong[0]} of {what} arrived {often} with other bytes than the Hub says, and was thrown away; run "
+                "the command again later, or over another network."
             )
     return path
 

@@ -132,7 +132,7 @@ def test_a_bit_that_turned_where_the_hub_does_not_answer(hub: HubServer, monkeyp
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert right(resolve(REPO).path, hub)
     spoil(path / WEIGHTS)
-    with pytest.raises(BadCheckpoint, match=r"model\.safetensors of me/mine lies in the cache with other bytes than were"):
+    with pytest.raises(BadCheckpoint, match=r"model\.safetensors of me/mine lies in the cache with other bytes than"):
         resolve(REPO)
     assert resolve(REPO, config_only=True).origin == "cache"
 
