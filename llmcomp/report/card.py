@@ -113,6 +113,7 @@ def tags(report: Report) -> list[str]:
     found |= {word for layer in report.layers if (word := _bits(layer.scheme))}
     found |= {report.format.split(" ")[0]} - {"dense", ""}
     found |= {"pruned"} if report.removed else set()
+    found |= {"distilled"} if report.distillation else set()
     schemes = [layer.scheme for layer in report.layers]
     found |= {"low-rank"} if any("rank" in scheme for scheme in schemes) else set()
     found |= {"sparse"} if any(":" in s or "unstructured" in s for s in schemes) else set()
