@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 from llmcomp import licences, provenance
 from llmcomp.report import card as cards
-from llmcomp.report.schema import Interval, Origin, Report
+from llmcomp.report.schema import Distillation, Interval, Origin, Report
 from llmcomp.report.snippets import NOT_RUN, snippets
 
 COMMIT = "fe8a4ea1ffedaf415f4da2f062534de366a451e6"
@@ -66,6 +66,17 @@ def test_everything_that_was_asked_of_a_card_is_there(known: Report) -> None:
         assert words in made.text
     assert set(made.images) == set(re.findall(r"\]\((llmcomp_plots/\w+\.png)\)", made.text))
     assert all(image.startswith(b"\x89PNG") for image in made.images.values())
+
+
+def test_what_was_trained_on_is_named_with_its_licence(known: Report) -> None:
+    losses = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    found = Distillation("logits", {"soft": 1.0}, "all", ["org/teacher"], "mine.txt: 8 samples", 1, 2, 9, 0, losses)
+    text = cards.card(replace(known, distillation=found, recipe={"data": "mine.txt"}), "me/student").text
+    assert "Learned from org/teacher by logits (soft × 1" in text.split("## How it was made")[1]
+    said = text.split("## Calibration and training data")[1].split("## ")[0]
+    assert "Calibrated on WikiText-2" in said and "Licence: CC BY-SA 3.0 and GFDL." in said
+    assert "Trained on mine.txt: 8 samples. Licence: not known to llmcomp." in said
+    assert "distilled" in cards.tags(replace(known, distillation=found))
 
 
 def test_a_report_with_little_in_it_makes_a_card(known: Report) -> None:
