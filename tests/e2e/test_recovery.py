@@ -68,7 +68,7 @@ def test_a_reader_finds_what_was_trained(
         layer.scheme for layer in Report.read(compressed[case[0]]).layers
     }
     earlier = Report.read(compressed[case[0]]).calibration
-    assert report.calibration == {key: said for key, said in earlier.items() if key != "warnings"}, "its card names both"
+    assert report.calibration == {key: said for key, said in earlier.items() if key != "warnings"}
     assert loss_of(recovered[case], data) < loss_of(compressed[case[0]], data) - 1e-3
 
 
