@@ -23,6 +23,7 @@ from llmcomp import hub
 from llmcomp.adapters.discover import discover, skeleton
 from llmcomp.building import write_yaml
 from llmcomp.calibration.data import Texts
+from llmcomp.calibration.media import Media
 from llmcomp.checkpoint import Checkpoint
 from llmcomp.devices import describe as describe_device
 from llmcomp.errors import BadCheckpoint, BadData, BadRecipe, LlmcompError
@@ -39,9 +40,11 @@ from llmcomp.ranks import ALONE, World
 from llmcomp.report.schema import FILE_NAME, Distillation, Report
 from llmcomp.report.summary import DISTILL_NAME
 from llmcomp.session import default_output
-from llmcomp.training.data import Samples, collator
+from llmcomp.training import reading
+from llmcomp.training.data import CLASSIFIERS, Samples, collator
 from llmcomp.training.distill_plan import SHARED, DistillPlan
 from llmcomp.training.distilling import Guide, Layers, Weights
+from llmcomp.training.images import require_same_patches
 from llmcomp.training.remembered import Asked, content, remembered, vocabulary_sha256
 from llmcomp.training.states import held_state, put_back
 from llmcomp.training.students import configured_student, cut_student, headed_student, parse_cut, written
@@ -99,6 +102,10 @@ class Distilling(TrainingRun):
         self.path, self.described, self.model = self._made(
             self.plan.student, task, self.plan.seed, self.scratch / "student"
         )
+        if (other := task_of(self.path)) != task:
+            raise BadCheckpoint(
+                f"The teacher {self.plan.teacher} is for {task} and {self.model} for {other}; give one for {task}."
+            )
         own = discover(skeleton(self.path))
         self.blocks = [block.name for block in own.blocks], [block.name for block in self.adapter.blocks]
         opened = open_checkpoint(self.path)
@@ -132,7 +139,7 @@ class Distilling(TrainingRun):
         of_teacher = parse_cut(name) is not None or Path(name).is_file()
         return self.teacher if of_teacher else hub.resolve(name).path
 
-    def _peer(self, subject: Subject, task: str, tokenizer: Any) -> Any:
+    def _peer(self, subject: Subject, task: str, reader: Any) -> Any:
         """The second student, in float32; None where there is none.
 
         Raises:
@@ -144,7 +151,7 @@ class Distilling(TrainingRun):
         if open_checkpoint(path).kinds:
             raise BadRecipe(f"--peer {self.plan.peer} is compressed already; give a dense one, which can be trained.")
         self._note(f"The second student started from {described}; it is not kept.")
-        return self._teacher_model(str(path), subject, task, tokenizer).float().requires_grad_(True)
+        return self._teacher_model(str(path), subject, task, reader).float().requires_grad_(True)
 
     def _identity(self, subject: Subject) -> str:
         """Of the teachers and, where it is no part of this run, of the student."""
@@ -164,9 +171,9 @@ class Distilling(TrainingRun):
 
     # --- the teacher ---
 
-    def _teacher(self, subject: Subject, task: str, tokenizer: Any) -> Any:
+    def _teacher(self, subject: Subject, task: str, reader: Any) -> Any:
         """The student and who teaches it; raises as `TrainingRun`'s."""
-        models = [self._teacher_model(name, subject, task, tokenizer) for name in self.plan.asked]
+        models = [self._teacher_model(name, subject, task, reader) for name in self.plan.asked]
         for model in models:
             if not getattr(model, "is_quantized", False) and slow_products(model):
                 model.float()
@@ -175,7 +182,7 @@ class Distilling(TrainingRun):
         if own > its:
             self._note(f"The student has {own:,} parameters and its teacher {its:,}: it is no smaller.")
         self.parameters = own, its
-        return Room(subject.model, self.blocks[0], models, self.blocks[1], self._peer(subject, task, tokenizer))
+        return Room(subject.model, self.blocks[0], models, self.blocks[1], self._peer(subject, task, reader))
 
     def _of_other_tokens(self, name: str, task: str) -> None:
         if self.plan.vocabulary != SHARED:
@@ -188,9 +195,13 @@ class Distilling(TrainingRun):
             raise BadRecipe(f"--vocabulary shared is for classifiers, or one teacher of a decoder, not for {what}.")
         self.foreign[name] = load_tokenizer(hub.resolve(name).path)
 
-    def _texts(self) -> Texts:
-        self.texts = super()._texts()
-        return self.texts
+    def _reads(self) -> Path:
+        """Where a student has its tokenizer or processor from, of which it gets a copy."""
+        return hub.resolve(self.model).path
+
+    def _data(self, task: str) -> Texts | Media:
+        self.data = super()._data(task)
+        return self.data
 
     def _layers(self, room: Room, weights: Weights) -> Layers:
         """Which layers are compared.
@@ -206,6 +217,8 @@ class Distilling(TrainingRun):
         inside = weights.hidden or weights.attention or weights.transfer
         pairs = layer_map(plan.layer_map, own, its) if inside or plan.layer_map != "uniform" else ()
         one, other = student.config, teacher.config
+        if weights.inside:
+            require_same_patches(one, other)
         if weights.cosine and one.hidden_size != other.hidden_size:
             raise BadRecipe(
                 f"Between hidden states of {one.hidden_size} and {other.hidden_size} channels there is no cosine; "
@@ -218,12 +231,12 @@ class Distilling(TrainingRun):
 
     # --- the work ---
 
-    def _train(self, subject: Subject, samples: Samples, tokenizer: Any, task: str, teacher: Any) -> Trained:
+    def _train(self, subject: Subject, samples: Samples, reader: Any, task: str, teacher: Any) -> Trained:
         plan, model, room = self.plan, subject.model, teacher
         regression = regresses(subject, task)
-        labelled = task != "sequence-classification" or samples.labels is not None
+        labelled = task not in CLASSIFIERS or samples.labels is not None
         if not labelled and (plan.baseline or not plan.weights.taught):
-            raise BadData("Training without a teacher needs labels; name their column with --label-column.")
+            raise BadData(f"Training without a teacher needs labels; {reading.label_hint(task)}.")
         weights = plan.weights if labelled else replace(plan.weights, hard=0.0)
         layers = self._layers(room, weights)
         told = {name: value for name, value in plan.said().items() if name != "eval_data"}
@@ -231,8 +244,8 @@ class Distilling(TrainingRun):
         subject.widen()
         model.requires_grad_(True)
         model.to(self.device)
-        collate = collator(task, tokenizer, regression, None if plan.teacher_cache is None else plan.seed)
-        collate = read_own_tokens(plan, room, self.foreign, self.texts, samples, tokenizer, task, collate, self._note)
+        collate = collator(task, reader, regression, None if plan.teacher_cache is None else plan.seed)
+        collate = read_own_tokens(plan, room, self.foreign, self.data, samples, reader, task, collate, self._note)
 
         def one(objective: Objective, states: str, rules: Rules) -> Trained:
             alone = states == "baseline" or not weights.taught  # by labels, which some samples may not have
@@ -267,7 +280,7 @@ class Distilling(TrainingRun):
     def _asked(self, room: Room, task: str, regression: bool) -> Asked:
         """What of the teachers' answers is kept, and all that they depend on."""
         plan = self.plan
-        size = "num_labels" if task == "sequence-classification" else "vocab_size"
+        size = "num_labels" if task in CLASSIFIERS else "vocab_size"
         identity: dict[str, Any] = {"teachers": [content(hub.resolve(name).path) for name in plan.asked], "task": task}
         if task == "masked-lm":
             identity["masks"] = plan.seed
@@ -322,8 +335,9 @@ class Distilling(TrainingRun):
         """Teacher and student, and the student that had no teacher, with the same code on the same data."""
         found = report.distillation
         assert found is not None
-        apart = load_tokenizer(self.against).get_vocab() != load_tokenizer(self.path).get_vocab()
-        against = None if apart else self.against  # what reads other tokens is measured on its own
+        one, other = (reading.reader_of(path, self.subject.model, report.task) for path in (self.against, self.path))
+        apart = not reading.alike(one, other, report.task)
+        against = None if apart else self.against  # what reads otherwise is measured on its own
         with self._timed("evaluate"):
             try:
                 both = self._evaluate(checkpoint, against, texts, cost=True)

@@ -117,6 +117,11 @@ def sample_shape(model: Any) -> tuple[int, ...]:
     return (config.num_mel_bins, config.max_source_positions * strides)
 
 
+def in_dtype(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Pixels and features in the model's dtype; ids as they are."""
+    return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+
+
 def call(
     model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, context: Mapping[str, Tensor] = _NOTHING
 ) -> dict[str, Tensor]:
@@ -129,7 +134,7 @@ def call(
         context: what else it reads, by name: pixels, features, what the encoder reads. In the model's dtype after this.
     """
     names = (DECODER_IDS, "decoder_attention_mask") if encoder_decoder(model) else (IDS, "attention_mask")
-    made = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in context.items()}
+    made = in_dtype(model, context)
     if input_ids.shape[1]:
         made[names[0]] = input_ids
     return made if attention_mask is None else made | {names[1]: attention_mask}

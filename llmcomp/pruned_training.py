@@ -104,7 +104,7 @@ class PrunedTraining(TrainingRun):
     # --- the work ---
 
     def _train(
-        self, subject: Subject, samples: Samples, tokenizer: Any, task: str, teacher: Teacher | None
+        self, subject: Subject, samples: Samples, reader: Any, task: str, teacher: Teacher | None
     ) -> list[Trained]:
         plan, model = self.plan, subject.model
         told = {name: value for name, value in plan.said().items() if name not in ("eval_data", "model")}
@@ -120,11 +120,11 @@ class PrunedTraining(TrainingRun):
         penalty = pruner.loss if isinstance(pruner, Softly) else None
         objective = self._objective(subject, samples, task, teacher)
 
-        def one(states: Path, callbacks: Any) -> Trained:
+        def one(states: Path, callbacks: list[Any]) -> Trained:
             return train(
-                model, samples, collator(task, tokenizer, regresses(subject, task)), objective, plan.optimization,
+                model, samples, collator(task, reader, regresses(subject, task)), objective, plan.optimization,
                 states, self.progress, learning_rate=_RATE, device=self.device.type,
-                rules=Rules(callbacks, rates, penalty),
+                rules=Rules(tuple(callbacks), rates, penalty),
             )  # fmt: skip
 
         folder = self.partial / "training"

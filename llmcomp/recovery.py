@@ -65,7 +65,7 @@ class Recovering(TrainingRun):
         return 2 * subject.checkpoint.nbytes + 3 * 3 * 4 * weights
 
     def _train(
-        self, subject: Subject, samples: Samples, tokenizer: Any, task: str, teacher: Teacher | None
+        self, subject: Subject, samples: Samples, reader: Any, task: str, teacher: Teacher | None
     ) -> Trained:
         plan = self.plan
         self._own_partial(subject, samples, replace(plan, optimization=without_saving(plan.optimization)))
@@ -85,7 +85,7 @@ class Recovering(TrainingRun):
         objective = self._objective(subject, samples, task, teacher)
         with self._timed("train"):
             trained = train(
-                model, samples, collator(task, tokenizer, regresses(subject, task)), objective, plan.optimization,
+                model, samples, collator(task, reader, regresses(subject, task)), objective, plan.optimization,
                 self.partial / "training", self.progress, learning_rate=_RATES[plan.method],
                 masks=None if plan.method == LORA else subject.parameters_under_masks(), device=self.device.type,
             )  # fmt: skip

@@ -39,8 +39,8 @@ def recover(
 
     Args:
         directory: a checkpoint that llmcomp has written.
-        data: 'default', 'sample', a file of text or of rows with labels, or a Hub dataset; `text_column` and
-            `label_column` of the options are its columns, too.
+        data: 'default', 'sample', a file of text or of rows with labels, or a Hub dataset; of an image classifier a
+            folder or a table of images. `text_column` and `label_column` of the options are its columns, too.
         method: 'lora', 'full' or, of integers, 'qat'. learn_scales: of 'qat', whether scales are trained as well.
         samples: how many of the data at most. sequence_length: tokens of one.
         lora, teaching, optimization: see there; None is their defaults.

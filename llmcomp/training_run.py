@@ -17,27 +17,28 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from llmcomp import hub, lora
-from llmcomp.calibration.data import Texts, describe, read_texts
-from llmcomp.calibration.data import fingerprint as data_fingerprint
+from llmcomp.calibration.data import Texts
+from llmcomp.calibration.media import Media
 from llmcomp.devices import choose
 from llmcomp.devices import describe as describe_device
 from llmcomp.digests import digests
 from llmcomp.errors import BadCheckpoint
+from llmcomp.feeds import in_dtype
 from llmcomp.formats import witness
 from llmcomp.formats.save import ShardWriter, partial_of, preflight, publish, writing
 from llmcomp.formats.verify import verify
 from llmcomp.formats.witness import dtype_name
 from llmcomp.matmul import WideProducts
 from llmcomp.measure.cost import size_of
-from llmcomp.measure.inputs import evaluation_data
-from llmcomp.measure.load import load, load_tokenizer, task_of
+from llmcomp.measure.inputs import MEDIA, evaluation_data
+from llmcomp.measure.load import load, task_of
 from llmcomp.measure.run import Settings, evaluate_model
+from llmcomp.packed import decoding
 from llmcomp.pipeline.journal import Journal, fingerprint
 from llmcomp.pipeline.memory import PeakMemory
 from llmcomp.pipeline.streaming import open_streamed
@@ -48,30 +49,15 @@ from llmcomp.report.html import FILE_NAME as PAGE_NAME
 from llmcomp.report.html import render
 from llmcomp.report.schema import FILE_NAME, Report
 from llmcomp.run_options import RunOptions
-from llmcomp.training import sharding
-from llmcomp.training.data import Samples, samples_of
+from llmcomp.training import reading, sharding
+from llmcomp.training.data import CLASSIFIERS, IMAGES, Samples
 from llmcomp.training.distill_plan import DistillPlan
+from llmcomp.training.images import require_taken
 from llmcomp.training.pruning_plan import PruningPlan
-from llmcomp.training.settings import Optimization, Teaching
+from llmcomp.training.reading import Learning
+from llmcomp.training.settings import Optimization
 from llmcomp.training.subject import Subject
 from llmcomp.training.trainer import Objective, Teacher, frozen, objective_of
-
-_WITNESSES, _WITNESS_TOKENS = 4, 64
-
-
-class Learning(Protocol):
-    """What a plan says of what is learned, and how."""
-
-    @property
-    def data(self) -> str: ...
-    @property
-    def samples(self) -> int | None: ...
-    @property
-    def sequence_length(self) -> int: ...
-    @property
-    def teaching(self) -> Teaching: ...
-    @property
-    def optimization(self) -> Optimization: ...
 
 
 class TrainingRun(ABC):
@@ -107,25 +93,22 @@ class TrainingRun(ABC):
             UserError, RunError: see `llmcomp.recover`.
         """
         with self._timed("prepare"):
-            subject = self._open()
             task = task_of(self.path)
-            tokenizer = load_tokenizer(self.path)
+            reading.require_trained(task, self.learning, self.options.text_column)
+            subject = self._open()
+            reader = reading.reader_of(self._reads(), subject.model, task)
             if self.world.first:
                 preflight(self.path, self.output, self.options.overwrite, self._room(subject))
             evaluation = self._evaluation_data(task)
-            texts = self._texts()
-            samples = samples_of(
-                texts, tokenizer, subject.model, task, length=self.learning.sequence_length,
-                count=self.learning.samples, seed=self.learning.optimization.seed,
-                taught=self.learning.teaching.teacher is not None,
-            )  # fmt: skip
-            teacher = self._teacher(subject, task, tokenizer)
-            described = describe(texts, samples.windows, tokenizer, task)
+            data = self._data(task)
+            samples, described = reading.made(data, reader, subject.model, task, self.learning, self.progress)
+            self.samples = samples
+            teacher = self._teacher(subject, task, reader)
             self._note(f"Training on {described}.")
-            for warning in texts.warnings:
+            for warning in data.warnings:
                 self._note(warning)
         with PeakMemory() as memory:
-            trained = self._train(subject, samples, tokenizer, task, teacher)
+            trained = self._train(subject, samples, reader, task, teacher)
             self.world.part()
             if not self.world.first:
                 return self.output, Report.from_json(self.world.conclude(None).decode())
@@ -165,8 +148,8 @@ class TrainingRun(ABC):
         """Bytes of the output, and of the states on the way."""
 
     @abstractmethod
-    def _train(self, subject: Subject, samples: Samples, tokenizer: Any, task: str, teacher: Teacher | None) -> Any:
-        """What the training was; `wrapped` is set where there is an adapter."""
+    def _train(self, subject: Subject, samples: Samples, reader: Any, task: str, teacher: Teacher | None) -> Any:
+        """What the training was; `wrapped` is set where there is an adapter. The reader is of `training.reading`."""
 
     @abstractmethod
     def _report(self, subject: Subject, trained: Any, task: str, data: str, peak: int) -> Report:
@@ -182,46 +165,59 @@ class TrainingRun(ABC):
 
     # --- what goes in ---
 
-    def _texts(self) -> Texts:
+    def _reads(self) -> Path:
+        """The directory that says how data is read."""
+        return self.path
+
+    def _data(self, task: str) -> Texts | Media:
         name = self.learning.data
         if name == "default" and self.original.startswith("sample:"):
             name = self.original
-        return read_texts(
-            name, text_column=self.options.text_column, label_column=self.options.label_column,
+        return reading.read(
+            name, task, text_column=self.options.text_column, label_column=self.options.label_column,
             gaps=self.learning.teaching.teacher is not None, progress=self.progress,
         )  # fmt: skip
 
     def _evaluation_data(self, task: str) -> Any:
-        if not self.options.evaluate or not self.world.first:
-            return None
+        options = self.options
+        if not options.evaluate or not self.world.first or (task in MEDIA and options.eval_data is None):
+            return None  # of images there are none but those that are given, which is said where they are measured
         source = self.options.eval_data or (self.original if self.original.startswith("sample:") else "default")
         return evaluation_data(
             task, source, text_column=self.options.text_column, label_column=self.options.label_column,
             progress=self.progress,
         )  # fmt: skip
 
-    def _teacher(self, subject: Subject, task: str, tokenizer: Any) -> Teacher | None:
+    def _teacher(self, subject: Subject, task: str, reader: Any) -> Teacher | None:
         """The teacher, if one is asked for, and if it speaks of the same things.
 
         Raises:
-            BadCheckpoint: another task, vocabulary or other labels.
+            BadCheckpoint: another task, vocabulary, processor or other labels.
         """
         name = self.learning.teaching.teacher
-        return None if name is None else frozen(self._teacher_model(name, subject, task, tokenizer))
+        return None if name is None else frozen(self._teacher_model(name, subject, task, reader))
 
-    def _teacher_model(self, name: str, subject: Subject, task: str, tokenizer: Any) -> Any:
+    def _teacher_model(self, name: str, subject: Subject, task: str, reader: Any) -> Any:
         """A teacher on the device; raises as `_teacher`."""
         path = hub.resolve(name, progress=self.progress).path
         if (other := task_of(path)) != task:
             raise BadCheckpoint(f"The teacher {name} is for {other} and {self.model} for {task}; give one for {task}.")
         model: Any = load(path, task)
         own, its = subject.model.config, model.config
-        if task == "sequence-classification" and dict(own.id2label) != dict(its.id2label):
+        if task in CLASSIFIERS and dict(own.id2label) != dict(its.id2label):
             raise BadCheckpoint(
                 f"The teacher {name} has the labels {', '.join(map(str, its.id2label.values()))} and {self.model} has "
                 f"{', '.join(map(str, own.id2label.values()))}; give one that was trained for the same."
             )
-        if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
+        same = reading.alike(reading.reader_of(path, model, task), reader, task)
+        if task == IMAGES:
+            if not same:
+                raise BadCheckpoint(
+                    f"The teacher {name} reads images otherwise than {self.model} (preprocessor_config.json); give one "
+                    "with the same processor."
+                )
+            require_taken(self.samples.first(), model, f"The teacher {name}")
+        elif not same:
             self._of_other_tokens(name, task)
         return model.to(self.device)
 
@@ -240,7 +236,7 @@ class TrainingRun(ABC):
         Args:
             plan: in which `save_every` says nothing, since it changes no bit.
         """
-        parts = [repr(plan), version("llmcomp"), self._identity(subject), data_fingerprint(samples.windows),
+        parts = [repr(plan), version("llmcomp"), self._identity(subject), samples.fingerprint(),
                  str(self.world.size), repr(None if samples.labels is None else samples.labels.tolist())]  # fmt: skip
         if self.device.type != "cpu":
             parts.append(describe_device(self.device))
@@ -254,7 +250,7 @@ class TrainingRun(ABC):
     def _objective(self, subject: Subject, samples: Samples, task: str, teacher: Teacher | None) -> Objective:
         return objective_of(
             self.learning.teaching, teacher, regression=regresses(subject, task),
-            labelled=task != "sequence-classification" or samples.labels is not None,
+            labelled=task not in CLASSIFIERS or samples.labels is not None,
         )  # fmt: skip
 
     def _assemble(self, subject: Subject, samples: Samples) -> Path:
@@ -280,11 +276,11 @@ class TrainingRun(ABC):
         return checkpoint
 
     def _witness(self, subject: Subject, samples: Samples, wrapped: Any) -> None:
-        inputs = {"input_ids": _first_tokens(samples.windows)}
+        inputs = in_dtype(subject.model, samples.first())
         evidence = self.partial / "witness"
         shutil.rmtree(evidence, ignore_errors=True)
         adapter = {} if wrapped is None else lora.factors(wrapped)
-        with torch.inference_mode(), WideProducts():
+        with torch.inference_mode(), WideProducts(), decoding(subject.model):
             output = witness.model_output((wrapped or subject.model)(**inputs)).clone()
         dense = subject.dense()
         witness.record(evidence, "whole", dense)
@@ -338,7 +334,7 @@ def options_of(plan: DistillPlan | PruningPlan) -> RunOptions:
 
 def regresses(subject: Subject, task: str) -> bool:
     """Whether labels are numbers, not classes."""
-    return task == "sequence-classification" and subject.model.config.num_labels == 1
+    return task in CLASSIFIERS and subject.model.config.num_labels == 1
 
 
 def without_saving(optimization: Optimization) -> Optimization:
@@ -346,13 +342,6 @@ def without_saving(optimization: Optimization) -> Optimization:
     what is kept of them between steps is dropped with each state, so that says something."""
     saved = optimization.save_every if optimization.powersgd is not None else None
     return replace(optimization, save_every=saved, track=None)
-
-
-def _first_tokens(windows: Any) -> Tensor:
-    """Of the longest windows, as one rectangle [windows, tokens]."""
-    longest = sorted(windows, key=len, reverse=True)[:_WITNESSES]
-    length = min(_WITNESS_TOKENS, *(len(window) for window in longest), _WITNESS_TOKENS)
-    return torch.stack([window[:length] for window in longest])
 
 
 def _copy_weights(subject: Subject, blocks: Path) -> None:

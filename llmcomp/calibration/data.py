@@ -95,17 +95,30 @@ def read_texts(
     Raises:
         BadData: a test or validation split; missing, empty or unreadable data; a column that is not there.
     """
+    refuse_held_out(source, split)
+    texts = _read(source, text_column, label_column, split, progress or Silent(), held_out=False, gaps=gaps)
+    if texts.partners is not None and not paired:
+        raise BadData(f"Calibration reads one text column, not two ({text_column}); name the one to read.")
+    texts.warnings += held_out_warnings(source)
+    return texts
+
+
+def refuse_held_out(source: str, split: str = "train") -> None:
+    """Raises:
+        BadData: a source that names a test or validation split.
+    """
     named = _split_of(source) or split
     if _HELD_OUT.search(named):
         raise BadData(
             f"Calibration never reads a held-out split ({named!r} of {source}); use its train split."
         )
-    texts = _read(source, text_column, label_column, split, progress or Silent(), held_out=False, gaps=gaps)
-    if texts.partners is not None and not paired:
-        raise BadData(f"Calibration reads one text column, not two ({text_column}); name the one to read.")
+
+
+def held_out_warnings(source: str) -> list[str]:
+    """What is odd about a file's or folder's name."""
     if _is_file(source) and _HELD_OUT.search(Path(source).stem):
-        texts.warnings.append(f"{source} looks like held-out data by its name; calibrate on training text.")
-    return texts
+        return [f"{source} looks like held-out data by its name; calibrate on training data."]
+    return []
 
 
 def evaluation_texts(

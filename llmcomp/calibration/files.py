@@ -26,6 +26,7 @@ _TEXT_NAMES = (
     "prompt",
     "instruction",
 )
+IMAGE_NAMES = ("image", "images", "img", "file_name")  # of columns
 _LABEL_NAMES = ("label", "labels", "class", "target", "score")
 
 
@@ -106,6 +107,11 @@ def text_column(columns: Mapping[str, list[Any]], wanted: str | None, where: str
     if wanted is None:
         strings = [name for name, values in columns.items() if _is_text(values)]
         usual = [name for name in _TEXT_NAMES if name in strings]
+        if not usual and any(name in columns for name in IMAGE_NAMES):
+            raise BadData(
+                f"{where} has images and no text (columns: {', '.join(columns)}), and the model reads text; name a "
+                "column with --text-column."
+            )
         if not usual and len(strings) != 1:
             raise BadData(
                 f"{where} has no column that is clearly the text (columns: {', '.join(columns)}); name it "

@@ -8,6 +8,7 @@ resampled to what the processor wants.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import wave
@@ -28,7 +29,7 @@ from llmcomp.feeds import PIXELS, SOUND, composite, decoder_start, main_input
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _SOUNDS = (".wav",)
-_COLUMNS = {"images": ("image", "images", "img", "file_name"), "sound": ("audio", "sound", "wav", "path")}
+_COLUMNS = {"images": files.IMAGE_NAMES, "sound": ("audio", "sound", "wav", "path")}
 _SUFFIXES = {"images": _IMAGES, "sound": _SOUNDS}
 
 
@@ -39,7 +40,8 @@ class Media:
     Attributes:
         kind: 'images' or 'sound'.
         rows: a path, the bytes of an image file, or an image of Pillow.
-        texts: one per row (transcripts, captions), or None. labels: one per row, or None.
+        texts: one per row (transcripts, captions), or None.
+        labels: one per row (None of a row without one, where that was allowed), or None.
         description: what was read, in words.
     """
 
@@ -68,14 +70,15 @@ def is_media(source: str) -> bool:
 
 
 def read_media(
-    source: str, kind: str, *, text_column: str | None = None, label_column: str | None = None, split: str = "train"
-) -> Media:
+    source: str, kind: str, *, text_column: str | None = None, label_column: str | None = None, split: str = "train",
+    gaps: bool = False,
+) -> Media:  # fmt: skip
     """Read images or sound.
 
     Args:
         source: see the head of this module.
         text_column, label_column: of tables; guessed from usual names where None.
-        split: of a Hub dataset that names none.
+        split: of a Hub dataset that names none. gaps: rows may lack a label that others have.
 
     Raises:
         BadData: nothing of that kind there; the message says what would work.
@@ -85,15 +88,17 @@ def read_media(
         raise BadData(f"The model reads {kind}, of which none come with llmcomp; give {wanted}.")
     path = Path(source).expanduser()
     if path.is_dir():
-        return _folder(path, kind, wanted)
+        return _folder(path, kind, wanted, gaps)
     if path.suffix.lower() in (*_IMAGES, *_SOUNDS, ".txt", ".safetensors"):
-        raise BadData(f"{path} is no source of {kind} for calibration or evaluation; give {wanted}.")
+        raise BadData(f"{path} is no source of {kind}; give {wanted}.")
     if path.exists() or path.suffix.lower() in files.SUFFIXES:
         files.require(path)
-        return _table(files.read_columns(path), kind, text_column, label_column, str(path), path.parent)
+        return _table(files.read_columns(path), kind, text_column, label_column, str(path), path.parent, gaps)
+    if source.startswith((".", "/", "~")):
+        raise BadData(f"{source} does not exist; give {wanted}.")
     name, config, named = [*source.split(":"), None, None][:3]
     columns = dataset_columns(str(name), config, named or split)
-    return _table(columns, kind, text_column, label_column, f"{source} ({named or split})", Path())
+    return _table(columns, kind, text_column, label_column, f"{source} ({named or split})", Path(), gaps)
 
 
 def media_samples(media: Media, model: Any, processor: Any, *, count: int, seed: int, length: int) -> list[Batch]:
@@ -120,6 +125,42 @@ def chosen_labels(media: Media, count: int, seed: int) -> list[Any] | None:
     return [media.labels[n] for n in window_starts(len(media.rows), min(count, len(media.rows)), 1, seed)]
 
 
+def pixels_of(media: Media, model: Any, processor: Any) -> Callable[[Any], torch.Tensor]:
+    """What makes the pixel values [channels, height, width] of a row.
+
+    Args:
+        model: that reads images alone; may lie on meta. processor: of `processor_of`.
+    """
+
+    def made(row: Any) -> torch.Tensor:
+        found = processor(images=[_image(row)], return_tensors="pt")
+        return _shaped(found[PIXELS], model.config, media)[0]
+
+    return made
+
+
+def examined(row: Any) -> bytes:
+    """A digest of an image's file, 16 bytes, after decoding it once: of a JPEG at the smallest size that its decoder
+    gives, which reads all of the file and is several times as fast.
+
+    Raises:
+        BadData: no readable image.
+    """
+    if not isinstance(row, (Path, bytes)):
+        found = _image(row)
+        return hashlib.blake2b(f"{found.size}".encode() + found.tobytes(), digest_size=16).digest()
+    content = row if isinstance(row, bytes) else _content(row)
+    _image(row, content, smallest=True)
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadData(f"{path} cannot be read: {error.strerror}.") from error
+
+
 def processor_of(directory: Path, model: Any) -> Any:
     """What turns files into the model's inputs (`load_processor`).
 
@@ -131,10 +172,10 @@ def processor_of(directory: Path, model: Any) -> Any:
 
 def _make(media: Media, model: Any, processor: Any, length: int) -> Callable[[Any, str | None], Batch]:
     none = torch.zeros(1, 0, dtype=torch.int64)
+    pixels = pixels_of(media, model, processor)
 
     def picture(row: Any, text: str | None) -> Batch:
-        found = processor(images=[_image(row)], return_tensors="pt")
-        return Batch(none, None, {PIXELS: _shaped(found[PIXELS], model.config, media)})
+        return Batch(none, None, {PIXELS: pixels(row)[None]})
 
     def captioned(row: Any, text: str | None) -> Batch:
         if text is None:
@@ -174,16 +215,21 @@ def _shaped(value: torch.Tensor, config: Any, media: Media) -> torch.Tensor:
     return value
 
 
-def _image(row: Any) -> Any:
+def _image(row: Any, content: bytes | None = None, smallest: bool = False) -> Any:
+    """An image of Pillow, of the content of a row where that is known."""
     from PIL import Image, UnidentifiedImageError
 
+    content = row if isinstance(row, bytes) else content
     try:
         if isinstance(row, Image.Image):
             return row.convert("RGB")
-        with Image.open(io.BytesIO(row) if isinstance(row, bytes) else row) as image:
+        with Image.open(row if content is None else io.BytesIO(content)) as image:
+            if smallest:
+                image.draft("RGB", (1, 1))
             return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise BadData(f"{_name(row)} is no readable image ({error}); remove it or convert it to PNG.") from error
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        reason = "its format is not known" if isinstance(error, UnidentifiedImageError) else error
+        raise BadData(f"{_name(row)} is no readable image ({reason}); remove it or convert it to PNG.") from error
 
 
 def _name(row: Any) -> str:
@@ -213,20 +259,23 @@ def _sound(row: Any, rate: int) -> np.ndarray:
     return np.asarray(mono, dtype=np.float32)
 
 
-def _folder(path: Path, kind: str, wanted: str) -> Media:
+def _folder(path: Path, kind: str, wanted: str, gaps: bool) -> Media:
     found = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES[kind] and file.is_file())
     if not found:
         raise BadData(f"{path} holds no {kind} ({', '.join(_SUFFIXES[kind])}); the model reads {kind}: give {wanted}.")
     beside = [file.with_suffix(".txt") for file in found]
     texts = [files.read_text(text).strip() if text.is_file() else "" for text in beside]
     nested = [file.parent != path for file in found]
-    labels = [file.parent.name for file in found] if all(nested) else None
+    labels: list[Any] | None = None
+    if all(nested) or (gaps and any(nested)):
+        labels = [file.parent.name if deep else None for file, deep in zip(found, nested, strict=True)]
     return Media(kind, found, texts if any(texts) else None, labels, f"{path}, {len(found):,} files of {kind}")
 
 
 def _table(
-    columns: Mapping[str, list[Any]], kind: str, text: str | None, label: str | None, where: str, folder: Path
-) -> Media:
+    columns: Mapping[str, list[Any]], kind: str, text: str | None, label: str | None, where: str, folder: Path,
+    gaps: bool,
+) -> Media:  # fmt: skip
     name = next((name for name in _COLUMNS[kind] if name in columns), None)
     if name is None:
         raise BadData(
@@ -236,7 +285,8 @@ def _table(
     rows = [_row(value, folder, where) for value in columns[name]]
     others = {other: values for other, values in columns.items() if other != name}
     texts = files.text_column(others, text, where) if text or _has_text(others) else None
-    return Media(kind, rows, texts, files.label_column(others, label, where), f"{where}, {len(rows):,} rows of {kind}")
+    labels = files.label_column(others, label, where, gaps)
+    return Media(kind, rows, texts, labels, f"{where}, {len(rows):,} rows of {kind}")
 
 
 def _has_text(columns: Mapping[str, list[Any]]) -> bool:

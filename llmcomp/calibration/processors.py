@@ -42,7 +42,7 @@ def load_processor(directory: Path, model: Any, kind: str) -> Any:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadData(
             f"{directory} has no processor that makes the model's inputs of {kind} ({_reason(error)}); add its "
-            "preprocessor_config.json (and tokenizer) to the directory, or take --method rtn, which reads no data."
+            "preprocessor_config.json (and tokenizer) to the directory."
         ) from error
     finally:
         transformers.utils.logging.set_verbosity(level)

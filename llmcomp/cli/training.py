@@ -14,7 +14,7 @@ Data = Annotated[
     typer.Option(
         "--data",
         help="What to train on: a .txt, .jsonl, .csv or .parquet file, a Hub dataset name[:config[:split]], or "
-        "'default', the text that a calibration takes.",
+        "'default', the text that a calibration takes; of an image classifier a folder or a table of images.",
         show_default=False,
     ),
 ]

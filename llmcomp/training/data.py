@@ -1,4 +1,5 @@
-"""What a model is trained on: token windows and labels, put together as batches that say which positions count.
+"""What a model is trained on: token windows and labels, put together as batches that say which positions count. Images
+are `training.images`'.
 
 A batch holds what the model reads, and beside it, aligned with the logits: `labels` (what is right at a position,
 `losses.IGNORED` where nothing is known) and `scored` (bool, the positions that losses are averaged over).
@@ -7,6 +8,7 @@ A batch holds what the model reads, and beside it, aligned with the logits: `lab
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,37 +18,61 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from llmcomp.calibration.data import Texts, windows
+from llmcomp.calibration.data import Texts, fingerprint, window_starts, windows
+from llmcomp.calibration.media import Media
 from llmcomp.errors import BadData
+from llmcomp.feeds import IDS, PIXELS
 from llmcomp.losses import IGNORED
 from llmcomp.measure.inputs import class_numbers, max_positions
 
 Batch = dict[str, Tensor]
-TASKS = ("causal-lm", "masked-lm", "sequence-classification")
+IMAGES = "image-classification"
+CLASSIFIERS = ("sequence-classification", IMAGES)  # whose samples may have labels, or not
+TASKS = ("causal-lm", "masked-lm", *CLASSIFIERS)
 _ALL = 1_000_000_000  # samples: as many as the text gives
 _MASKED = 0.15  # of the tokens, as BERT's authors have it (arXiv:1810.04805); of those
 _AS_MASK, _AS_ANY = 0.8, 0.1  # become the mask token, or any other token; the rest stays
 _HELD_OUT, _HELD_OUT_MOST = 0.05, 128
+_WITNESSES, _WITNESS_TOKENS = 4, 64
 
 
-@dataclass(frozen=True)
-class Samples(Dataset[Batch]):
-    """Token windows, and a label of each where there are labels; `IGNORED` or NaN of one that has none."""
+class Samples(Dataset[Batch], ABC):
+    """What a model reads, one by one.
 
-    windows: Sequence[Tensor]
-    labels: Tensor | None = None
+    Attributes:
+        labels: of each where there are labels; `IGNORED` or NaN of one that has none.
+    """
 
+    labels: Tensor | None
+
+    @abstractmethod
     def __len__(self) -> int:
-        return len(self.windows)
+        """How many."""
 
     def __getitem__(self, index: int) -> Batch:
-        made = {"input_ids": self.windows[index]}
+        made = self.read(index)
         return made if self.labels is None else {**made, "labels": self.labels[index]}
 
+    @abstractmethod
+    def read(self, index: int) -> Batch:
+        """What the model reads of one."""
+
     @property
+    @abstractmethod
     def lengths(self) -> list[int]:
         """Tokens of each."""
-        return [len(window) for window in self.windows]
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Equal if a resumed run reads the same, labels aside."""
+
+    @abstractmethod
+    def first(self) -> Batch:
+        """A few, as one batch without padding or labels."""
+
+    @abstractmethod
+    def chosen(self, numbers: Sequence[int]) -> Samples:
+        """Some, with their labels."""
 
     def held_out(self) -> tuple[Samples, Samples]:
         """Most of it, and every twentieth sample or so, for losses on the way.
@@ -58,24 +84,53 @@ class Samples(Dataset[Batch]):
         if len(self) < 2:
             raise BadData("One sample cannot be held out for --evaluate-every; give more data, or leave the flag out.")
         chosen = {int((n + 0.5) * len(self) / count) for n in range(count)}
-        return self._of([n for n in range(len(self)) if n not in chosen]), self._of(sorted(chosen))
+        return self.chosen([n for n in range(len(self)) if n not in chosen]), self.chosen(sorted(chosen))
 
     def labelled(self) -> Samples:
         """Without those that have no label, where others have one."""
         if self.labels is None:
             return self
         known = self.labels.isfinite() if self.labels.is_floating_point() else self.labels != IGNORED
-        return self if bool(known.all()) else self._of(known.nonzero()[:, 0].tolist())
+        return self if bool(known.all()) else self.chosen(known.nonzero()[:, 0].tolist())
 
-    def _of(self, numbers: list[int]) -> Samples:
-        labels = None if self.labels is None else self.labels[torch.tensor(numbers)]
-        return Samples([self.windows[n] for n in numbers], labels)
+    def _labels_of(self, numbers: Sequence[int]) -> Tensor | None:
+        return None if self.labels is None else self.labels[torch.tensor(numbers)]
+
+
+@dataclass(frozen=True)
+class Windows(Samples):
+    """Token ids."""
+
+    windows: Sequence[Tensor]
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def read(self, index: int) -> Batch:
+        return {IDS: self.windows[index]}
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(window) for window in self.windows]
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.windows)
+
+    def first(self) -> Batch:
+        """The beginnings of the longest."""
+        longest = sorted(self.windows, key=len, reverse=True)[:_WITNESSES]
+        length = min(_WITNESS_TOKENS, *(len(window) for window in longest), _WITNESS_TOKENS)
+        return {IDS: torch.stack([window[:length] for window in longest])}
+
+    def chosen(self, numbers: Sequence[int]) -> Windows:
+        return Windows([self.windows[n] for n in numbers], self._labels_of(numbers))
 
 
 def samples_of(
     texts: Texts, tokenizer: Any, model: Any, task: str, *, length: int, count: int | None, seed: int,
     taught: bool = False,
-) -> Samples:
+) -> Windows:
     """Cut a text, or rows with labels, into samples for a model.
 
     Args:
@@ -83,41 +138,44 @@ def samples_of(
         taught: by a teacher, who needs no labels.
 
     Raises:
-        BadData: too little text, a task that is not trained, labels that are missing or not the model's.
+        BadData: too little text, labels that are missing or not the model's.
     """
-    if task not in TASKS:
-        raise BadData(f"Models for {task} cannot be trained here; {', '.join(TASKS)} can.")
     if texts.partners is not None:
         raise BadData(f"{texts.description}: training reads one text column; name one with --text-column.")
     if task == "masked-lm" and tokenizer.mask_token_id is None:
         raise BadData("The tokenizer has no mask token, and a masked language model learns what is masked.")
     labels = None
     if task == "sequence-classification":
-        if model.config.problem_type == "multi_label_classification":
-            raise BadData("A classifier with several labels a row cannot be trained here; one label a row can.")
         if texts.labels is None and not taught:
             raise BadData(
                 f"{texts.description} has no labels for a classifier to learn from; name their column with "
                 "--label-column, or give a --teacher."
             )
         texts = _with_text(texts)
-        if texts.labels is not None:
-            labels = _labels(texts, model)
+        labels = labels_of(texts, model)
     found = windows(
-        texts, tokenizer, samples=count or _ALL, length=length, seed=0 if task not in TASKS[:2] else seed, task=task,
+        texts, tokenizer, samples=count or _ALL, length=length, seed=0 if task in CLASSIFIERS else seed, task=task,
         max_length=max_positions(model, tokenizer),
     )  # fmt: skip
     if labels is not None and len(found) < len(labels):
-        labels = labels[_evenly(len(labels), len(found))]
+        labels = labels[torch.tensor(evenly(len(labels), len(found)))]
     known = model.config.vocab_size
     if (largest := max(int(window.max()) for window in found)) >= known:
         raise BadData(f"{texts.description} has token {largest}, and the model knows {known}; tokenize it by its own.")
-    return Samples(found, labels)
+    return Windows(found, labels)
 
 
-def _labels(texts: Texts, model: Any) -> Tensor:
-    """As the model counts them; `IGNORED`, of scores NaN, of rows that have none."""
-    said = texts.labels or []
+def labels_of(texts: Texts | Media, model: Any) -> Tensor | None:
+    """As the model counts them; `IGNORED`, of scores NaN, of rows that have none; None where no row has one.
+
+    Raises:
+        BadData: labels that are not the model's, or a model of several for one row.
+    """
+    if model.config.problem_type == "multi_label_classification":
+        raise BadData("A classifier with several labels a row cannot be trained here; one label a row can.")
+    if texts.labels is None:
+        return None
+    said = texts.labels
     known = [number for number, label in enumerate(said) if label is not None]
     found = torch.from_numpy(class_numbers(replace(texts, labels=[said[number] for number in known]), model))
     empty = float("nan") if found.is_floating_point() else IGNORED
@@ -135,31 +193,30 @@ def _with_text(texts: Texts) -> Texts:
     return replace(texts, rows=[texts.rows[number] for number in kept], labels=labels, running=False)
 
 
-def _evenly(rows: int, count: int) -> Tensor:
-    from llmcomp.calibration.data import window_starts
-
-    return torch.tensor(window_starts(rows, count, 1, 0))  # as `windows` chooses rows with seed 0
+def evenly(rows: int, count: int) -> list[int]:
+    """Numbers of evenly spaced rows."""
+    return window_starts(rows, count, 1, 0)  # as `windows` chooses rows with seed 0
 
 
 def collator(
-    task: str, tokenizer: Any, regression: bool = False, masks: int | None = None
+    task: str, reader: Any, regression: bool = False, masks: int | None = None
 ) -> Callable[[Sequence[Batch]], Batch]:
     """Samples → batch, for a task.
 
     Args:
-        tokenizer: None for token ids that need neither padding nor masking.
+        reader: of `training.reading`; None for token ids that need neither padding nor masking.
         regression: labels are numbers.
         masks: a seed with which each sample is masked in one way for good; None masks it anew each time.
     """
-    pad = (None if tokenizer is None else tokenizer.pad_token_id) or 0
+    pad = getattr(reader, "pad_token_id", None) or 0
 
     def collate(samples: Sequence[Batch]) -> Batch:
-        batch = padded([sample["input_ids"] for sample in samples], pad)
+        batch = _pictures(samples) if task == IMAGES else padded([sample[IDS] for sample in samples], pad)
         if task == "causal-lm":
             return {**batch, **_next_tokens(batch)}
         if task == "masked-lm":
             drawn = None if masks is None else [_generator(sample["input_ids"], masks) for sample in samples]
-            return {**batch, **_masked(batch, tokenizer, drawn)}
+            return {**batch, **_masked(batch, reader, drawn)}
         rows = len(samples)
         unknown = torch.full((rows,), float("nan")) if regression else torch.full((rows,), IGNORED)
         labels = torch.stack([sample["labels"] for sample in samples]) if "labels" in samples[0] else unknown
@@ -180,8 +237,20 @@ def padded(rows: Sequence[Tensor], pad: int) -> Batch:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def _pictures(samples: Sequence[Batch]) -> Batch:
+    shapes = {tuple(sample[PIXELS].shape) for sample in samples}
+    if len(shapes) > 1:
+        raise BadData(
+            f"The processor makes images of several sizes ({' and '.join(map(str, sorted(shapes)))}), which are no "
+            "batch; take --batch-size 1, or a processor that makes all alike."
+        )
+    return {PIXELS: torch.stack([sample[PIXELS] for sample in samples])}
+
+
 def rows_of(batch: Mapping[str, Tensor]) -> list[np.ndarray]:
-    """Token ids of each row, without padding."""
+    """Of each row what the model reads: token ids without padding, or pixel values."""
+    if PIXELS in batch:
+        return list(batch[PIXELS].cpu().numpy())
     ids = batch["input_ids"].cpu().numpy()
     if "attention_mask" not in batch:
         return list(ids)
@@ -189,8 +258,11 @@ def rows_of(batch: Mapping[str, Tensor]) -> list[np.ndarray]:
 
 
 def key_of(row: np.ndarray) -> bytes:
-    """A digest of token ids, 16 bytes."""
-    return hashlib.blake2b(np.ascontiguousarray(row, dtype="<i8").tobytes(), digest_size=16).digest()
+    """A digest of token ids or pixel values, 16 bytes."""
+    if row.dtype.kind != "f":
+        return hashlib.blake2b(np.ascontiguousarray(row, dtype="<i8").tobytes(), digest_size=16).digest()
+    pixels = np.ascontiguousarray(row, dtype="<f4").tobytes()
+    return hashlib.blake2b(f"{row.shape}".encode() + pixels, digest_size=16).digest()
 
 
 def _next_tokens(batch: Batch) -> Batch:

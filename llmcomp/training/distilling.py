@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llmcomp import inner_losses, losses
 from llmcomp.errors import BadRecipe
+from llmcomp.feeds import PIXELS
 from llmcomp.kept import Kept
 from llmcomp.training.data import Batch
 from llmcomp.training.taps import EMBEDDINGS, Inside, Taps
@@ -179,7 +180,9 @@ class Distillation(Objective):
         targets = self.guide({name: value for name, value in batch.items() if name not in ("labels", "scored")})
         if weights.soft:
             total = total + weights.soft * self._soft(logits, targets.logits, batch["scored"], scored)
-        there = _tokens(batch, inside)
+        there = _tokens(batch, inside, targets.inside)
+        if PIXELS in batch and tokens is not None:
+            tokens = tokens * there.shape[1]  # patches of the whole step: all images are cut into as many
         return total + self._inner(inside, targets.inside, there, tokens, rows)
 
     def _soft(self, logits: Tensor, targets: Tensor | Kept, scored: Tensor, count: Tensor | None) -> Tensor:
@@ -233,7 +236,7 @@ class Distillation(Objective):
         return states if projections is None else projections[name](states)
 
     def counts(self, batches: list[Batch]) -> Tensor:
-        """Labels, scored positions, tokens and rows of some batches, [4]."""
+        """Labels, scored positions, tokens (images, where those are read) and rows of some batches, [4]."""
         tokens = sum(int(_there(batch).sum()) for batch in batches)
         rows = sum(len(_there(batch)) for batch in batches)
         known = super().counts(batches)
@@ -241,14 +244,29 @@ class Distillation(Objective):
 
 
 def _there(batch: Mapping[str, Tensor]) -> Tensor:
-    """bool [B, L], the tokens that are no padding."""
+    """bool [B, L], the tokens that are no padding; of images, which are one each before a model cuts them, [B, 1]."""
+    if PIXELS in batch:
+        return torch.ones_like(batch["scored"])[:, None]
     mask = batch.get("attention_mask")
     return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
 
 
-def _tokens(batch: Mapping[str, Tensor], inside: Inside) -> Tensor:
+def _tokens(batch: Mapping[str, Tensor], own: Inside, its: Inside) -> Tensor:
+    """bool [B, L], what of all that is compared is no padding.
+
+    Raises:
+        BadRecipe: what lies inside the models is not of the same tokens.
+    """
     there = _there(batch)
-    for states in inside.hidden.values():
-        if states.shape[1] != there.shape[1]:
-            raise BadRecipe("The hidden states are not of the tokens that the model read, so they cannot be compared.")
+    lengths = {states.shape[1] for one in (own, its) for states in one.hidden.values()}
+    lengths |= {attended.query.shape[2] for one in (own, its) for attended in one.attended.values()}
+    if PIXELS in batch:
+        if len(lengths) > 1:
+            raise BadRecipe(
+                f"The layers that are compared cut an image into {' and '.join(map(str, sorted(lengths)))} parts, so "
+                "their states cannot be compared; give --method logits."
+            )
+        return there.expand(-1, max(lengths, default=1))
+    if lengths - {there.shape[1]}:
+        raise BadRecipe("The hidden states are not of the tokens that the model read, so they cannot be compared.")
     return there

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmcomp.feeds import in_dtype
 from llmcomp.training.distilling import Guide, Targets
 from llmcomp.training.taps import Taps
 
@@ -18,7 +19,7 @@ def watched(model: Any, taps: Taps) -> Guide:
 
     def teach(inputs: Mapping[str, Tensor]) -> Targets:
         with torch.no_grad():
-            logits: Tensor = model(**inputs).logits
+            logits: Tensor = model(**in_dtype(model, inputs)).logits
             return Targets(logits, taps.take())
 
     return teach
@@ -62,9 +63,9 @@ def once(guide: Guide) -> Guide:
     last: list[tuple[Tensor, Targets]] = []
 
     def teach(inputs: Mapping[str, Tensor]) -> Targets:
-        ids = inputs["input_ids"]
-        if not last or last[0][0] is not ids:
-            last[:] = [(ids, guide(inputs))]
+        read = next(iter(inputs.values()))
+        if not last or last[0][0] is not read:
+            last[:] = [(read, guide(inputs))]
         return last[0][1]
 
     return teach

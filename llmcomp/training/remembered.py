@@ -6,8 +6,8 @@
 A directory's name is a digest of all that answers depend on (the teachers' weights, the temperature, how much is kept),
 a file's name one of the samples in it. So a killed run goes on with the file that is missing, another run over the same
 text reads all, and what changed is asked anew. Files are written whole or not at all, checked before they are read, and
-mapped: of a cache that is larger than memory only what a batch wants is read. A sample is found by its token ids, so
-the answers are a function of what the student reads, like any teacher.
+mapped: of a cache that is larger than memory only what a batch wants is read. A sample is found by its token ids or
+pixel values, so the answers are a function of what the student reads, like any teacher.
 """
 
 from __future__ import annotations
@@ -158,13 +158,13 @@ def _files(folder: Path, samples: Samples, collate: Callable[[Sequence[Batch]], 
         (row,) = rows_of(collate([samples[number]]))
         found.setdefault(key_of(row), number)
     groups: list[list[bytes]] = [[]]
-    tokens = 0
+    tokens, lengths = 0, samples.lengths
     for key, number in found.items():
         if tokens >= _OF_A_FILE:
             groups.append([])
             tokens = 0
         groups[-1].append(key)
-        tokens += len(samples.windows[number])
+        tokens += lengths[number]
     return [_file(folder, keys, found) for keys in groups]
 
 
@@ -178,7 +178,8 @@ def _write(
     device: torch.device | str,
 ) -> None:  # fmt: skip
     """Ask about the samples of a file, in batches of like lengths that depend on nothing else."""
-    lengths = [len(samples.windows[number]) for number in file.numbers]
+    every = samples.lengths
+    lengths = [every[number] for number in file.numbers]
     said: dict[int, Arrays] = {}
     for places in _forwards(lengths):
         batch = collate([samples[file.numbers[place]] for place in places])

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmcomp.calibration.data import Texts
+from llmcomp.calibration.media import Media
 from llmcomp.measure.inputs import max_positions
-from llmcomp.training.data import Batch, Samples, key_of, samples_of
+from llmcomp.training.data import Batch, Samples, Windows, key_of, samples_of
 from llmcomp.training.distill_plan import DistillPlan
 from llmcomp.training.distilling import Distillation, Guide, Layers, Weights, project
 from llmcomp.training.guides import once, together, watched
@@ -83,7 +84,7 @@ def taught(
             yield _mutual(objective, Pair(student, room.peer), guides, stack), Rules()
             return
         objective = replace(objective, guide=together(guides, plan.temperature, regression))
-        yield objective, Rules([] if past is None else [past])
+        yield objective, Rules(() if past is None else (past,))
 
 
 def _guides(room: Room, past: Past | None, weights: Weights, layers: Layers, models: ExitStack) -> list[Guide]:
@@ -112,7 +113,7 @@ def _mutual(objective: Distillation, pair: Pair, guides: Sequence[Guide], stack:
 
 
 def read_own_tokens(
-    plan: DistillPlan, room: Room, foreign: Mapping[str, Any], texts: Texts, samples: Samples, tokenizer: Any,
+    plan: DistillPlan, room: Room, foreign: Mapping[str, Any], texts: Texts | Media, samples: Samples, tokenizer: Any,
     task: str, collate: Collate, note: Callable[[str], None],
 ) -> Collate:  # fmt: skip
     """Let teachers of other tokens read theirs; gives batches of what then can be compared.
@@ -127,6 +128,7 @@ def read_own_tokens(
     for number, name in enumerate(plan.asked):
         if name not in foreign:
             continue
+        assert isinstance(texts, Texts) and isinstance(samples, Windows)
         its, model = foreign[name], room.teachers[number]
         pad = its.pad_token_id or 0
         if task == "causal-lm":

@@ -9,8 +9,8 @@ and trackers are the Trainer's.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from llmcomp import losses
 from llmcomp.errors import BadData, BadRecipe, NumericalError
+from llmcomp.feeds import in_dtype
 from llmcomp.matmul import WideProducts, fast_matmul, multiplies
 from llmcomp.pipeline.memory import reusing_large_blocks
 from llmcomp.progress import Progress
@@ -102,7 +103,8 @@ def frozen(model: nn.Module) -> Teacher:
     def teach(inputs: Mapping[str, Tensor]) -> Tensor:
         with torch.no_grad():
             device = next(model.parameters()).device
-            logits: Tensor = model(**{name: value.to(device) for name, value in inputs.items()}).logits
+            given = {name: value.to(device) for name, value in inputs.items()}
+            logits: Tensor = model(**in_dtype(model, given)).logits
             return logits
 
     return teach
@@ -122,7 +124,7 @@ class Rules:
         penalty: what is added to the loss of a step, of the parameters alone.
     """
 
-    callbacks: Sequence[TrainerCallback] = ()
+    callbacks: tuple[TrainerCallback, ...] = ()
     rates: Mapping[nn.Parameter, float] = field(default_factory=dict)
     penalty: Callable[[], Tensor] | None = None
 
@@ -337,6 +339,7 @@ def train(
             trainer.order = GroupedByLength(samples.lengths, step_samples(trainer.args), settings.seed)
         if compressed is not None:
             compressed.join(trainer)
+        stack.enter_context(_own_forward(model))
         stack.enter_context(WideProducts() if slow_products(model) else nullcontext())
         stack.enter_context(fast_matmul())
         stack.enter_context(reusing_large_blocks())  # of gradients, made anew each step
@@ -351,6 +354,20 @@ def train(
         sum(value.numel() for _, value in trained(model)),
         history(trainer.state.log_history),
     )
+
+
+@contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """Takes off again what accelerate puts around a forward: under bf16 autocast, what is said after the training would
+    be rounded, too."""
+    kept = model.__dict__.get("forward")
+    try:
+        yield
+    finally:
+        for name in ("forward", "_original_forward"):
+            model.__dict__.pop(name, None)
+        if kept is not None:
+            model.__dict__["forward"] = kept
 
 
 def objective_of(teaching: Teaching, teacher: Teacher | None, *, regression: bool, labelled: bool) -> Objective:

@@ -215,7 +215,7 @@ def _bad(directory: Path, kind: str) -> tuple[str, str]:
     [
         ("empty", "holds no images .*give a folder of images, or a table"),
         ("default", "reads sound, of which none come with llmcomp; give a folder of .wav files"),
-        ("text", "no source of images for calibration or evaluation; give a folder"),
+        ("text", "no source of images; give a folder"),
         ("no column", "no column of images .*name one 'image'"),
         ("no such file", "names nowhere.png, which is no file"),
     ],

@@ -8,16 +8,18 @@ import pytest
 from crew import Crew
 from e2e_runs import LENGTH, tensors
 from tiny import tiny
+from tiny_media import write_data
 
 from llmcomp.cli.main import main
 from llmcomp.report.schema import Report
 
 
-def both(words: list[str], text: Path, work: Path) -> tuple[Path, Path]:
+def both(words: list[str], data: Path, work: Path, name: str = "llama") -> tuple[Path, Path]:
     """Students of one process with batches of four, and of two with batches of two each. The teacher has no dropout."""
-    source = tiny("llama", work / "llama", tokenizer=True)
+    source = tiny(name, work / name, tokenizer=True)
+    length = ["--sequence-length", str(LENGTH)] if name == "llama" else []
     shared = [
-        "distill", str(source), "--data", str(text), *words, "--sequence-length", str(LENGTH), "--steps", "4",
+        "distill", str(source), "--data", str(data), *words, *length, "--steps", "4",
         "--learning-rate", "1e-3", "--samples", "24", "--no-evaluate", "--no-verify",
     ]  # fmt: skip
     one, two = work / "one", work / "two"
@@ -49,6 +51,14 @@ def test_two_processes_are_one(student: str, text: Path, tmp_path: Path) -> None
         for report in map(Report.read, made) if report.distillation is not None
     ]  # fmt: skip
     assert losses[1] == pytest.approx(losses[0], rel=1e-4) and len(losses[0]) == 4
+
+
+@pytest.mark.slow
+def test_two_processes_read_images(tmp_path: Path) -> None:
+    """Patches are counted over both."""
+    data = write_data("vit-classifier", tmp_path / "images", 16)
+    words = ["--student", "layers=1,hidden=64,heads=4,mlp=96", "--method", "tinybert", "--hard-weight", "0.5"]
+    assert_same(*both([*words, "--relation-weight", "1", "--transfer-weight", "1"], data, tmp_path, "vit-classifier"))
 
 
 @pytest.mark.slow

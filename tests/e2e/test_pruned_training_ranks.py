@@ -14,6 +14,7 @@ from tiny import tiny
 
 from llmcomp.report.schema import Report
 from llmcomp.training import trainer
+from llmcomp.training.pruning import mask_buffers
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "prune_in_training.py"
 
@@ -27,7 +28,7 @@ def rank(notes: str, arguments: list[str]) -> int:
     def noting(model: Any, *given: Any, **settings: Any) -> Any:
         nonlocal count
         found = train(model, *given, **settings)
-        masks = {name: mask.clone() for name, mask in trainer.mask_buffers(model)}
+        masks = {name: mask.clone() for name, mask in mask_buffers(model)}
         torch.save(masks, f"{notes}-{os.environ['RANK']}-{count}.pt")
         count += 1
         return found

@@ -55,7 +55,6 @@ def words_of(source: Path, text: Path, size: int, output: Path, *more: str) -> l
     ]  # fmt: skip
 
 
-@SLOW
 def test_torchrun_shards_a_model_and_trains_as_one_process(source: Path, text: Path, tmp_path: Path) -> None:
     """Losses and weights, but for the order of sums; the checkpoint is whole."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",

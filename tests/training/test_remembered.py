@@ -16,7 +16,7 @@ from llmcomp.errors import UserError
 from llmcomp.kept import Kept, keep
 from llmcomp.progress import Silent
 from llmcomp.training import remembered as module
-from llmcomp.training.data import Batch, Samples, collator
+from llmcomp.training.data import Batch, Windows, collator
 from llmcomp.training.distilling import Guide, Targets
 from llmcomp.training.guides import watched
 from llmcomp.training.remembered import Asked, remembered
@@ -32,10 +32,10 @@ class Pretended:
         return VOCABULARY
 
 
-def samples(count: int = 12, labels: bool = False) -> Samples:
+def samples(count: int = 12, labels: bool = False) -> Windows:
     generator = torch.Generator().manual_seed(3)
     windows = [torch.randint(5, VOCABULARY, (3 + number % 7,), generator=generator) for number in range(count)]
-    return Samples([*windows, windows[0]], torch.arange(count + 1) % 3 if labels else None)
+    return Windows([*windows, windows[0]], torch.arange(count + 1) % 3 if labels else None)
 
 
 class Teacher:
@@ -83,12 +83,12 @@ def test_what_was_said_is_what_is_read(name: str, tmp_path: Path) -> None:
 
 def test_masks_are_a_samples_own() -> None:
     """Wherever it lies, whatever it is padded to; another seed masks otherwise."""
-    data = Samples([torch.arange(5, 5 + length) for length in (90, 30, 60)])
+    data = Windows([torch.arange(5, 5 + length) for length in (90, 30, 60)])
     collate = collator("masked-lm", Pretended(), masks=1)
     alone, among = collate([data[1]]), collate([data[0], data[1], data[2]])
     for name in ("input_ids", "labels", "scored"):
         assert torch.equal(alone[name][0], among[name][1][:30]), name
-    share = float(collate([Samples([torch.full((4000,), 9)])[0]])["scored"].float().mean())
+    share = float(collate([Windows([torch.full((4000,), 9)])[0]])["scored"].float().mean())
     assert 0.12 < share < 0.18
     assert not torch.equal(alone["scored"], collator("masked-lm", Pretended(), masks=2)([data[1]])["scored"])
     assert not among["scored"][1][30:].any()
@@ -96,7 +96,7 @@ def test_masks_are_a_samples_own() -> None:
 
 def test_samples_in_which_nothing_is_asked(tmp_path: Path) -> None:
     """As where no token was masked, at the end of a file or in all of it."""
-    data = Samples([torch.arange(5, 5 + length) for length in (3, 4, 5)])
+    data = Windows([torch.arange(5, 5 + length) for length in (3, 4, 5)])
 
     def collate(rows: Sequence[Batch]) -> Batch:
         batch = collator("causal-lm", Pretended())(rows)
@@ -143,7 +143,7 @@ def test_it_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert second.rows == 12 - done
     two = recall(remembered(third, data, collate, asked(tmp_path), Silent()), collate([data[0], data[9]]))
     assert third.rows == 0 and isinstance(one, Kept) and isinstance(two, Kept) and torch.equal(one.logs, two.logs)
-    longer = Samples([*data.windows, torch.arange(5, 30)])
+    longer = Windows([*data.windows, torch.arange(5, 30)])
     remembered(third, longer, collate, asked(tmp_path), Silent())
     assert 0 < third.rows < 12  # the files before the last one are those that are there
     remembered(second, data, collate, asked(tmp_path, temperature=1.0), Silent())
@@ -170,7 +170,7 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path) -> None:
 
 
 def test_scores_of_a_regressor(tmp_path: Path) -> None:
-    data, said = Samples([torch.tensor([5, 6, 7]), torch.tensor([8, 9])]), torch.tensor([[0.5], [-1.25]])
+    data, said = Windows([torch.tensor([5, 6, 7]), torch.tensor([8, 9])]), torch.tensor([[0.5], [-1.25]])
     collate = collator("sequence-classification", Pretended(), regression=True)
     guide = remembered(lambda inputs: Targets(said.flip(0)), data, collate, asked(tmp_path, regression=True), Silent())
     found = recall(guide, collate([data[0], data[1]]))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VOCABULARY, build, tiny
+from tiny import PICTURE, VOCABULARY, build, tiny
 from torch import Tensor
 
 from llmcomp.adapters.discover import discover, skeleton
@@ -30,6 +30,10 @@ def batch(side: str | None) -> dict[str, Tensor]:
         return {"input_ids": ids}
     there = torch.arange(LENGTH) < torch.tensor([LENGTH, 13, 4])[:, None]
     return {"input_ids": ids, "attention_mask": (there.flip(1) if side == "left" else there).long()}
+
+
+def pictures() -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(3, 3, PICTURE, PICTURE, generator=torch.Generator().manual_seed(0))}
 
 
 def probabilities(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -65,6 +69,36 @@ def test_scores_are_those_of_eager_attention(name: str, side: str | None, tmp_pa
         assert torch.allclose(scores.softmax(-1)[rows], wanted, atol=1e-5)
         assert torch.equal(seen.expand_as(scores)[rows], wanted > 0)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_scores_of_images_are_products_of_queries_and_keys(tmp_path: Path) -> None:
+    """Of a ViT, to which no mask is given: q·k/√d one by one in float64, from what its projections read, and the
+    probabilities of eager attention."""
+    model, blocks = opened("vit-classifier", tmp_path)
+    slow = probabilities(model, pictures())
+    reads: dict[int, Tensor] = {}
+    for layer, block in enumerate(blocks):
+        attention = model.get_submodule(block).attention
+        attention.q_proj.register_forward_pre_hook(lambda module, given, layer=layer: reads.update({layer: given[0]}))
+    with torch.no_grad(), listening(model, blocks, hidden=[EMBEDDINGS, 0, 1], attention=[0, 1]) as taps:
+        plain = model(**pictures()).logits
+        inside = taps.take()
+    states = model(**pictures(), output_hidden_states=True).hidden_states
+    assert all(torch.equal(inside.hidden[layer], states[layer + 1]) for layer in (EMBEDDINGS, 0))
+    assert model.config._attn_implementation == "sdpa" and torch.equal(plain, model(**pictures()).logits)
+    for layer, block in enumerate(blocks):
+        attention, attended = model.get_submodule(block).attention, inside.attended[layer]
+        found = attended.scores().double()
+        rows, heads, length, _ = found.shape
+        size = model.config.hidden_size // heads
+        query, key = ((reads[layer].double() @ one.weight.double().T + one.bias.double()).unflatten(-1, (heads, size))
+                      for one in (attention.q_proj, attention.k_proj))  # fmt: skip
+        for row in range(rows):
+            for head in range(heads):
+                wanted = torch.stack([query[row, one, head] @ key[row, :, head].T for one in range(length)]) / size**0.5
+                assert torch.allclose(found[row, head], wanted, atol=1e-5)
+        assert attended.seen.all() and attended.seen.shape[-2:] == (length, length) == (17, 17)
+        assert torch.allclose(found.softmax(-1), slow[layer].double(), atol=1e-5)
 
 
 def test_a_window_hides_what_is_far(tmp_path: Path) -> None:
