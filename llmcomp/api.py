@@ -189,7 +189,7 @@ def compress(
     with joined() as world:
         resolved = hub.resolve(
             model, revision=options.revision, allow_pickle=options.allow_pickle,
-            progress=progress if world.first else Silent(),
+            trust_remote_code=options.trust_remote_code, progress=progress if world.first else Silent(),
         )  # fmt: skip
         from llmcomp.session import Session
 

@@ -133,6 +133,12 @@ class Distilling(TrainingRun):
             found = configured_student(teacher, self.adapter, said, seed)
         return written(found.model, self.teacher, folder), found.described, self.plan.teacher
 
+    def _origin(self) -> Path:
+        """A student that was cut from its teacher, or has its weights where they fit, is a derivative of it."""
+        name = self.plan.student
+        of_teacher = parse_cut(name) is not None or Path(name).is_file()
+        return self.teacher if of_teacher else hub.resolve(name).path
+
     def _peer(self, subject: Subject, task: str, reader: Any) -> Any:
         """The second student, in float32; None where there is none.
 

@@ -1,16 +1,19 @@
 """Files of a repository on the Hub into its cache, and whether what arrived is what the Hub, and the report, say.
 
-huggingface_hub resumes a download that breaks off and compares its length, not its bytes. Here every file that was
-fetched is hashed: what differs is thrown out of the cache and fetched once more, and refused if that does not help. A
-checkpoint of llmcomp names in its report the files that were verified: weights that are others are refused, though
-the Hub holds them so.
+huggingface_hub resumes a download that breaks off and compares its length, not its bytes, and never looks again at what
+lies in its cache. Here every file that is used is hashed, once in a process: what differs is thrown out, fetched
+once more, and refused if that does not help. Where the Hub does not answer, the cache names weights by their hash. A
+checkpoint of llmcomp names in its report the files that were verified: weights that are others are refused, though the
+Hub holds them so.
 """
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,6 +26,8 @@ from llmcomp.progress import Progress, Silent
 from llmcomp.report.schema import FILE_NAME
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MUCH = 1_000_000_000  # bytes to hash, about half a second: from here on it is said
 
 
 @dataclass(frozen=True)
@@ -41,17 +46,30 @@ class Entry:
     def matches(self, path: Path) -> bool:
         """Whether the file at `path` is this one; of LFS files `git` is of the pointer."""
         if self.sha256 is not None:
-            return file_sha256(path) == self.sha256
+            return _known_sha256(path) == self.sha256
         if self.git is None:
             return path.stat().st_size == self.size
         data = path.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == self.git
 
 
+def _known_sha256(path: Path) -> str:
+    """SHA-256 of a file, computed once while it stays as it is: a run may ask several times for its source."""
+    stat = path.stat()
+    return _hashed(path.resolve(), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _hashed(path: Path, size: int, changed: int) -> str:
+    return file_sha256(path)
+
+
 def fetch(
     what: str, repo: str, revision: str | None, commit: str, entries: dict[str, Entry], progress: Progress
 ) -> Path:
-    """Bring the files of `entries` into the cache; returns the snapshot's directory.
+    """Bring the files of `entries` into the cache, where they are not there as the Hub has them.
+
+    Returns the snapshot's directory.
 
     Args:
         revision: what was asked for, None is main. commit: what it was when `entries` were described.
@@ -71,17 +89,44 @@ def fetch(
     path = _snapshot(what, repo, revision, entries, progress if missing else Silent())
     if path.name != commit:
         raise RunError(f"{what} was changed on the Hub while it was downloaded; run the command again.")
-    if wrong := _wrong(path, missing, entries):
-        progress.note(f"{wrong[0]} of {what} arrived with other bytes than the Hub says; it is downloaded again.")
+    _announce(sum(entry.size for entry in entries.values()), progress)
+    if wrong := _wrong(path, entries, entries):
+        came = "arrived with" if wrong[0] in missing else "lies in the cache with"
+        progress.note(f"{wrong[0]} of {what} {came} other bytes than the Hub says; it is downloaded again.")
         _discard(path, wrong)
         path = _snapshot(what, repo, revision, entries, Silent())
         if wrong := _wrong(path, wrong, entries):
             _discard(path, wrong)
+            often = "twice" if wrong[0] in missing else "again"
             raise RunError(
-                f"{wrong[0]} of {what} arrived twice with other bytes than the Hub says, and was thrown away; run the "
-                "command again later, or over another network."
+                f"{wrong[0]} of {what} arrived {often} with other bytes than the Hub says, and was thrown away; run "
+                "the command again later, or over another network."
             )
     return path
+
+
+def require_as_downloaded(what: str, path: Path, progress: Progress) -> None:
+    """Refuse weights in the cache that are not, any more, what their names there say; nobody else can be asked.
+
+    Args:
+        path: the snapshot, whose weights are links to files that are named by their SHA-256.
+
+    Raises:
+        BadCheckpoint: they are not.
+    """
+    files = [file for file in sorted(path.glob("*.safetensors")) if _SHA256.fullmatch(file.resolve().name)]
+    _announce(sum(file.stat().st_size for file in files), progress)
+    for file in files:
+        if _known_sha256(file) != file.resolve().name:
+            raise BadCheckpoint(
+                f"{file.name} of {what} lies in the cache with other bytes than were downloaded; run the command where "
+                "the Hub can be reached, which downloads it again."
+            )
+
+
+def _announce(nbytes: int, progress: Progress) -> None:
+    if nbytes >= _MUCH:
+        progress.phase("compare with the Hub's hashes")
 
 
 def require_as_verified(what: str, path: Path, entries: dict[str, Entry], progress: Progress) -> None:
@@ -100,7 +145,7 @@ def require_as_verified(what: str, path: Path, entries: dict[str, Entry], progre
             continue  # not needed to load it
         there = known.sha256 if known else None
         if there is None and (path / name).is_file():
-            there = file_sha256(path / name)
+            there = _known_sha256(path / name)
         if there == expected or (known is not None and there is None):  # the latter was not fetched
             continue
         found = "has other bytes" if known else "is missing"
@@ -127,6 +172,7 @@ def _wrong(path: Path, names: Iterable[str], entries: dict[str, Entry]) -> list[
 
 def _discard(path: Path, names: Iterable[str]) -> None:
     """Out of the cache: the snapshot's link, and the blob that it leads to."""
+    _hashed.cache_clear()  # what comes next may be as large and, by a coarse clock, as old
     for name in names:
         blob = (path / name).resolve()
         (path / name).unlink()

@@ -3,7 +3,7 @@
 Nothing here imports torch or transformers, so that a name that leads nowhere is told within two seconds. The
 Hub is asked once (llmcomp.network); where it does not answer, its cache is used. Only safetensors weights,
 JSON
-and tokenizer files are ever downloaded: no pickles, no code.
+and tokenizer files are ever downloaded: no pickles, and code only for those who trust it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcomp.aliases import ALIASES
-from llmcomp.downloading import Entry, fetch, require_as_verified
+from llmcomp.downloading import Entry, fetch, require_as_downloaded, require_as_verified
 from llmcomp.errors import BadCheckpoint, ModelNotFound
 from llmcomp.network import Unreachable, ask, endpoint
 from llmcomp.progress import Progress, Silent
@@ -64,6 +64,7 @@ def resolve(
     revision: str | None = None,
     config_only: bool = False,
     allow_pickle: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Resolved:
     """Find the files of `model`, downloading what is missing.
@@ -73,6 +74,7 @@ def resolve(
         revision: branch, tag or commit on the Hub; default main.
         config_only: config and tokenizer will do, no weights.
         allow_pickle: pickled weights in a local directory will do; from the Hub they are never taken.
+        trust_remote_code: Python files come along; without it they are never downloaded.
         progress: hears of downloads and of falling back to the cache.
 
     Raises:
@@ -96,7 +98,7 @@ def resolve(
             f"There is no directory {model!r}; expected a local model or a Hub id like org/name."
         )
     alias = ALIASES.get(model.lower())
-    return _from_hub(model, alias.repo if alias else model, revision, config_only, progress)
+    return _from_hub(model, alias.repo if alias else model, revision, config_only, trust_remote_code, progress)
 
 
 def cached(repo: str, revision: str | None = None, *, config_only: bool = False) -> Path | None:
@@ -181,7 +183,9 @@ def _no_safetensors(what: str, names: list[str], otherwise: str = "") -> str:
     return f"{what} has no weights: expected {SINGLE}, or {INDEX} with its shards, beside config.json."
 
 
-def _from_hub(model: str, repo: str, revision: str | None, config_only: bool, progress: Progress) -> Resolved:
+def _from_hub(
+    model: str, repo: str, revision: str | None, config_only: bool, code: bool, progress: Progress
+) -> Resolved:
     from huggingface_hub import errors
 
     what = model if model == repo else f"{model} ({repo})"
@@ -193,9 +197,11 @@ def _from_hub(model: str, repo: str, revision: str | None, config_only: bool, pr
         if path is None:
             raise ModelNotFound(_not_reachable(what, model, repo, revision, str(error))) from error
         progress.note(f"{what} comes from the cache, commit {path.name[:12]} ({error}).")
+        if not config_only:
+            require_as_downloaded(what, path, progress)
         return Resolved(path, name, path.name, "cache", repo)
     files = [entry["rfilename"] for entry in info["siblings"]]
-    wanted = _wanted(what, files, config_only)
+    wanted = _wanted(what, files, config_only) + [name for name in files if code and name.endswith(".py")]
     entries = {entry["rfilename"]: Entry.of(entry) for entry in info["siblings"]}
     try:
         path = fetch(what, repo, revision, info["sha"], {name: entries[name] for name in wanted}, progress)

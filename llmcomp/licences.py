@@ -28,20 +28,18 @@ def warning(licence: str | None, name: str | None = None) -> str | None:
     >>> warning("apache-2.0")
     >>> warning("cc-by-nc-nd-4.0")
     'The source is under cc-by-nc-nd-4.0, which forbids sharing derivatives, and a compressed model is one.'
+    >>> warning("other", "mit, cc-by-nd-4.0")
+    'The source is under cc-by-nd-4.0, which forbids sharing derivatives, and a compressed model is one.'
     """
     if licence is None:
         return "The source's card names no licence; ask its authors before you publish a derivative of it."
-    if _NO_DERIVATIVES.fullmatch(licence.lower()):
-        return f"The source is under {licence}, which forbids sharing derivatives, and a compressed model is one."
+    for one in (licence, *re.split(r"[,\s]+", name or "")):
+        if _NO_DERIVATIVES.fullmatch(one.lower()):
+            return f"The source is under {one}, which forbids sharing derivatives, and a compressed model is one."
     if licence.lower() in _FREE:
         return None
     shown = f"{licence} ({name})" if name else licence
     return f"The source is under {shown}; a compressed model is a derivative, so its conditions hold for it, too."
-
-
-def forbids(licence: str | None) -> bool:
-    """Whether derivatives may not be shared."""
-    return licence is not None and _NO_DERIVATIVES.fullmatch(licence.lower()) is not None
 
 
 def of_data(source: str, description: str) -> str:

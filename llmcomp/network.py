@@ -11,6 +11,8 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from llmcomp.errors import UserError
+
 CONNECT = 1.0
 READ = 10.0
 
@@ -30,6 +32,7 @@ def ask(url: str, *, params: dict[str, str] | None = None) -> Any:
         The answer (`httpx2.Response`), whatever its status.
 
     Raises:
+        UserError: a token that cannot be sent.
         Unreachable: no connection after CONNECT seconds, no answer within READ seconds, or HF_HUB_OFFLINE is
             set.
     """
@@ -40,6 +43,8 @@ def ask(url: str, *, params: dict[str, str] | None = None) -> Any:
         raise Unreachable("HF_HUB_OFFLINE is set")
     # Not build_hf_headers: that may ask the Hub another question first, with a longer timeout.
     token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+    if token is not None and not token.isascii():
+        raise UserError("The token for the Hub has characters that no token has; run `hf auth login`, or set HF_TOKEN.")
     headers = {"user-agent": "llmcomp", **({"authorization": f"Bearer {token}"} if token else {})}
     connected, finished = threading.Event(), threading.Event()
     outcome: dict[str, Any] = {}

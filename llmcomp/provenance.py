@@ -31,11 +31,13 @@ def origin_of(path: Path) -> Origin:
             return earlier
     card = front_matter(_text(path / CARD))
     repo, commit = snapshot(path)
+    several = _words(card.get("license"))
+    named = "other" if len(several) > 1 else None  # as the Hub says of what it has no single name for
     return Origin(
         repo=repo,
         commit=commit,
-        license=_word(card.get("license")),
-        license_name=_word(card.get("license_name")),
+        license=named or _word(card.get("license")),
+        license_name=", ".join(several) if named else _word(card.get("license_name")),
         license_link=_word(card.get("license_link")),
         languages=_words(card.get("language")),
         pipeline_tag=_word(card.get("pipeline_tag")),
@@ -79,6 +81,6 @@ def _word(value: Any) -> str | None:
 
 
 def _words(value: Any) -> list[str]:
-    """Languages: one or several. YAML reads Norwegian's code, no, as false."""
+    """Languages, or licences: one or several. YAML reads Norwegian's code, no, as false."""
     found = value if isinstance(value, list) else [value]
     return [("no" if one is False else str(one)) for one in found if one is False or (isinstance(one, str) and one)]

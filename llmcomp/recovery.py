@@ -108,7 +108,7 @@ class Recovering(TrainingRun):
             task=task,
             recipe=plan.flags() | self._columns(),
             format=before.format,
-            calibration={},
+            calibration={key: said for key, said in before.calibration.items() if key != "warnings"},
             layers=[replace(layer, error=None, seconds=0.0, block_error=None, block_error_start=None)
                     for layer in before.layers],
             left=before.left,

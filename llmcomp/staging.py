@@ -33,7 +33,7 @@ def stage(remote: Remote, parcel: Parcel, changes: Changes) -> Committed:
         UserError, RunError: see `hub_failures.explain`; main has changed meanwhile; other bytes arrived than were sent.
     """
     before = changes.before
-    title = f"{parcel.message[: _LONGEST_TITLE - 40]} {mark(parcel, before)}"
+    title = f"{parcel.message[: _LONGEST_TITLE - 50]} {mark(parcel, before)}"
     with quiet():
         number = remote.persist("opening a pull request", lambda: _opened(remote, title))
         branch = f"refs/pr/{number}"
@@ -51,9 +51,14 @@ def stage(remote: Remote, parcel: Parcel, changes: Changes) -> Committed:
 
 
 def mark(parcel: Parcel, before: State | None) -> str:
-    """What tells the pull request of a push from others: of what was verified, on which commit of main."""
-    words = [before.commit if before else "", *(f"{name} {parcel.hashes[name]}" for name in sorted(parcel.hashes))]
-    return f"[llmcomp {hashlib.sha256(chr(10).join(words).encode()).hexdigest()[:16]}]"
+    """What tells the pull request of a push from others: of what was verified, and on which commit of main.
+
+    >>> mark(Parcel({}, {}, ""), None)
+    '[llmcomp e3b0c44298fc1c14 on nothing]'
+    """
+    words = "\n".join(f"{name} {parcel.hashes[name]}" for name in sorted(parcel.hashes))
+    base = before.commit[:12] if before else "nothing"
+    return f"[llmcomp {hashlib.sha256(words.encode()).hexdigest()[:16]} on {base}]"
 
 
 def _parts(parcel: Parcel, names: Sequence[str]) -> Iterator[list[str]]:
@@ -70,13 +75,22 @@ def _parts(parcel: Parcel, names: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _opened(remote: Remote, title: str) -> int:
-    """The number of the pull request with this title, a new one where an earlier push or try has left none."""
+    """The number of the pull request with this title, a new one where an earlier push or try has left none.
+
+    One of ours with the same files for a main that has moved since is closed: this push takes its place.
+    """
+    found, same = None, title[: title.rindex(" on ")].rpartition("[")[2]
     for known in remote.api.get_repo_discussions(remote.repo, author=remote.user, discussion_type="pull_request"):
-        if known.title == title and known.status in ("draft", "open"):
-            return int(known.num)
-    return int(remote.api.create_pull_request(remote.repo, title, description=_ABOUT).num)
+        if known.status not in ("draft", "open"):
+            continue
+        if known.title == title:
+            found = found or int(known.num)
+        elif f"[{same} on " in known.title:
+            remote.api.change_discussion_status(remote.repo, known.num, "closed", comment=_MOVED)
+    return found or int(remote.api.create_pull_request(remote.repo, title, description=_ABOUT).num)
 
 
+_MOVED = "main has changed since this was opened; `llmcomp push` brings the same files by another pull request."
 _ABOUT = "A checkpoint on its way, by `llmcomp push`, which merges this when all of it has arrived."
 
 

@@ -123,7 +123,7 @@ class TrainingRun(ABC):
             self._measure(report, checkpoint, evaluation)
         report.size_after = size_of(checkpoint, subject.role)
         report.phases, report.notes = self.phases, self.notes
-        report.origin, report.files = origin_of(self.path), digests(checkpoint)
+        report.origin, report.files = origin_of(self._origin()), digests(checkpoint)
         with writing(checkpoint):
             (checkpoint / FILE_NAME).write_text(report.to_json(), encoding="utf-8")
             (checkpoint / PAGE_NAME).write_text(render(report), encoding="utf-8")
@@ -132,6 +132,10 @@ class TrainingRun(ABC):
         publish(self.partial, self.output, self.options.overwrite)
         self.world.conclude(report.to_json().encode())
         return self.output, report
+
+    def _origin(self) -> Path:
+        """The directory of what is published as the source, with its licence and commit."""
+        return self.path
 
     # --- what a subclass does ---
 

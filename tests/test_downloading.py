@@ -11,6 +11,7 @@ from hub_inside import inside
 from hub_server import HubServer
 from hub_writing import Fault
 
+from llmcomp import downloading
 from llmcomp.digests import file_sha256
 from llmcomp.errors import BadCheckpoint, RunError
 from llmcomp.hub import resolve
@@ -100,6 +101,49 @@ def test_a_download_that_breaks_off_for_good_is_resumed_by_the_next(hub: HubServ
 def test_a_slow_server_is_waited_for(hub: HubServer) -> None:
     hub.faults.append(Fault(r".*/resolve/.*", 4, wait=0.3))
     assert right(resolve(REPO).path, hub)
+
+
+def spoil(path: Path) -> None:
+    """One bit of the file that a link in the cache leads to; its length stays."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.resolve().write_bytes(content)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
+def test_a_bit_that_turned_in_the_cache(hub: HubServer, name: str) -> None:
+    path = resolve(REPO).path
+    spoil(path / name)
+    heard = Heard()
+    assert right(resolve(REPO, progress=heard).path, hub)
+    assert f"{name} of me/mine lies in the cache with other bytes than the Hub says; it is downloaded again." in (
+        heard.notes
+    )
+    fault = Fault(rf"GET /{REPO}/resolve/.*/{name}", 1000, lie=True)
+    spoil(path / name)
+    hub.faults.append(fault)
+    with pytest.raises(RunError, match="arrived again with other bytes than the Hub says, and was thrown away"):
+        resolve(REPO)
+    assert not (path / name).exists()
+
+
+def test_a_bit_that_turned_where_the_hub_does_not_answer(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = resolve(REPO).path
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert right(resolve(REPO).path, hub)
+    spoil(path / WEIGHTS)
+    with pytest.raises(BadCheckpoint, match=r"model\.safetensors of me/mine lies in the cache with other bytes than"):
+        resolve(REPO)
+    assert resolve(REPO, config_only=True).origin == "cache"
+
+
+def test_what_is_asked_for_twice_is_hashed_once(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    real = downloading.file_sha256
+    monkeypatch.setattr(downloading, "file_sha256", lambda path: hashed.append(path.name) or real(path))
+    for _ in range(3):
+        resolve(REPO)
+    assert hashed and len(hashed) == len(set(hashed))
 
 
 def test_a_main_that_moves_meanwhile(hub: HubServer) -> None:

@@ -38,7 +38,7 @@ ROWS = [
     "native_kinds",
     "native",
     "progress run_options weights losses inner_losses kinds calibration.stats calibration.files calibration.hub_data "
-    "calibration.parking sentences provenance export_record",
+    "calibration.parking sentences provenance export_record remote_code",
     "report.schema",
     "report.words building kept packing bnb schemes patterns activations matmul network aliases samples shards experts "
     "feeds ranks devices digests licences tokenizing",

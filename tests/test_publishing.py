@@ -26,6 +26,7 @@ from hub_writing import Fault, User, card_errors
 from llmcomp import uploading
 from llmcomp.digests import file_sha256
 from llmcomp.errors import BadCheckpoint, LlmcompError, RunError, UserError
+from llmcomp.hub import resolve
 from llmcomp.network import Unreachable
 from llmcomp.publishing import about_licence, push, ready
 from llmcomp.report.schema import Origin, Verification
@@ -200,6 +201,16 @@ def test_tokens_that_do_not_do(hub: HubServer, artefact: Path, user: User | None
     with pytest.raises(UserError) as caught:
         ready("me/mine")
     assert words in str(caught.value) and TOKEN not in str(caught.value)
+
+
+def test_a_token_that_cannot_be_sent(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copied with what is around it; for a push, and for a download."""
+    monkeypatch.setenv("HF_TOKEN", "„hf_secret“")
+    for call in (lambda: ready("me/mine"), lambda: resolve("me/mine")):
+        with pytest.raises(UserError, match="has characters that no token has") as caught:
+            call()
+        assert "hf_secret" not in str(caught.value)
+    assert hub.requests == []
 
 
 def test_no_network(artefact: Path, hub: HubServer) -> None:

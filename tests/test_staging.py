@@ -203,6 +203,22 @@ def test_main_that_moved_is_not_merged_onto(hub: HubServer, artefact: Path) -> N
         patch.setattr(staging, "_publish", late)
         push(artefact, "me/mine")
     assert set(contents(hub.root / "me/mine")) == BARE | {"notes.txt"}
+    (hub.root / "me/mine/notes.txt").rename(hub.root / "me/mine/README.md")
+    push(artefact, "me/mine")
+    assert [pull.status for pull in hub.store.pulls["me/mine"]] == ["closed", "merged"], "one is left behind"
+    assert SHARDS[5] in contents(hub.root / "me/mine")
+
+
+def test_a_draft_of_other_files_is_left_alone(hub: HubServer, artefact: Path) -> None:
+    fault = Fault(_PLACES["publish"], 1000, status=401)
+    hub.faults.append(fault)
+    with pytest.raises(UserError):
+        push(artefact, "me/mine")
+    fault.times = 0
+    (artefact / SHARDS[0]).write_bytes(b"another checkpoint")
+    write(artefact, report_of(artefact))
+    push(artefact, "me/mine")
+    assert [pull.status for pull in hub.store.pulls["me/mine"]] == ["draft", "merged"]
 
 
 def test_a_part_that_arrived_as_something_else_is_not_merged(hub: HubServer, artefact: Path) -> None:

@@ -74,7 +74,8 @@ def plan(
     check(made)
     available = None if memory is None else o.parse_size(memory, "--memory")
     with listener(json) as progress:
-        found = resolve(model, revision=revision, config_only=True, progress=progress)
+        found = resolve(model, revision=revision, config_only=True, trust_remote_code=trust_remote_code,
+                        progress=progress)  # fmt: skip
         open_width = bits is None and activations is None and recipe is None
         widths = _WIDTHS if open_width else tuple(one.bits for one in (made.quantizing,) if one is not None)
         seen = _look(found.path, made, widths, activation_memory * 2**20, trust_remote_code, ranks)

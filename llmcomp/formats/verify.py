@@ -23,7 +23,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from llmcomp import bnb, lora, native
+from llmcomp import bnb, lora, native, remote_code
 from llmcomp.errors import BadCheckpoint, LlmcompError, VerificationFailed
 from llmcomp.experts import split_experts
 from llmcomp.formats import witness as witnesses
@@ -70,6 +70,7 @@ def verify(directory: Path, witness: Path, timeout: float | None = None) -> Veri
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     command = [sys.executable, "-m", "llmcomp.formats.verify", str(directory), str(witness)]
+    command += ["trusted"] if remote_code.trusts(directory) else []
     pipes: dict[str, Any] = {"capture_output": True, "stdin": subprocess.DEVNULL, "text": True}
     try:
         child = subprocess.run(command, env=environment, timeout=timeout, check=False, **pipes)
@@ -303,8 +304,10 @@ def _complete(names: Iterable[str], known: Witness) -> None:
 
 def _main(arguments: list[str]) -> int:
     """The fresh process: its last line is a JSON object, a Verification or {'failure': sentence}."""
-    directory, witness = (Path(argument) for argument in arguments)
+    directory, witness = (Path(argument) for argument in arguments[:2])
     try:
+        if arguments[2:] == ["trusted"]:
+            remote_code.register(directory)
         answer = dataclasses.asdict(check(directory, witness))
     except LlmcompError as error:
         answer = {"failure": str(error)}

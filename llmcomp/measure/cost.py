@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from llmcomp import bnb, lora, native
+from llmcomp import bnb, lora, native, remote_code
 from llmcomp.errors import BadCheckpoint
 from llmcomp.feeds import around, vocabulary
 from llmcomp.measure.fresh import ask
@@ -173,6 +173,7 @@ def peak_memory(
         RunError: the process failed; the message ends with what it said.
     """
     arguments = [str(directory), task or "", str(batch), str(sequence)]
+    arguments += ["trusted"] if remote_code.trusts(Path(directory)) else []
     found = ask("llmcomp.measure.cost", arguments, f"Measuring the peak memory of {directory}")
     return int(found["peak_memory"])
 
@@ -227,8 +228,10 @@ def _summary(seconds: list[float]) -> Latency:
     return Latency(median, low, high)
 
 
-def _main(directory: str, task: str, batch: int, sequence: int) -> None:
+def _main(directory: str, task: str, batch: int, sequence: int, *trusted: str) -> None:
     """Load, run once, print {"peak_memory": bytes}; the fresh process behind `peak_memory`."""
+    if trusted:
+        remote_code.register(Path(directory))
     prepare(directory, task or None)
     before = resident_now()
     model = load(directory, task or None)
@@ -238,4 +241,4 @@ def _main(directory: str, task: str, batch: int, sequence: int) -> None:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    _main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:])

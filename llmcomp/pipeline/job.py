@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmcomp import remote_code
 from llmcomp.adapters.base import Adapter
 from llmcomp.adapters.discover import discover, skeleton
 from llmcomp.building import build
@@ -166,6 +167,8 @@ def open_source(path: Path, *, trust_remote_code: bool = False, allow_pickle: bo
     """
     checkpoint = Checkpoint.open(path, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     checkpoint.require_dense()
+    if trust_remote_code:
+        remote_code.register(path)
     model: Any = skeleton(path, trust_remote_code=trust_remote_code)
     binding = bind(checkpoint, model)
     adapter = replace(discover(model), ties=binding.ties)

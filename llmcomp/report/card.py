@@ -17,7 +17,7 @@ from llmcomp import licences
 from llmcomp.report import summary, words
 from llmcomp.report.schema import Origin, Report
 from llmcomp.report.snippets import is_sentences, pipeline_tag, snippets
-from llmcomp.report.trained import pruning_lines
+from llmcomp.report.trained import trained_lines
 
 FILE_NAME = "README.md"
 PLOTS = "llmcomp_plots"
@@ -64,10 +64,10 @@ def making(report: Report) -> dict[str, Any]:
     """What card_making.md.j2 shows: how a checkpoint was made, of what data, and its limits."""
     return {
         "report": report,
-        "trained": [*summary.recovery_lines(report), *pruning_lines(report)],
+        "trained": [*summary.recovery_lines(report), *trained_lines(report)],
         "recipe": summary.recipe_yaml(report),
         "command": summary.reproduce(_public(report)),
-        "data_licence": _data_licence(report),
+        "data": _data(report),
         "fallbacks": summary.fallbacks(report),
         "left": summary.left(report)[:_MOST_LEFT],
         "notes": [*(report.calibration.get("warnings") or []), *report.notes],
@@ -113,6 +113,7 @@ def tags(report: Report) -> list[str]:
     found |= {word for layer in report.layers if (word := _bits(layer.scheme))}
     found |= {report.format.split(" ")[0]} - {"dense", ""}
     found |= {"pruned"} if report.removed else set()
+    found |= {"distilled"} if report.distillation else set()
     schemes = [layer.scheme for layer in report.layers]
     found |= {"low-rank"} if any("rank" in scheme for scheme in schemes) else set()
     found |= {"sparse"} if any(":" in s or "unstructured" in s for s in schemes) else set()
@@ -163,10 +164,13 @@ def _results(report: Report) -> list[Any]:
     return made
 
 
-def _data_licence(report: Report) -> str | None:
-    """Of the calibration text; None where none was read."""
-    description = report.calibration.get("description")
-    return licences.of_data(str(report.calibration.get("source")), str(description)) if description else None
+def _data(report: Report) -> list[str]:
+    """What was read to make it, for calibration and in training, each with its licence."""
+    read = [("Calibrated", report.calibration.get("source"), report.calibration.get("description"))]
+    trained = (report.recovery, report.distillation, report.pruning)
+    read += [("Trained", report.recipe.get("data"), one.data) for one in trained if one is not None]
+    return [f"{how} on {description}. Licence: {licences.of_data(str(source), str(description))}."
+            for how, source, description in read if description]  # fmt: skip
 
 
 def _public(report: Report) -> Report:

@@ -63,7 +63,7 @@ _CALLS = {
 }
 PIPELINES = {
     "causal-lm": "text-generation",
-    "seq2seq-lm": "text2text-generation",
+    "seq2seq-lm": "text-generation",  # the Hub has no text2text-generation any more
     "masked-lm": "fill-mask",
     "sequence-classification": "text-classification",
     "token-classification": "token-classification",
@@ -101,12 +101,15 @@ def snippets(report: Report, name: str, gguf: bool) -> list[Snippet]:
         gguf: whether `llmcomp export --format gguf` takes it.
     """
     found = [_sentences(report.format, name)] if is_sentences(report) else []
-    found += [transformers(report.format, report.task, report.architecture, name), _llmcomp(report, name)]
+    code = any(file.endswith(".py") for file in report.files)
+    found.append(transformers(report.format, report.task, report.architecture, name, code))
+    found += [] if code else [_llmcomp(report, name)]
     if gguf:
-        code = f"llmcomp export {name} {name.rpartition('/')[2]}-gguf --format gguf"
-        found.append(Snippet("llama.cpp", "bash", code, "Writes model.gguf with the checkpoint's own integers."))
+        command = f"llmcomp export {name} {name.rpartition('/')[2]}-gguf --format gguf"
+        found.append(Snippet("llama.cpp", "bash", command, "Writes model.gguf with the checkpoint's own integers."))
     if report.format == _PACKED and report.task == "causal-lm":
-        found.append(Snippet("vLLM", "bash", f"vllm serve {name}", NOT_RUN, tested=False))
+        command = f"vllm serve {name}" + (" --trust-remote-code" if code else "")
+        found.append(Snippet("vLLM", "bash", command, NOT_RUN, tested=False))
     return found
 
 
@@ -121,8 +124,8 @@ def pipeline_tag(report: Report) -> str | None:
     return known or PIPELINES.get(report.task)
 
 
-def transformers(form: str, task: str, architecture: str, name: str) -> Snippet:
-    """Plain transformers, for a checkpoint in one of our formats."""
+def transformers(form: str, task: str, architecture: str, name: str, code: bool = False) -> Snippet:
+    """Plain transformers, for a checkpoint in one of our formats; `code`: which brings Python code along."""
     call = _CALLS.get(task)
     imports = ["import torch"] if call and "torch." in call.use else []
     if form == _OWN:
@@ -131,12 +134,14 @@ def transformers(form: str, task: str, architecture: str, name: str) -> Snippet:
         imports.append("from PIL import Image")
     names = ", ".join(sorted((call.auto, call.reader))) if call else architecture
     auto = call.auto if call else architecture
-    lines = [*imports, f"from transformers import {names}", "", f'model = {auto}.from_pretrained("{name}")']
+    trusted, warned = (", trust_remote_code=True", _ITS_CODE) if code else ("", "")
+    lines = [*imports, f"from transformers import {names}", "", f'model = {auto}.from_pretrained("{name}"{trusted})']
     if call:
         lines += [f'reader = {call.reader}.from_pretrained("{name}")', call.read, call.use]
-    return Snippet("transformers", "python", "\n".join(lines), f"`pip install {_packages(form)}`")
+    return Snippet("transformers", "python", "\n".join(lines), f"`pip install {_packages(form)}`{warned}")
 
 
+_ITS_CODE = "; it runs the Python code of this repository, which came with the source: read it first."
 _REGISTER = "import llmcomp.hf  # registers the layout with transformers"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from llmcomp.cli.main import main
 from llmcomp.errors import NumericalError
 from llmcomp.formats.save import partial_of
 from llmcomp.measure import run as measuring
+from llmcomp.report.card import relation, tags
 from llmcomp.report.html import render
-from llmcomp.report.schema import Report
+from llmcomp.report.schema import Origin, Report
 from llmcomp.report.summary import DISTILL_NAME, reproduce
 from llmcomp.report.trained import trained_lines
 from llmcomp.training.distill_plan import read_distill_plan
@@ -140,6 +142,20 @@ def test_a_student_of_a_config(tmp_path: Path) -> None:
     report = run(tmp_path / "out", student=str(tmp_path / "small.json"), method="distilbert", steps=2)
     assert report.distillation is not None and report.distillation.student.startswith("a config of its own")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["intermediate_size"] == 64
+
+
+def test_a_student_has_its_teachers_licence_unless_it_came_with_one(tmp_path: Path) -> None:
+    """What was cut from a teacher is a derivative of it; a checkpoint of its own is one of that."""
+    made = {}
+    for name, licence in (("teacher", "apache-2.0"), ("student", "cc-by-nd-4.0")):
+        made[name] = tmp_path / f"models--org--{name}" / "snapshots" / (str(len(made)) * 40)
+        shutil.copytree(hub.resolve("sample:classifier").path, made[name])
+        (made[name] / "README.md").write_text(f"---\nlicense: {licence}\nlanguage: en\n---\n")
+    cut = run(tmp_path / "cut", teacher=str(made["teacher"]), data="sample", steps=1).origin
+    assert cut == Origin("org/teacher", "0" * 40, "apache-2.0", languages=["en"])
+    named = run(tmp_path / "named", teacher=str(made["teacher"]), student=str(made["student"]), data="sample", steps=1)
+    assert named.origin is not None and (named.origin.repo, named.origin.license) == ("org/student", "cc-by-nd-4.0")
+    assert relation(named) == "finetune" and "distilled" in tags(named)
 
 
 def test_a_larger_student_is_a_warning(tmp_path: Path) -> None:

@@ -67,6 +67,8 @@ def test_a_reader_finds_what_was_trained(
     assert report.layers and {layer.scheme for layer in report.layers} == {
         layer.scheme for layer in Report.read(compressed[case[0]]).layers
     }
+    earlier = Report.read(compressed[case[0]]).calibration
+    assert report.calibration == {key: said for key, said in earlier.items() if key != "warnings"}
     assert loss_of(recovered[case], data) < loss_of(compressed[case[0]], data) - 1e-3
 
 

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 from llmcomp import licences, provenance
 from llmcomp.report import card as cards
-from llmcomp.report.schema import Interval, Origin, Report
+from llmcomp.report.schema import Distillation, Interval, Origin, Report
 from llmcomp.report.snippets import NOT_RUN, snippets
 
 COMMIT = "fe8a4ea1ffedaf415f4da2f062534de366a451e6"
@@ -68,6 +68,17 @@ def test_everything_that_was_asked_of_a_card_is_there(known: Report) -> None:
     assert all(image.startswith(b"\x89PNG") for image in made.images.values())
 
 
+def test_what_was_trained_on_is_named_with_its_licence(known: Report) -> None:
+    losses = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    found = Distillation("logits", {"soft": 1.0}, "all", ["org/teacher"], "mine.txt: 8 samples", 1, 2, 9, 0, losses)
+    text = cards.card(replace(known, distillation=found, recipe={"data": "mine.txt"}), "me/student").text
+    assert "Learned from org/teacher by logits (soft × 1" in text.split("## How it was made")[1]
+    said = text.split("## Calibration and training data")[1].split("## ")[0]
+    assert "Calibrated on WikiText-2" in said and "Licence: CC BY-SA 3.0 and GFDL." in said
+    assert "Trained on mine.txt: 8 samples. Licence: not known to llmcomp." in said
+    assert "distilled" in cards.tags(replace(known, distillation=found))
+
+
 def test_a_report_with_little_in_it_makes_a_card(known: Report) -> None:
     bare = replace(known, layers=[], left=[], before=None, after=None, divergence=None, size_before=None,
                    size_after=None, origin=None, calibration={}, labels=[], notes=[], verification=None)  # fmt: skip
@@ -108,21 +119,22 @@ def test_snippets_are_those_that_can_work(known: Report) -> None:
 
 
 @pytest.mark.parametrize(
-    ("licence", "words", "forbidden"),
+    ("licence", "name", "words"),
     [
-        ("apache-2.0", None, False),
-        ("MIT", None, False),
-        ("cc-by-nd-4.0", "forbids sharing derivatives", True),
-        ("CC-BY-NC-ND-3.0", "forbids sharing derivatives", True),
-        ("cc-by-nc-4.0", "its conditions hold for it, too", False),
-        ("llama3.1", "its conditions hold for it, too", False),
-        (None, "names no licence", False),
+        ("apache-2.0", None, None),
+        ("MIT", None, None),
+        ("cc-by-nd-4.0", None, "cc-by-nd-4.0, which forbids sharing derivatives"),
+        ("CC-BY-NC-ND-3.0", None, "forbids sharing derivatives"),
+        ("cc-by-nc-4.0", None, "its conditions hold for it, too"),
+        ("llama3.1", None, "its conditions hold for it, too"),
+        (None, None, "names no licence"),
+        ("other", "mit, cc-by-nd-4.0", "cc-by-nd-4.0, which forbids sharing derivatives"),
+        ("other", "mit, apache-2.0", "under other (mit, apache-2.0)"),
     ],
 )
-def test_what_a_licence_says_of_derivatives(licence: str | None, words: str | None, forbidden: bool) -> None:
-    said = licences.warning(licence)
+def test_what_a_licence_says_of_derivatives(licence: str | None, name: str | None, words: str | None) -> None:
+    said = licences.warning(licence, name)
     assert said is None if words is None else words in said
-    assert licences.forbids(licence) is forbidden
 
 
 @pytest.mark.parametrize(
@@ -131,6 +143,7 @@ def test_what_a_licence_says_of_derivatives(licence: str | None, words: str | No
         ("---\nlicense: mit\nlanguage: [en, no]\n---\nText", Origin(license="mit", languages=["en", "no"])),
         ("---\nlicense: [apache-2.0]\nlanguage: en\n---", Origin(license="apache-2.0", languages=["en"])),
         ("---\r\nlicense: other\r\nlicense_name: gemma\r\n---\r\n", Origin(license="other", license_name="gemma")),
+        ("---\nlicense:\n- mit\n- cc-by-nd-4.0\n---\n", Origin(license="other", license_name="mit, cc-by-nd-4.0")),
         ("no metadata", Origin()),
         ("---\n[not: a: mapping\n---\n", Origin()),
         ("---\n- a list\n---\n", Origin()),
