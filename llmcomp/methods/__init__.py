@@ -113,9 +113,9 @@ SPARSE: dict[str, SparseMethod] = {
 
 # What `--method auto` takes at each width, by perplexity on the small trained decoder of evals/RESULTS.md: books, which
 # it was trained and is calibrated on, and WikiText. At 3 bits gptaq takes gptq's 48.01 on books to 47.75
-# (WikiText: 122.76 to 124.16), at 4 bits it is where learning is; at 2 bits learning is far ahead of
-# gptq (53.2 for 57.7; 148.8 for 137.6). 8 bits: nothing to gain.
-AUTO: dict[int, str] = {2: "gptq-signround", 3: "gptaq", 4: "gptaq", 8: "gptq"}
+# (WikiText: 122.76 to 124.16); at 4 bits all come out alike on books, and gptq nearest to the original on WikiText; at
+# 2 bits learning is far ahead of gptq (53.2 for 57.7; 148.8 for 137.6). 8 bits: nothing to gain.
+AUTO: dict[int, str] = {2: "gptq-signround", 3: "gptaq", 4: "gptq", 8: "gptq"}
 
 # What it takes where blocks cannot be tuned as a whole, or weights not aim at the source's outputs.
 AUTO_ALONE = "gptq"
