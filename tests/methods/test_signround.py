@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from reference.layers import inputs, stats_of, weights
 from reference.signround import fake_quantized
@@ -60,8 +60,14 @@ def test_the_first_iterate_is_the_start_to_the_bit(scheme: Scheme, dtype: torch.
     assert torch.equal(rounding.dense(), found.dense().float())
 
 
+def near_half(x: Tensor) -> bool:
+    """Whether float32 may round one of some numbers to the other side."""
+    return bool(((x - x.floor() - 0.5).abs() < 1e-5).any())
+
+
 @given(schemes, st.integers(0, 1000), st.integers(0, 30))
 @settings(max_examples=40, deadline=None)
+@example(Scheme(3, 32, False), 588, 20)
 def test_gradients_are_autograds_of_the_plain_definition(scheme: Scheme, seed: int, steps: int) -> None:
     weight = weights(6, 64, seed)
     rounding = Rounding(weight, rtn(weight, None, scheme, torch.float32).weight)
@@ -74,6 +80,8 @@ def test_gradients_are_autograds_of_the_plain_definition(scheme: Scheme, seed: i
     zero = torch.zeros_like(factor) if rounding._zero0 is None else rounding._zero0.double()
     shift = (torch.zeros_like(factor) if rounding._shift is None else rounding._shift.double()).requires_grad_()
     scale = rounding._scale0.double() * factor
+    points = rounding._latent.double() / scale + offset + (zero + shift).round()
+    assume(not near_half(points) and not near_half(zero + shift))
     dense = fake_quantized(rounding._latent.double(), offset, scale, zero, shift, scheme.qmin, scheme.qmax)
     (dense * gradient.reshape(dense.shape).double()).sum().backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(rounding.dense().double(), dense.detach().reshape(6, 64), rtol=1e-5, atol=1e-7)
