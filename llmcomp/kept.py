@@ -21,6 +21,7 @@ from torch import Tensor
 Arrays = dict[str, Tensor]
 BITS = (16, 8)  # of a kept logarithm
 _LEAST = -60000.0  # of no mass, as float16 can say it
+_BLOCK = 1 << 17  # numbers of a block: half a megabyte in float32
 
 
 @dataclass(frozen=True)
@@ -83,27 +84,42 @@ def over(logits: Tensor, indices: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 class _Outcomes(torch.autograd.Function):
-    """z_S/T, and log Σ exp(z/T) over the others. By itself, so that the thousands of classes are passed over a few
-    times and not a dozen: beside a small model that is what a teacher on disk costs."""
+    """z_S/T, and log Σ exp(z/T) over the others. By itself, a block of rows after the other, so that the thousands of
+    classes are read once and what is computed of them stays in the cache: beside a small model the passes over them
+    are what a teacher on disk costs."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, indices: Tensor, temperature: float) -> Tensor:
-        rest = logits.to(torch.float32, copy=True).scatter_(-1, indices, -torch.inf)
-        high = rest.amax(-1, keepdim=True).clamp_min(_LEAST)
-        rest.sub_(high)
-        if temperature != 1:
-            rest.div_(temperature)
-        mass = rest.exp_().sum(-1, keepdim=True)
-        ctx.save_for_backward(rest, mass, indices)
-        ctx.temperature, ctx.dtype = temperature, logits.dtype
-        return torch.cat([logits.gather(-1, indices).float() / temperature, high / temperature + mass.log()], dim=-1)
+        outcomes = torch.empty(len(logits), indices.shape[1] + 1, device=logits.device)
+        for rows in _blocks(logits):
+            rest = logits[rows].to(torch.float32, copy=True)
+            if temperature != 1:
+                rest.div_(temperature)
+            outcomes[rows, :-1] = rest.gather(-1, indices[rows])
+            rest.scatter_(-1, indices[rows], -torch.inf)
+            high = rest.amax(-1, keepdim=True).clamp_min(_LEAST)
+            outcomes[rows, -1:] = high + rest.sub_(high).exp_().sum(-1, keepdim=True).log()
+        ctx.save_for_backward(logits, indices, outcomes[:, -1:])
+        ctx.temperature = temperature
+        return outcomes
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        rest, mass, indices = ctx.saved_tensors
-        scaled = gradients[0] / ctx.temperature
-        found = rest * (scaled[:, -1:] / mass.clamp_min(torch.finfo(mass.dtype).tiny))
-        return found.scatter_(-1, indices, scaled[:, :-1]).to(ctx.dtype), None, None
+        logits, indices, mass = ctx.saved_tensors
+        scaled, low = gradients[0] / ctx.temperature, mass.clamp_min(_LEAST)
+        found = torch.empty(logits.shape, device=logits.device)
+        for rows in _blocks(logits):
+            share, wide = found[rows], logits[rows].float()
+            wide = wide if ctx.temperature == 1 else wide / ctx.temperature
+            torch.sub(wide, low[rows], out=share)  # becomes each class' part of the others' mass, times its gradient
+            share.exp_().mul_(scaled[rows, -1:]).scatter_(-1, indices[rows], scaled[rows, :-1])
+        return found.to(logits.dtype), None, None
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    """Rows that are looked at together: few on a CPU, whose cache is small, and all elsewhere."""
+    size = max(1, _BLOCK // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
+    return [slice(start, start + size) for start in range(0, len(logits), size)]
 
 
 def alike(logits: Tensor, kept: Kept, temperature: float, scored: Tensor) -> Tensor:
