@@ -27,7 +27,7 @@ from llmcomp.report.schema import FILE_NAME
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_MUCH = 1_000_000_000  # bytes to hash, about half a second: from here on it is said
+_MUCH = 1_000_000_000  # bytes to hash: from here on it is said
 
 
 @dataclass(frozen=True)

@@ -85,8 +85,7 @@ def over(logits: Tensor, indices: Tensor, temperature: float = 1.0) -> Tensor:
 
 class _Outcomes(torch.autograd.Function):
     """z_S/T, and log Σ exp(z/T) over the others. By itself, a block of rows after the other, so that the thousands of
-    classes are read once and what is computed of them stays in the cache: beside a small model the passes over them
-    are what a teacher on disk costs."""
+    classes are passed over a few times and not a dozen, and nothing of their size is held for the way back."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, indices: Tensor, temperature: float) -> Tensor:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcomp import losses
-from llmcomp.kept import BITS, Kept, alike, decode, encode, keep
+from llmcomp.kept import BITS, Kept, alike, decode, encode, keep, over
 
 DIVERGENCES = {"forward": losses.soft_targets, "reverse": losses.reverse_targets, "jsd": losses.jensen_shannon}
 shapes = st.tuples(st.integers(1, 4), st.integers(2, 9))
@@ -133,3 +133,25 @@ def test_classes_without_any_mass() -> None:
         kept = decode(encode(keep(targets, 2, 1.0), bits), 4)
         found = losses.soft_targets(torch.zeros(1, 4), kept, torch.tensor([True]))
         assert bool(found.isfinite()) and float(found) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_blocks_of_rows_are_the_plain_definition(
+    dtype: torch.dtype, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients, of blocks of three rows and a last one of one, in float64 by autograd."""
+    monkeypatch.setattr("llmcomp.kept._BLOCK", 3 * 40)
+    logits = torch.randn(10, 40, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    indices = logits.detach().float().topk(5).indices
+    found = over(logits, indices, temperature)
+    found.square().sum().backward()  # type: ignore[no-untyped-call]
+    wide = logits.detach().double().requires_grad_()
+    logs = (wide / temperature).log_softmax(-1)
+    others = logs.scatter(-1, indices, -torch.inf).logsumexp(-1, keepdim=True)
+    wanted = torch.cat([logs.gather(-1, indices), others], dim=-1)
+    wanted.square().sum().backward()  # type: ignore[no-untyped-call]
+    assert logits.grad is not None and wide.grad is not None
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    rounding = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(logits.grad.double(), wide.grad, rtol=rounding, atol=rounding)

@@ -141,7 +141,7 @@ def pixels_of(media: Media, model: Any, processor: Any) -> Callable[[Any], torch
 
 def examined(row: Any) -> bytes:
     """A digest of an image's file, 16 bytes, after decoding it once: of a JPEG at the smallest size that its decoder
-    gives, which reads all of the file and is several times as fast.
+    gives, which reads all of the file.
 
     Raises:
         BadData: no readable image.
